@@ -1,0 +1,19 @@
+"""Gaussian diffusion of single tokens. `create_diffusion` is the door."""
+
+from diffusion.gaussian import GaussianDiffusion
+from diffusion.schedule import TRAIN_STEPS, cosine_betas
+
+SCHEDULES = {"cosine": cosine_betas}
+
+
+def create_diffusion(timestep_respacing="", noise_schedule="cosine", diffusion_steps=TRAIN_STEPS):
+    """A diffusion with learned-range variance that predicts noise.
+
+    timestep_respacing: "" keeps every step (training), else as in
+    `diffusion.schedule.spaced_timesteps`. Raises ValueError for an unknown schedule or spacing.
+    """
+    if noise_schedule not in SCHEDULES:
+        raise ValueError(
+            f"noise_schedule {noise_schedule!r}: expected one of {', '.join(SCHEDULES)}"
+        )
+    return GaussianDiffusion(SCHEDULES[noise_schedule](diffusion_steps), timestep_respacing)

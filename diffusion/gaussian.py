@@ -1,0 +1,162 @@
+"""The diffusion process of one token: noising, training loss, reverse process.
+
+It knows nothing of sequences or images: rows go in, rows come out, and the denoising network is a
+function `network(x, t)` of noisy rows x (..., C) and their timesteps t (...), giving (..., 2C):
+the predicted noise and the interpolation v between two log-variances. All arithmetic here is in
+float32, whatever precision the network runs in; the tables are made in float64.
+"""
+
+import math
+
+import torch
+
+from diffusion.schedule import spaced_timesteps
+
+
+class GaussianDiffusion:
+    """A (possibly respaced) Gaussian diffusion with learned-range variance.
+
+    betas: (T,) of the process that was trained. spacing: as in `spaced_timesteps`. Step i of this
+    object, 0 ≤ i < num_steps, is the trained process's timestep `timesteps[i]`. The tables below
+    are those of the respaced process (Nichol and Dhariwal 2021, eq. 19), each (num_steps,),
+    float64, on the CPU.
+    """
+
+    def __init__(self, betas, spacing=""):
+        self.timesteps = torch.tensor(spaced_timesteps(spacing, len(betas)))
+        self.num_steps = len(self.timesteps)
+        self.alphas_cumprod = torch.cumprod(1 - betas.double(), 0)[self.timesteps]
+        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        self.betas = 1 - self.alphas_cumprod / previous
+        self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
+
+        # q(x_{t-1} | x_t, x_0), Ho et al. 2020, eqs. 6 and 7
+        alphas, unknown = 1 - self.betas, 1 - self.alphas_cumprod
+        self.posterior_mean_coef1 = self.betas * previous.sqrt() / unknown
+        self.posterior_mean_coef2 = (1 - previous) * alphas.sqrt() / unknown
+        variance = self.betas * (1 - previous) / unknown
+        # the first is zero, whose logarithm is not wanted: the second stands in
+        variance[0] = variance[1] if self.num_steps > 1 else self.betas[0]
+        self.posterior_log_variance_clipped = variance.log()
+
+        # x_0 = from_x·x_t − from_noise·ε, and the same put into the posterior mean
+        self.x_start_from_x = self.alphas_cumprod.rsqrt()
+        self.x_start_from_noise = (1 / self.alphas_cumprod - 1).sqrt()
+        self.mean_from_x = self.posterior_mean_coef1 * self.x_start_from_x
+        self.mean_from_x = self.mean_from_x + self.posterior_mean_coef2
+        self.mean_from_noise = self.posterior_mean_coef1 * self.x_start_from_noise
+        self._on_device = {}
+
+    def q_sample(self, x_start, t, noise):
+        """x_t for rows x_start (..., C) at steps t (...): sqrt(ᾱ)·x_0 + sqrt(1 − ᾱ)·ε."""
+        alpha = self._at("alphas_cumprod", t, x_start)
+        return alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
+
+    def training_losses(self, network, x_start, t, noise, vlb=True):
+        """Loss of each row: x_start and noise (..., C), t (...) give a dict of tensors (...).
+
+        `mse` is the mean over channels of (ε − ε_θ)² (paper, eq. 1), `vb` the variational term in
+        bits, `loss` their sum. The gradient of `vb` reaches v alone, the predicted noise being
+        detached there (Nichol and Dhariwal 2021, section 3.1). With vlb=False there is no `vb`
+        and v is left untrained: at its initial 0, log σ² is midway between its two bounds.
+        """
+        x_start, noise = x_start.float(), noise.float()
+        x = self.q_sample(x_start, t, noise)
+        predicted, v = network(x, self._table("timesteps", t.device)[t]).float().chunk(2, dim=-1)
+        losses = {"mse": (noise - predicted).square().mean(-1)}
+        losses["loss"] = losses["mse"]
+        if vlb:
+            losses["vb"] = self._variational_bound(x_start, t, predicted.detach() - noise, v)
+            losses["loss"] = losses["mse"] + losses["vb"]
+        return losses
+
+    def p_sample(self, network, x, i, noise=None, temperature=1.0):
+        """One reverse step: x_i (..., C) to x_{i−1}. `i` is a host integer.
+
+        x_{i−1} = mean + τ·σ_i·δ with δ = `noise` (paper, section 3.2); none at the last step, i=0.
+        """
+        t = self._table("timesteps", x.device)[i].expand(x.shape[:-1])
+        predicted, v = network(x, t).float().chunk(2, dim=-1)
+        mean = self._at("mean_from_x", i, x) * x - self._at("mean_from_noise", i, x) * predicted
+        if noise is None or i == 0:
+            return mean
+        return mean + temperature * (0.5 * self._log_variance(v, i)).exp() * noise
+
+    def p_sample_loop(self, network, x, noise=None, temperature=1.0, max_timestep=None):
+        """The reverse process from x (..., C), standard normal, to x_0.
+
+        noise: (num_steps, ..., C), one draw a step; not needed at temperature 0. max_timestep:
+        start at the largest kept timestep that is not above it. 1/sqrt(ᾱ) is 20,291 at t = 999
+        and 13 at t = 950: a network not yet accurate diverges when started at the very end.
+        """
+        if temperature and noise is None:
+            raise ValueError(f"temperature {temperature} needs noise; without it expected 0")
+        x = x.float()
+        for i in reversed(range(self.first_step(max_timestep))):
+            x = self.p_sample(network, x, i, noise[i] if temperature else None, temperature)
+        return x
+
+    def first_step(self, max_timestep=None):
+        """How many steps the reverse process has when started at `max_timestep` (None: all)."""
+        if max_timestep is None:
+            return self.num_steps
+        count = int((self.timesteps <= max_timestep).sum())
+        if not count:
+            raise ValueError(
+                f"max_timestep {max_timestep}: expected at least {int(self.timesteps[0])}, "
+                "the first timestep"
+            )
+        return count
+
+    def _variational_bound(self, x_start, t, error, v):
+        """L_{t−1} of Ho et al. 2020, eq. 5, in bits, averaged over channels: (...).
+
+        error: ε_θ − ε. The two means differ by a multiple of it; subtracting the means themselves
+        would lose the digits that matter at small t.
+        """
+        shift = self._at("mean_from_noise", t, error) * error
+        log_variance = self._log_variance(v, t)
+        true_log_variance = self._at("posterior_log_variance_clipped", t, error)
+        kl = normal_kl(shift, true_log_variance, log_variance)
+        nll = discretized_nll(shift, x_start, 0.5 * log_variance)
+        return torch.where(t == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
+
+    def _log_variance(self, v, t):
+        """log σ² for v in [−1, 1] (Nichol and Dhariwal 2021, eq. 15)."""
+        low = self._at("posterior_log_variance_clipped", t, v)
+        high = self._at("betas", t, v).log()
+        return low + (v + 1) / 2 * (high - low)
+
+    def _at(self, table, t, like):
+        """A table at steps t: a host integer gives (1,), a tensor (...) gives (..., 1)."""
+        return self._table(table, like.device)[t].unsqueeze(-1)
+
+    def _table(self, name, device):
+        """A table on a device, floats in float32; copied there once."""
+        if (name, device) not in self._on_device:
+            table = getattr(self, name)
+            table = table.float() if table.is_floating_point() else table
+            self._on_device[name, device] = table.to(device)
+        return self._on_device[name, device]
+
+
+def normal_kl(shift, log_variance1, log_variance2):
+    """KL(N₁ ‖ N₂) of diagonal Gaussians whose means differ by `shift`, in nats, elementwise."""
+    ratio = log_variance1 - log_variance2
+    distance = shift.square() * (-log_variance2).exp()
+    return 0.5 * (ratio.exp() + distance - 1 - ratio)
+
+
+def discretized_nll(shift, x, log_scale):
+    """−log P(x) of a Gaussian with mean x − shift on the 256 grey levels of [−1, 1], in nats."""
+    per_scale = (-log_scale).exp()
+    upper = _normal_cdf((shift + 1 / 255) * per_scale)
+    lower = _normal_cdf((shift - 1 / 255) * per_scale)
+    upper = torch.where(x > 0.999, 1.0, upper)
+    lower = torch.where(x < -0.999, 0.0, lower)
+    return -(upper - lower).clamp(min=1e-12).log()
+
+
+def _normal_cdf(x):
+    # the tanh approximation, as the released weights were trained with
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

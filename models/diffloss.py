@@ -1,0 +1,210 @@
+"""Diffusion Loss: a small denoising MLP that models p(token | z) (paper, sections 3.2 and 3.3)."""
+
+import math
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion import create_diffusion
+from util.random import rand, randn
+
+QUARTERS = 4
+
+
+class DiffLoss(nn.Module):
+    """The head of a model of continuous tokens: `forward` is its loss, `sample` its sampler.
+
+    target_channels: of a token. z_channels: of the vector z that the backbone gives for it. depth,
+    width: of the denoising MLP. num_sampling_steps: steps of the reverse process, as in
+    `diffusion.schedule.spaced_timesteps`. diffusion_batch_mul: timesteps drawn for each token in
+    training (4 in the paper). vlb: whether the loss has the variational term. max_timestep: where
+    sampling starts unless told otherwise; None is the very end of the process.
+    """
+
+    def __init__(
+        self,
+        target_channels,
+        z_channels,
+        depth,
+        width,
+        num_sampling_steps="100",
+        grad_checkpointing=False,
+        diffusion_batch_mul=1,
+        vlb=True,
+        max_timestep=None,
+    ):
+        super().__init__()
+        self.in_channels = target_channels
+        self.net = DenoisingMLP(target_channels, width, z_channels, depth, grad_checkpointing)
+        self.train_diffusion = create_diffusion()
+        self.gen_diffusion = create_diffusion(num_sampling_steps)
+        self.gen_diffusion.first_step(max_timestep)  # refuses a wrong one here, not after training
+        self.diffusion_batch_mul = diffusion_batch_mul
+        self.vlb = vlb
+        self.max_timestep = max_timestep
+        # sums and counts of the loss by quarter of the timesteps, kept on the device
+        self.register_buffer("quarters", torch.zeros(2, QUARTERS), persistent=False)
+
+    def forward(self, target, z, mask=None, generator=None):
+        """Mean loss over tokens: target (..., C), z (..., D), mask (...) with 1 = counts."""
+        rows = (self.diffusion_batch_mul, *target.shape[:-1])
+        steps = self.train_diffusion.num_steps
+        t = (rand(rows, generator, target.device) * steps).long().clamp(max=steps - 1)
+        noise = randn((*rows, target.shape[-1]), generator, target.device)
+        losses = self.train_diffusion.training_losses(
+            lambda x, t: self.net(x, t, z), target, t, noise, self.vlb
+        )["loss"]
+        self._count_quarters(losses.detach(), t)
+        losses = losses.mean(0)
+        return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z,
+        temperature=1.0,
+        cfg=1.0,
+        z_uncond=None,
+        generator=None,
+        max_timestep=None,
+        noise=None,
+    ):
+        """Tokens (..., C) drawn from p(token | z) for z (..., D).
+
+        With cfg ≠ 1, z_uncond (..., D) is the unconditional z; without it, z holds both, the
+        conditional half first, and so does the result, twice the same (the published form).
+        noise: (steps + 1, ..., C), the start and one draw a step; drawn from `generator` if not
+        given. Raises ValueError for a negative temperature.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature}: expected 0 or more")
+        stacked = cfg != 1.0 and z_uncond is None
+        if stacked:
+            z, z_uncond = z.chunk(2)
+        if noise is None:
+            noise = self._draw_noise(z, generator)
+
+        def network(x, t):
+            if cfg == 1.0:
+                return self.net(x, t, z)
+            return self.net.with_cfg(x, t, z, z_uncond, cfg)
+
+        max_timestep = self.max_timestep if max_timestep is None else max_timestep
+        x = self.gen_diffusion.p_sample_loop(
+            network, noise[0], noise[1:], temperature, max_timestep
+        )
+        return torch.cat([x, x]) if stacked else x
+
+    def pop_statistics(self):
+        """Mean training loss by quarter of the timesteps since the last call: name -> float."""
+        sums, counts = self.quarters.tolist()
+        self.quarters.zero_()
+        size = self.train_diffusion.num_steps // QUARTERS
+        return {
+            f"loss_t{q * size}-{(q + 1) * size - 1}": sums[q] / counts[q]
+            for q in range(QUARTERS)
+            if counts[q]
+        }
+
+    def _count_quarters(self, losses, t):
+        quarter = (t * QUARTERS // self.train_diffusion.num_steps).flatten()
+        self.quarters[0].index_add_(0, quarter, losses.flatten())
+        self.quarters[1].index_add_(0, quarter, torch.ones_like(losses).flatten())
+
+    def _draw_noise(self, z, generator):
+        steps = self.gen_diffusion.num_steps
+        shape = (z.shape[0], steps + 1, *z.shape[1:-1], self.in_channels)
+        return randn(shape, generator, z.device).movedim(1, 0)
+
+
+class DenoisingMLP(nn.Module):
+    """ε_θ(x | t, z) and the variance's v: residual MLP blocks, conditioned by AdaLN."""
+
+    def __init__(self, in_channels, width, z_channels, depth, grad_checkpointing=False):
+        super().__init__()
+        self.grad_checkpointing = grad_checkpointing
+        self.time_embed = TimestepEmbedder(width)
+        self.cond_embed = nn.Linear(z_channels, width)
+        self.input_proj = nn.Linear(in_channels, width)
+        self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
+        self.final_layer = FinalLayer(width, 2 * in_channels)
+        self._initialize()
+
+    def forward(self, x, t, z):
+        """x (..., C), t (...), z (..., D), broadcast against each other, give (..., 2C)."""
+        y = self.time_embed(t) + self.cond_embed(z)
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))
+        for block in self.res_blocks:
+            if self.grad_checkpointing and self.training:
+                x = checkpoint(block, x, y, use_reentrant=False)
+            else:
+                x = block(x, y)
+        return self.final_layer(x, y)
+
+    def with_cfg(self, x, t, z, z_uncond, cfg):
+        """The guided noise ε_u + ω(ε_c − ε_u) (paper, appendix B); v is the conditional one's."""
+        both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([z, z_uncond]))
+        cond, uncond = both.float().chunk(2)
+        noise, v = cond.chunk(2, dim=-1)
+        noise_uncond = uncond.chunk(2, dim=-1)[0]
+        return torch.cat([noise_uncond + cfg * (noise - noise_uncond), v], dim=-1)
+
+    def _initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for i in (0, 2):
+            nn.init.normal_(self.time_embed.mlp[i].weight, std=0.02)
+        # every block starts as the identity, and the network predicts zero
+        for layer in (*self.res_blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding of a timestep, then an MLP: (...) gives (..., width)."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        rates = torch.exp(-math.log(10000) * torch.arange(frequencies // 2) / (frequencies // 2))
+        self.register_buffer("rates", rates, persistent=False)
+
+    def forward(self, t):
+        angles = t.unsqueeze(-1) * self.rates.float()
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class ResBlock(nn.Module):
+    """x + gate(y)·MLP(LN(x)·(1 + scale(y)) + shift(y))."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.in_ln = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+
+    def forward(self, x, y):
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without parameters, AdaLN, linear."""
+
+    def __init__(self, width, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, y):
+        shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift

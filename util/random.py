@@ -1,0 +1,38 @@
+"""Random draws whose source is an argument.
+
+`generator` is None (torch's own), one torch.Generator, or a sequence of them, one for each entry of
+the first dimension: then entry i depends on generator i alone, not on what it is batched with.
+Numbers are drawn where the generator lives and then moved.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def randn(shape, generator=None, device=None):
+    """Standard normal numbers of this shape, float32."""
+    return _draw(torch.randn, shape, generator, device)
+
+
+def rand(shape, generator=None, device=None):
+    """Uniform numbers in [0, 1) of this shape, float32."""
+    return _draw(torch.rand, shape, generator, device)
+
+
+def image_generators(seed, indices, device="cpu"):
+    """One generator for each image index, a function of (seed, index) alone."""
+    # torch scrambles a seed well, so neighbouring seeds are as good as distant ones
+    return [torch.Generator(device).manual_seed((seed << 32) + index) for index in indices]
+
+
+def _draw(function, shape, generator, device):
+    if isinstance(generator, Sequence):
+        if len(generator) != shape[0]:
+            raise ValueError(
+                f"{len(generator)} generators for a batch of {shape[0]}: expected one each"
+            )
+        draws = [function(shape[1:], generator=g, device=g.device) for g in generator]
+        return torch.stack(draws).to(device)
+    source = device if generator is None else generator.device
+    return function(shape, generator=generator, device=source).to(device)

@@ -1,0 +1,127 @@
+"""Weight files: read one safely, load it strictly, and say plainly what does not fit.
+
+Nothing in a file is ever executed: `.safetensors` files hold tensors only, and everything else goes
+through `torch.load(weights_only=True)`.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+_SHOWN = 3  # differences of each kind that a message spells out
+
+
+class _Ignored:
+    """Stands in for an object of somebody else's library: takes anything and does nothing."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _ignored(name):
+    """An `_Ignored` class that answers to the dotted `name`."""
+    module, _, attribute = name.rpartition(".")
+    return type(attribute, (_Ignored,), {"__module__": module})
+
+
+# What published checkpoints pickle beside their tensors. A Namespace only has attributes; the rest,
+# from Lightning's record of its callbacks, is replaced by classes that do nothing.
+_HARMLESS = [
+    argparse.Namespace,
+    _ignored("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
+    _ignored("numpy.core.multiarray.scalar"),
+    _ignored("numpy._core.multiarray.scalar"),
+    _ignored("numpy.dtype"),
+]
+
+
+def read_weights(path, entries=("model", "state_dict"), missing=""):
+    """The state dict (name -> tensor, on the CPU) that the file at `path` holds.
+
+    Args:
+        path: a `.safetensors` file, or one that `torch.save` wrote.
+        entries: where to look, in this order; without any of them, the file itself is the dict.
+        missing: advice for the message when there is no such file, e.g. how to download it.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, it holds pickled objects that are not
+            known to be harmless, or it holds no tensors. The message starts with the path.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file. {missing}".rstrip())
+    content = _read(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
+    for entry in entries:
+        if isinstance(content.get(entry), dict):
+            content = content[entry]
+            break
+    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not weights:
+        names = ", ".join(str(name) for name in list(content)[:5]) or "nothing at all"
+        raise ValueError(f"{path}: holds no weights; what it holds: {names}")
+    return weights
+
+
+def _read(path):
+    """All that the file holds; a ValueError with one line if it cannot be read."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file raises nearly anything, even OSError
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path}: refused, because it holds a pickled {refused[1]}, and unpickling may run "
+                "any code; if you trust the file, load it once with weights_only=False and save "
+                "its state dict alone"
+            ) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": ")
+        raise ValueError(
+            f"{path}: cannot be read ({reason}); it is truncated, or no weight file"
+        ) from error
+
+
+def load_strictly(module, state, source, hint=""):
+    """Load `state` into `module`; every name and every shape must agree.
+
+    Args:
+        module: any `nn.Module`.
+        state: name -> tensor.
+        source: what the message calls the state, usually its path.
+        hint: a sentence for the end of the message, for whoever knows more about the module.
+
+    Raises:
+        ValueError: they differ. The module is then as it was. The message gives the first few
+            differences of each kind and the count of all.
+    """
+    own = module.state_dict()
+    shapes = [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    unexpected = [f"{name}: in the file, not in this model" for name in state if name not in own]
+    missing = [f"{name}: in this model, not in the file" for name in own if name not in state]
+    kinds = (shapes, unexpected, missing)
+    count = sum(map(len, kinds))
+    if not count:
+        module.load_state_dict(state, strict=True)
+        return
+    shown = [difference for kind in kinds for difference in kind[:_SHOWN]]
+    rest = f"; and {count - len(shown)} more" if count > len(shown) else ""
+    raise ValueError(
+        f"{source} does not fit this {type(module).__name__}: {'; '.join(shown)}{rest} "
+        f"(in all {len(shapes)} shapes differ, {len(unexpected)} names unexpected, "
+        f"{len(missing)} missing). {hint}".rstrip()
+    )
