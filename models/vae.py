@@ -268,14 +268,18 @@ class AutoencoderKL(nn.Module):
             self._load(load_kl_weights(ckpt_path), ckpt_path)
 
     @classmethod
-    def from_file(cls, path):
-        """The variant that the file at `path` holds, with its weights."""
+    def from_file(cls, path, **expected):
+        """The variant that the file at `path` holds, with its weights.
+
+        What is `expected` (arguments of the constructor) is not taken from the file: a file that
+        holds something else raises a ValueError that names the first differences.
+        """
         state = load_kl_weights(path)
         try:
             variant = kl_variant(state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        model = cls(**variant)
+        model = cls(**{**variant, **expected})
         model._load(state, path)
         return model
 

@@ -6,6 +6,7 @@ through `torch.load(weights_only=True)`.
 
 import argparse
 import re
+import zipfile
 from pathlib import Path
 
 import torch
@@ -53,9 +54,7 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
         ValueError: there is no such file, it is damaged, it holds pickled objects that are not
             known to be harmless, or it holds no tensors. The message starts with the path.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file. {missing}".rstrip())
-    content = _read(path)
+    content = read_file(path, missing)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
     for entry in entries:
@@ -69,13 +68,17 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
     return weights
 
 
-def _read(path):
-    """All that the file holds; a ValueError with one line if it cannot be read."""
+def read_file(path, missing=""):
+    """All that the file at `path` holds. Raises ValueError as `read_weights` does."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file. {missing}".rstrip())
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # mapped, so that eight processes of a node do not each hold a copy
+            mapped = zipfile.is_zipfile(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file raises nearly anything, even OSError

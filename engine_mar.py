@@ -1,0 +1,314 @@
+"""The loops: train an epoch, generate images, cache latents. Scripts own flags and files."""
+
+import time
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+
+from util import dist
+from util.dist import print0
+from util.images import grid, replacing, to_uint8
+from util.logger import Progress
+from util.random import image_generators
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+UNKNOWN_RANGE = 10.0  # latents have about unit deviation; used where training left no range
+
+
+def pick_precision(name, device):
+    """The precision that "auto" means on this device; any other name is itself."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
+def autocast(device, precision):
+    """The autocast of a precision (a key of PRECISIONS)."""
+    dtype = PRECISIONS[precision]
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def unwrap(model):
+    """The model itself, where it is wrapped for several processes."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def parameter_groups(model, weight_decay):
+    """AdamW's groups: none on biases, 1-D parameters and the head (`diffloss`); then the rest.
+
+    The order is the published one, so that its optimiser states load.
+    """
+    none, some = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim == 1 or name.endswith(".bias") or "diffloss" in name
+        (none if plain else some).append(parameter)
+    return [{"params": none, "weight_decay": 0.0}, {"params": some, "weight_decay": weight_decay}]
+
+
+def train_one_epoch(
+    model,
+    tokenizer,
+    loader,
+    optimizer,
+    scaler,
+    ema,
+    epoch,
+    *,
+    learning_rate,
+    device,
+    precision="fp32",
+    cached=False,
+    accum_iter=1,
+    grad_clip=3.0,
+    seed=0,
+    logger=None,
+    progress=None,
+    log_every=20,
+):
+    """Train on every batch of `loader` once; returns the largest |latent| seen, a float.
+
+    learning_rate: of a fractional epoch. cached: the loader gives moments, not images. accum_iter:
+    batches a step of the optimiser. All that is drawn follows from (seed, epoch, rank), so a run
+    that is resumed at an epoch draws what the uninterrupted one would have.
+    Raises FloatingPointError, on every process, for a loss that is not finite.
+    """
+    model.train()
+    loader.sampler.set_epoch(epoch)
+    torch.manual_seed(_epoch_seed(seed, epoch))  # dropout, and the loader's workers
+    generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
+    window = Window(device)
+    steps = len(loader) // accum_iter
+    largest = torch.zeros((), device=device)
+
+    optimizer.zero_grad(set_to_none=True)
+    for i, (batch, labels) in enumerate(window.timed(loader)):
+        if i == steps * accum_iter:  # not enough left for a whole step
+            break
+        if i % accum_iter == 0:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(epoch + i / len(loader))
+
+        batch = batch.to(device, non_blocking=True)
+        labels = labels.to(device, non_blocking=True)
+        with torch.no_grad():
+            moments = batch if cached else tokenizer.encode(batch)
+            latents = tokenizer.sample(moments, generator)
+            largest = torch.maximum(largest, latents.abs().max())
+
+        last = (i + 1) % accum_iter == 0
+        hold = nullcontext() if last or model is unwrap(model) else model.no_sync()
+        with hold:
+            with autocast(device, precision):
+                loss = model(latents, labels, generator)
+            scaler.scale(loss / accum_iter).backward()
+        window.add(loss, len(latents))
+        if not last:
+            continue
+
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(unwrap(model))
+        if progress:
+            progress.update(1, window.note)
+
+        step = (i + 1) // accum_iter
+        if step % log_every == 0 or step == steps:
+            window.check(epoch)
+            figures = window.pop(epoch, norm, optimizer.param_groups[0]["lr"])
+            figures |= unwrap(model).diffloss.pop_statistics()
+            if logger:
+                logger.scalars(figures, epoch * steps + step, epoch=epoch + (i + 1) / len(loader))
+    return dist.all_reduce(largest, "max").item()
+
+
+class Window:
+    """What is summed between two lines of the log: on the device, without waiting for it."""
+
+    def __init__(self, device):
+        self.never = torch.iinfo(torch.int64).max
+        self.first_bad = torch.tensor(self.never, device=device)  # step·processes + rank
+        self.loss = torch.zeros((), device=device)
+        self.batches, self.note = 0, ""
+        self._restart()
+
+    def timed(self, loader):
+        """The batches of a loader; the time waited for them is kept."""
+        batches = iter(loader)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
+
+    def add(self, loss, images):
+        loss = loss.detach()
+        place = self.batches * dist.world_size() + dist.rank()
+        bad = torch.where(loss.isfinite(), self.never, place)
+        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.loss += loss
+        self.batches += 1
+        self.count += 1
+        self.images += images
+
+    def check(self, epoch):
+        """Stop every process if a loss of any of them was not finite."""
+        first = dist.all_reduce(self.first_bad.clone(), "min").item()
+        if first != self.never:
+            batch, rank = divmod(first, dist.world_size())
+            raise FloatingPointError(
+                f"the loss is not finite at epoch {epoch}, step {batch}, rank {rank}; the last "
+                "checkpoint is from before. Try --precision bf16 or fp32, or a lower --lr"
+            )
+
+    def pop(self, epoch, norm, lr):
+        """Figures since the last time, of all processes: name -> float."""
+        loss = dist.all_reduce(self.loss / self.count).item() / dist.world_size()
+        seconds = time.perf_counter() - self.start
+        figures = {
+            "loss": loss,
+            "grad_norm": norm.item(),
+            "lr": lr,
+            "images_per_s": self.images * dist.world_size() / seconds,
+            "data_wait": self.waited / seconds,
+        }
+        speed = figures["images_per_s"]
+        self.note = f"epoch {epoch} loss {loss:.4f} lr {lr:.1e} {speed:.0f} img/s"
+        self._restart()
+        return figures
+
+    def _restart(self):
+        self.loss.zero_()
+        self.count = self.images = 0
+        self.start, self.waited = time.perf_counter(), 0.0
+
+
+def _epoch_seed(seed, epoch):
+    """A seed for one epoch of one process."""
+    return int(np.random.SeedSequence([seed, epoch, dist.rank()]).generate_state(1, np.uint64)[0])
+
+
+def generate_images(
+    model,
+    tokenizer,
+    labels,
+    *,
+    seed,
+    batch_size,
+    device,
+    precision="fp32",
+    latent_range=None,
+    label="sampling",
+    **sampling,
+):
+    """Sample an image for each label, yielding (indices, images uint8 (n, H, W, 3)) by the batch.
+
+    labels: a sequence of class numbers, or None for no class, the same on every process; each
+    process makes every world_size-th batch. Image i depends on (seed, i) alone. sampling: arguments
+    of `sample_tokens`. latent_range: the largest |latent| of the data; samples far outside of it
+    are counted and said.
+    """
+    if tokenizer.channels != model.vae_embed_dim:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.channels} channels, the model {model.vae_embed_dim}"
+        )
+    limit = 2 * (latent_range or UNKNOWN_RANGE)
+    bad, worst = 0, 0.0
+    starts = range(0, len(labels), batch_size)[dist.rank() :: dist.world_size()]
+    progress = Progress(max(1, len(starts)), label, "batch")
+    for start in starts:
+        indices = range(start, min(start + batch_size, len(labels)))
+        chosen = [labels[i] for i in indices]
+        with torch.no_grad(), autocast(device, precision):
+            latents = model.sample_tokens(
+                len(indices),
+                labels=None if chosen[0] is None else torch.tensor(chosen, device=device),
+                generator=image_generators(seed, indices),
+                **sampling,
+            )
+        with torch.no_grad():
+            images = to_uint8(tokenizer.decode(latents))
+        extremes = torch.nan_to_num(latents.abs().flatten(1).amax(1), nan=float("inf"))
+        bad += int((extremes > limit).sum())
+        worst = max(worst, extremes.max().item())
+        progress.update()
+        yield indices, images
+    progress.close()
+    _say_diverged(bad, worst, limit, len(labels))
+
+
+def _say_diverged(bad, worst, limit, count):
+    bad, worst = sum(dist.all_gather(bad)), max(dist.all_gather(worst))
+    if bad:
+        print0(
+            f"WARNING: {bad} of {count} images have latents outside the range of the data "
+            f"(up to {worst:.3g}, expected below {limit:.3g}): the reverse process diverged. "
+            "Start it lower with --max_timestep 950, or train the model for longer"
+        )
+
+
+def gathered(batches):
+    """The batches of `generate_images` of all processes, in order, on rank 0; nothing elsewhere."""
+    batches, more = iter(batches), True
+    while more:
+        batch = next(batches, None)
+        together = dist.gather(batch) or []
+        yield from (b for b in together if b is not None)
+        more = any(dist.all_gather(batch is not None))
+
+
+def sample_grid(model, tokenizer, classes, columns=8, **kwargs):
+    """An image for each of some classes, fixed seeds, as a grid: uint8 (H, W, 3), on rank 0."""
+    images = [
+        images for _, images in gathered(generate_images(model, tokenizer, classes, **kwargs))
+    ]
+    return grid(np.concatenate(images), columns, min_side=64) if images else None
+
+
+def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device):
+    """Write the moments of each image of an ImageFolder, and of its mirror image, below `folder`.
+
+    One `class/name.ext.npz` each with float32 `moments` and `moments_flip` (2C, h, w). Images whose
+    file is there and whole are skipped. Returns (written, skipped), of all processes.
+    """
+    from torch.utils.data import DataLoader, Subset
+
+    from util.data import read_moments
+
+    side = dataset.img_size // tokenizer.stride
+    shape = (tokenizer.moment_channels, side, side)
+
+    def is_whole(index):
+        path = folder / f"{dataset.name(index)}.npz"
+        try:
+            return path.is_file() and all(m.shape == shape for m in read_moments(path).values())
+        except ValueError:
+            return False
+
+    mine = range(dist.rank(), len(dataset), dist.world_size())
+    todo = [i for i in mine if not is_whole(i)]
+    loader = DataLoader(Subset(dataset, todo), batch_size, num_workers=num_workers)
+    progress = Progress(max(1, len(todo)), "caching", "img")
+    for start, (images, _) in zip(range(0, len(todo), batch_size), loader, strict=True):
+        images = images.to(device)
+        with torch.no_grad():
+            moments = tokenizer.encode(images).float().cpu().numpy()
+            flipped = tokenizer.encode(images.flip(-1)).float().cpu().numpy()
+        for index, one, other in zip(todo[start:], moments, flipped, strict=False):
+            # numpy adds .npz to a name that lacks it, so it is given an open file
+            path = folder / f"{dataset.name(index)}.npz"
+            with replacing(path) as beside, open(beside, "wb") as file:
+                np.savez(file, moments=one, moments_flip=other)
+        progress.update(len(images))
+    progress.close()
+    written = sum(dist.all_gather(len(todo)))
+    return written, len(dataset) - written

@@ -1,0 +1,412 @@
+"""Train a MAR, or evaluate one. `python main_mar.py --help`; several processes by torchrun."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import engine_mar as engine
+from models import MODELS, TOKENIZERS, build_model, build_tokenizer, checkpoint_config
+from util import data, dist, presets
+from util.checkpoint import LAST, find_checkpoint, load_checkpoint, save_checkpoint
+from util.dist import print0
+from util.ema import EMA
+from util.flags import Parser, add_machine_flags, add_sampling_flags, add_tokenizer_flags, run
+from util.images import FolderWriter, save_image
+from util.logger import Logger, Progress
+from util.lr_sched import learning_rate
+from util.weights import load_strictly
+
+# arguments of the model that its weights fix, and those that each run chooses
+ARCHITECTURE = (
+    "img_size",
+    "vae_stride",
+    "patch_size",
+    "vae_embed_dim",
+    "class_num",
+    "buffer_size",
+    "diffloss_d",
+    "diffloss_w",
+)
+TRAINING = (
+    "mask_ratio_min",
+    "label_drop_prob",
+    "attn_dropout",
+    "proj_dropout",
+    "diffusion_batch_mul",
+    "grad_checkpointing",
+    "num_sampling_steps",
+    "max_timestep",
+)
+SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature")
+
+
+def get_parser():
+    parser = Parser(description=__doc__)
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=MODELS, default="mar_large", help="size of the backbone")
+    group.add_argument(
+        "--vae_stride",
+        type=int,
+        metavar="S",
+        help="pixels a latent, along a side (default: the tokenizer's)",
+    )
+    group.add_argument(
+        "--patch_size",
+        type=int,
+        metavar="P",
+        help="P×P latents are one token (default: the tokenizer's: kl16 1, kl8 2, pixels 4)",
+    )
+    group.add_argument("--class_num", type=int, default=1000, help="classes")
+    group.add_argument(
+        "--buffer_size", type=int, default=64, help="class tokens in front of the encoder's"
+    )
+    group.add_argument("--diffloss_d", type=int, default=3, help="blocks of the denoising MLP")
+    group.add_argument("--diffloss_w", type=int, default=1024, help="width of the denoising MLP")
+    group.add_argument("--attn_dropout", type=float, default=0.1, help="dropout of attention")
+    group.add_argument("--proj_dropout", type=float, default=0.1, help="dropout of projections")
+    group.add_argument(
+        "--mask_ratio_min", type=float, default=0.7, help="least share of unknown tokens"
+    )
+    group.add_argument(
+        "--label_drop_prob", type=float, default=0.1, help="share of labels dropped, for guidance"
+    )
+    group.add_argument(
+        "--diffusion_batch_mul",
+        type=int,
+        default=1,
+        help="timesteps drawn for each token (the paper's models: 4)",
+    )
+    group.add_argument(
+        "--no_vlb", action="store_true", help="leave the variational term out of the loss"
+    )
+    group.add_argument(
+        "--grad_checkpointing", action="store_true", help="compute blocks again, to save memory"
+    )
+
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--preset", choices=presets.PRESETS, help="flags that belong together; others override"
+    )
+    group.add_argument("--epochs", type=int, default=400, help="passes over the data")
+    group.add_argument("--batch_size", type=int, default=16, help="images a process and batch")
+    group.add_argument("--accum_iter", type=int, default=1, help="batches a step of the optimiser")
+    group.add_argument(
+        "--lr", type=float, help="peak learning rate (default: --blr × total batch / 256)"
+    )
+    group.add_argument("--blr", type=float, default=1e-4, help="the rate for 256 images a step")
+    group.add_argument("--min_lr", type=float, default=0.0, help="where a cosine ends")
+    group.add_argument(
+        "--lr_schedule", choices=("constant", "cosine"), default="constant", help="after warm-up"
+    )
+    group.add_argument("--warmup_epochs", type=float, default=100, help="linear, from 0")
+    group.add_argument(
+        "--weight_decay", type=float, default=0.02, help="not on biases, 1-D parameters, the head"
+    )
+    group.add_argument(
+        "--grad_clip", type=float, default=3.0, help="largest norm of the gradient; 0 is no limit"
+    )
+    group.add_argument("--ema_rate", type=float, default=0.9999, help="of the averaged weights")
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data_path",
+        default="./data/imagenet",
+        metavar="DIR",
+        help="a folder with train/class/image files, or 'digits': the built-in 8×8 digits",
+    )
+    group.add_argument(
+        "--use_cached", action="store_true", help="train on latents that main_cache.py wrote"
+    )
+    group.add_argument("--cached_path", default="", metavar="DIR", help="where those are")
+
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints")
+    group.add_argument(
+        "--log_dir", metavar="DIR", help="TensorBoard and log.jsonl (default: --output_dir)"
+    )
+    group.add_argument(
+        "--resume",
+        default="",
+        metavar="PATH",
+        help="a checkpoint, or a folder holding checkpoint-last.pth: go on with the next epoch. "
+        "A folder without one starts anew",
+    )
+    group.add_argument(
+        "--start_epoch", type=int, default=0, help="epoch to begin with, if not resumed"
+    )
+    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument(
+        "--eval_freq",
+        type=int,
+        default=40,
+        help="epochs between grids of samples, and between evaluations with --online_eval",
+    )
+
+    group = parser.add_argument_group("evaluation")
+    group.add_argument(
+        "--evaluate", action="store_true", help="sample --num_images with the EMA, train nothing"
+    )
+    group.add_argument(
+        "--online_eval", action="store_true", help="do so every --eval_freq epochs as well"
+    )
+    group.add_argument("--num_images", type=int, default=50000, help="as many of each class")
+    group.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once")
+
+    add_tokenizer_flags(parser, TOKENIZERS)
+    add_sampling_flags(
+        parser,
+        num_iter=64,
+        num_sampling_steps="100",
+        cfg=1.0,
+        cfg_schedule="linear",
+        temperature=1.0,
+    )
+    add_machine_flags(parser, num_workers=10)
+    return parser
+
+
+def main(argv=None):
+    args, given = presets.apply(get_parser(), argv)
+    device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    precision = engine.pick_precision(args.precision, device)
+    path = find_checkpoint(args.resume) if args.resume else None
+    if args.evaluate and not path:
+        raise ValueError(f"--resume {args.resume!r}: expected a checkpoint to evaluate")
+    if args.resume and not path:
+        print0(f"--resume {args.resume}: no {LAST} there, starting anew")
+    checkpoint = load_checkpoint(path) if path else None
+
+    config, tokenizer = configure(args, given, checkpoint, path)
+    tokenizer.to(device)
+    torch.manual_seed(args.seed)  # the initial weights, the same on every process
+    model = build_model(**config["model"]).to(device)
+    ema = EMA(model, args.ema_rate)
+    if checkpoint:
+        load_strictly(model, checkpoint["model"], path)
+        load_strictly(ema.module, checkpoint["model_ema"], path)
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print0(f"{config['model']['name']}: {size:.1f}M parameters, {precision} on {device}")
+
+    common = {"config": config, "tokenizer": tokenizer, "device": device, "precision": precision}
+    if args.evaluate:
+        evaluate(args, ema.module, **common)
+    else:
+        train(args, model, ema, checkpoint, **common)
+
+
+def configure(args, given, checkpoint, source):
+    """The configuration (see `models`) that the flags ask for, and its tokenizer.
+
+    Of a checkpoint that is resumed, architecture and tokenizer are taken; a flag that says
+    otherwise of the architecture is refused.
+    """
+    stored = checkpoint_config(checkpoint, source) if checkpoint else {}
+    chosen = {"name": "tokenizer", "vae_path": "vae_path", "scale": "vae_scale"}
+    own = {key: getattr(args, flag) for key, flag in chosen.items()}
+    if args.tokenizer == "pixels":
+        own["channels"] = args.vae_embed_dim
+    if stored:
+        own = {**stored["tokenizer"], **{k: own[k] for k, flag in chosen.items() if flag in given}}
+    tokenizer = build_tokenizer(**own)
+
+    derived = {"vae_stride": tokenizer.stride, "vae_embed_dim": tokenizer.channels}
+    for name, value in derived.items():
+        if getattr(args, name) not in (None, value):
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: the tokenizer {own['name']} has {value}"
+            )
+    model = {"name": args.model, **{name: getattr(args, name) for name in ARCHITECTURE}, **derived}
+    if model["patch_size"] is None:
+        model["patch_size"] = tokenizer.patch_size
+    for name in ("name", *ARCHITECTURE) if stored else ():
+        flag = "model" if name == "name" else name
+        if flag in given and model[name] != stored["model"][name]:
+            raise ValueError(
+                f"--{flag} {model[name]}: {source} holds {stored['model'][name]}; leave the flag "
+                "out to take it from there"
+            )
+        model[name] = stored["model"][name]
+    model |= {name: getattr(args, name) for name in TRAINING}
+    model["vlb"] = not args.no_vlb
+
+    length = (model["img_size"] // model["vae_stride"] // model["patch_size"]) ** 2
+    if "num_iter" not in given:
+        args.num_iter = min(args.num_iter, length)
+    if not 1 <= args.num_iter <= length:
+        raise ValueError(f"--num_iter {args.num_iter}: expected 1 to {length}, the tokens")
+    config = {
+        "model": model,
+        "tokenizer": own,
+        "sampling": {name: getattr(args, name) for name in SAMPLING},
+        "latent_range": stored.get("latent_range", 0.0),
+    }
+    return config, tokenizer
+
+
+def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision):
+    """Train from the checkpoint's next epoch, or from the first, to the last."""
+    loader = get_loader(args, config, tokenizer, device)
+    steps = len(loader) // args.accum_iter
+    if not steps:
+        raise ValueError(f"--accum_iter {args.accum_iter}: an epoch has {len(loader)} batches")
+    total_batch = args.batch_size * args.accum_iter * dist.world_size()
+    lr = args.blr * total_batch / 256 if args.lr is None else args.lr
+    rate = partial(
+        learning_rate,
+        lr=lr,
+        warmup_epochs=args.warmup_epochs,
+        epochs=args.epochs,
+        min_lr=args.min_lr,
+        schedule=args.lr_schedule,
+    )
+    rate(0.0)
+    print0(f"{len(loader.dataset)} images, {steps} steps of {total_batch} an epoch, lr {lr:.2e}")
+    for line in misfits(args, steps):
+        print0(f"NOTE: {line}")
+
+    optimizer = torch.optim.AdamW(
+        engine.parameter_groups(model, args.weight_decay), lr=lr, betas=(0.9, 0.95)
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    start = args.start_epoch
+    if checkpoint and "optimizer" in checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        start = checkpoint["epoch"] + 1
+        if scaler.is_enabled() and checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+        print0(f"resumed {args.resume}: goes on with epoch {start}")
+
+    parallel = model
+    if dist.world_size() > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        parallel = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    logger = Logger(args.log_dir or args.output_dir)
+    output = Path(args.output_dir)
+    progress = Progress(args.epochs * steps, "training", "step", done=start * steps)
+    for epoch in range(start, args.epochs):
+        largest = engine.train_one_epoch(
+            parallel,
+            tokenizer,
+            loader,
+            optimizer,
+            scaler,
+            ema,
+            epoch,
+            learning_rate=rate,
+            device=device,
+            precision=precision,
+            cached=args.use_cached,
+            accum_iter=args.accum_iter,
+            grad_clip=args.grad_clip,
+            seed=args.seed,
+            logger=logger,
+            progress=progress,
+        )
+        config["latent_range"] = max(config["latent_range"], largest)
+        last = epoch + 1 == args.epochs
+        if (epoch + 1) % args.save_last_freq == 0 or last:
+            if dist.is_main():
+                path = output / LAST
+                save_checkpoint(path, model, ema, optimizer, scaler, epoch, config, vars(args))
+            dist.barrier()
+        if (epoch + 1) % args.eval_freq == 0 or last:
+            common = {"config": config, "tokenizer": tokenizer, "device": device}
+            common["precision"] = precision
+            for name, network in (("ema", ema.module), ("raw", model.eval())):
+                image = grid(args, network, label=f"{name} samples", **common)
+                if image is not None:
+                    logger.image(f"samples/{name}", image, (epoch + 1) * steps)
+                    save_image(output / "samples" / f"epoch{epoch + 1:04d}_{name}.png", image)
+            if args.online_eval:
+                evaluate(args, ema.module, **common)
+    progress.close()
+    logger.close()
+    print0(f"done: {output / LAST}, samples in {output / 'samples'}")
+
+
+def get_loader(args, config, tokenizer, device):
+    """The loader of images or, with --use_cached, of moments. Raises ValueError for bad data."""
+    size, classes = config["model"]["img_size"], config["model"]["class_num"]
+    if args.use_cached:
+        side = size // tokenizer.stride
+        shape = (tokenizer.moment_channels, side, side)
+        dataset = data.cached_set(args.cached_path, shape, classes)
+    else:
+        record = Path(args.output_dir) / "data_checked.txt"
+        dataset = data.training_set(args.data_path, size, classes, args.num_workers, record)
+    pin = args.pin_mem and device.type == "cuda"
+    return data.training_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
+
+
+def misfits(args, steps):
+    """Lines that say which defaults do not fit a run this short, and what would."""
+    if args.warmup_epochs >= args.epochs:
+        fitting = max(1, args.epochs // 20)
+        yield (
+            f"the warm-up of {args.warmup_epochs:g} epochs is not over in {args.epochs} epochs; "
+            f"--warmup_epochs {fitting} would fit"
+        )
+    # an average holds 5% of the initial weights after 3 horizons, and 37% after one
+    total, horizon = steps * args.epochs, 1 / (1 - args.ema_rate)
+    if 3 * horizon > total:
+        fitting = max(0.0, 1 - 20 / total)
+        yield (
+            f"the EMA remembers {horizon:.0f} steps, the run has {total}; "
+            f"--ema_rate {fitting:.4g} would fit"
+        )
+
+
+def sampling_settings(args):
+    """How to sample, as `generate_images` takes it."""
+    return {name: getattr(args, name) for name in SAMPLING}
+
+
+def grid(args, model, *, config, tokenizer, device, precision, label):
+    """Two images of each of up to ten classes, spread over all, with fixed seeds."""
+    count = config["model"]["class_num"]
+    columns = min(count, 10)
+    return engine.sample_grid(
+        model,
+        tokenizer,
+        [i * count // columns for i in range(columns)] * 2,
+        columns=columns,
+        seed=args.seed,
+        batch_size=args.eval_bsz,
+        device=device,
+        precision=precision,
+        latent_range=config["latent_range"],
+        label=label,
+        **sampling_settings(args),
+    )
+
+
+def evaluate(args, model, *, config, tokenizer, device, precision):
+    """Sample num_images, as many of each class, into a folder of PNGs below the output folder."""
+    count = config["model"]["class_num"]
+    name = (
+        f"ariter{args.num_iter}-diffsteps{args.num_sampling_steps}-temp{args.temperature}-"
+        f"{args.cfg_schedule}cfg{args.cfg}-image{args.num_images}_ema"
+    )
+    writer = FolderWriter(Path(args.output_dir) / name)
+    batches = engine.generate_images(
+        model,
+        tokenizer,
+        [i * count // args.num_images for i in range(args.num_images)],
+        seed=args.seed,
+        batch_size=args.eval_bsz,
+        device=device,
+        precision=precision,
+        latent_range=config["latent_range"],
+        label="evaluation",
+        **sampling_settings(args),
+    )
+    for indices, images in batches:
+        writer.add(indices, images)
+    dist.barrier()
+    print0(f"{args.num_images} images: {writer.path}")
+
+
+if __name__ == "__main__":
+    run(main)

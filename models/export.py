@@ -1,0 +1,23 @@
+"""The EMA weights of a checkpoint, alone: python -m models.export CHECKPOINT OUT.safetensors"""
+
+from pathlib import Path
+
+from models import checkpoint_config
+from util.checkpoint import export_ema, load_checkpoint
+from util.flags import Parser, run
+
+
+def main(argv=None):
+    parser = Parser(description="Write a checkpoint's EMA weights as safetensors, for sample.py.")
+    parser.add_argument("checkpoint", help="ours or a published one")
+    parser.add_argument("out", help="a name ending in .safetensors")
+    args = parser.parse_args(argv)
+    if Path(args.out).suffix != ".safetensors":
+        raise ValueError(f"{args.out}: expected a name ending in .safetensors")
+    checkpoint = load_checkpoint(args.checkpoint)
+    export_ema(checkpoint, args.out, checkpoint_config(checkpoint, args.checkpoint))
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,92 @@
+"""Several processes, or one: everything here also works without torch.distributed."""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=60)
+
+
+def init(device, dist_on_itp=False, dist_url="env://"):
+    """Join the other processes, if a launcher such as torchrun says there are any.
+
+    device: "cuda", "cpu" or "auto" (cuda where there is one). Returns this process's device.
+    dist_on_itp: the launcher is Open MPI. Raises ValueError for a device that is not there.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if dist_on_itp:
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+    rank, world, local = (int(os.environ.get(name, 0)) for name in names)
+    device = torch.device(_pick(device))
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if names[1] in os.environ and world > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, dist_url, TIMEOUT, world, rank)
+    return device
+
+
+def _pick(device):
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no such device here; expected cpu or auto")
+    return device
+
+
+def cleanup():
+    """Leave the group, so that no process waits for one that is gone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor, op="sum"):
+    """Reduce in place over all processes ("sum", "min", "max") and return the tensor."""
+    if dist.is_initialized():
+        ops = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+        dist.all_reduce(tensor, ops[op])
+    return tensor
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks; None except on rank 0."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size() if is_main() else None
+    dist.gather_object(value, values)
+    return values
+
+
+def all_gather(value):
+    """The values of all processes, in the order of their ranks, on each."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def print0(*args, **kwargs):
+    """Print on rank 0 only, at once."""
+    if is_main():
+        print(*args, **kwargs, flush=True)

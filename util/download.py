@@ -1,0 +1,107 @@
+"""Fetch published weights: python -m util.download kl16 mar_base mar_large mar_huge."""
+
+import argparse
+import hashlib
+import sys
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.images import replacing
+
+_DROPBOX = "https://www.dropbox.com/scl/fi/"
+
+# name -> (where it goes, where it comes from); the authors publish no checksums
+FILES = {
+    "kl16": (
+        "pretrained_models/vae/kl16.ckpt",
+        _DROPBOX + "hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
+    ),
+    "mar_base": (
+        "pretrained_models/mar/mar_base/checkpoint-last.pth",
+        _DROPBOX + "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
+    ),
+    "mar_large": (
+        "pretrained_models/mar/mar_large/checkpoint-last.pth",
+        _DROPBOX + "pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1",
+    ),
+    "mar_huge": (
+        "pretrained_models/mar/mar_huge/checkpoint-last.pth",
+        _DROPBOX + "1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1",
+    ),
+}
+
+
+def download(name, overwrite=False):
+    """Fetch one of FILES, unless it is there, and return its path.
+
+    What arrives is checked against the checksums inside the file. Raises ValueError for an unknown
+    name, and where it cannot be reached or arrives damaged.
+    """
+    if name not in FILES:
+        raise ValueError(f"{name!r}: expected one of {', '.join(FILES)}")
+    path, url = FILES[name]
+    if Path(path).is_file() and not overwrite:
+        print(f"{path}: there already")
+        return path
+    request = urllib.request.Request(url, headers={"User-Agent": "Wget/1.21"})
+    digest = hashlib.sha256()
+    try:
+        with replacing(path) as beside:
+            with urllib.request.urlopen(request, timeout=60) as source, beside.open("wb") as file:
+                total = int(source.headers.get("Content-Length") or 0)
+                with tqdm(total=total or None, unit="B", unit_scale=True, desc=name) as bar:
+                    while chunk := source.read(1 << 20):
+                        file.write(chunk)
+                        digest.update(chunk)
+                        bar.update(len(chunk))
+            _check(beside, total)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name}: could not be fetched from {url} ({error})") from error
+    print(f"{path}: sha256 {digest.hexdigest()}")
+    return path
+
+
+def _check(path, total):
+    """What torch.save writes is a zip, and a zip has a checksum of each of its parts."""
+    size = path.stat().st_size
+    if total and size != total:
+        raise OSError(f"{size} bytes arrived, expected {total}")
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise OSError(f"{damaged} inside is damaged")
+
+
+def download_pretrained_vae(overwrite=False):
+    return download("kl16", overwrite)
+
+
+def download_pretrained_marb(overwrite=False):
+    return download("mar_base", overwrite)
+
+
+def download_pretrained_marl(overwrite=False):
+    return download("mar_large", overwrite)
+
+
+def download_pretrained_marh(overwrite=False):
+    return download("mar_huge", overwrite)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", choices=FILES, metavar="NAME", help=", ".join(FILES))
+    parser.add_argument("--overwrite", action="store_true", help="fetch again what is there")
+    args = parser.parse_args()
+    try:
+        for name in args.names:
+            download(name, args.overwrite)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Exponential moving average of a model's weights."""
+
+import copy
+
+import torch
+
+
+class EMA:
+    """A frozen copy of a model, initialised with its weights, that follows them slowly.
+
+    rate: the share of itself that the average keeps at each update (paper: 0.9999). `module` is
+    the copy, in evaluation mode: pass it to whatever takes a model; weights are never swapped.
+    """
+
+    def __init__(self, model, rate):
+        if not 0 <= rate < 1:
+            raise ValueError(f"ema_rate {rate}: expected at least 0 and below 1")
+        self.rate = rate
+        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        self._averages = list(self.module.parameters())
+
+    @torch.no_grad()
+    def update(self, model):
+        """Move a step towards the weights of `model`."""
+        torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - self.rate)
+
+    def state_dict(self):
+        return self.module.state_dict()

@@ -1,0 +1,159 @@
+"""Command lines: groups of flags that the scripts share, presets, and one-line errors."""
+
+import argparse
+import sys
+
+from util.dist import cleanup
+
+_UNSET = object()
+
+
+class Help(argparse.HelpFormatter):
+    """Adds each flag's default to its help, unless the help says it in words."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30)
+
+    def _get_default_metavar_for_optional(self, action):
+        return {int: "N", float: "X"}.get(action.type, action.dest.upper())
+
+    def _get_help_string(self, action):
+        if isinstance(action, argparse._StoreTrueAction):
+            return f"{action.help} (default: off)"
+        if not action.option_strings or action.default in (None, argparse.SUPPRESS):
+            return action.help
+        if isinstance(action, argparse._StoreFalseAction | argparse._HelpAction):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that knows which flags were given: defaults can depend on others."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def parse_given(self, argv=None):
+        """(namespace, the names of the flags that were given)."""
+        names = {a.dest for a in self._actions if a.dest != "help"}
+        marked = self.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, _UNSET)))
+        given = {name for name in names if getattr(marked, name) is not _UNSET}
+        for name in names - given:
+            setattr(marked, name, self.get_default(name))
+        return marked, given
+
+
+def run(main, argv=None):
+    """Run a script's main: what a user got wrong is one line and exit status 2, no traceback."""
+    try:
+        main(argv)
+    except ValueError as error:
+        # an error from a loader's worker carries a traceback in its message: its last line counts
+        lines = str(error).strip().splitlines()
+        print(f"error: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    finally:
+        cleanup()
+
+
+def add_tokenizer_flags(parser, tokenizers):
+    group = parser.add_argument_group("tokenizer")
+    group.add_argument(
+        "--tokenizer", choices=tokenizers, default="kl16", help="what turns images into latents"
+    )
+    group.add_argument(
+        "--img_size", type=int, default=256, metavar="N", help="side of an image, in pixels"
+    )
+    group.add_argument(
+        "--vae_path",
+        default="pretrained_models/vae/kl16.ckpt",
+        metavar="FILE",
+        help="weights of a KL tokenizer: published, LDM's, Stable Diffusion's or diffusers'",
+    )
+    group.add_argument(
+        "--vae_embed_dim",
+        type=int,
+        metavar="C",
+        help="channels of a latent (default: the tokenizer's; for pixels, the data's)",
+    )
+    group.add_argument(
+        "--vae_scale",
+        type=float,
+        metavar="X",
+        help="one over the deviation of the latents (default: the tokenizer's: kl16 0.2325, "
+        "kl8 0.18215, pixels 1)",
+    )
+
+
+def add_sampling_flags(parser, **defaults):
+    """How to sample. A default of None is taken from the checkpoint."""
+    group = parser.add_argument_group("sampling")
+
+    def add(name, words, **kwargs):
+        default = defaults.get(name)
+        if default is None:
+            words += " (default: the checkpoint's)"
+        group.add_argument(f"--{name}", default=default, help=words, **kwargs)
+
+    add("num_iter", "autoregressive steps, 1 to the number of tokens", type=int, metavar="K")
+    add(
+        "num_sampling_steps",
+        "diffusion steps of a token: a count, counts of sections (10,10,20) or ddimN",
+        metavar="S",
+    )
+    add("cfg", "guidance scale; 1 is no guidance", type=float, metavar="W")
+    add(
+        "cfg_schedule",
+        "guidance over the steps: 1 to --cfg as tokens become known, or --cfg throughout",
+        choices=("linear", "constant"),
+    )
+    add("temperature", "of the diffusion noise", type=float, metavar="T")
+    group.add_argument(
+        "--max_timestep",
+        type=int,
+        metavar="T",
+        help="start the reverse process at this timestep instead of 999; 950 keeps a model that "
+        "is small or not trained for long from diverging (default: the checkpoint's, else 999)",
+    )
+    return group
+
+
+def add_machine_flags(parser, num_workers):
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device", default="auto", help="cuda, cpu, or auto: cuda where there is one"
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of the networks; auto: bf16 where the GPU has it, else fp16 (with a loss scaler in "
+        "training), fp32 on a CPU. The diffusion arithmetic is float32 in every case",
+    )
+    group.add_argument("--seed", type=int, default=1, help="of everything that is drawn")
+    if num_workers is not None:
+        group.add_argument(
+            "--num_workers", type=int, default=num_workers, help="loader processes of each process"
+        )
+        group.add_argument(
+            "--pin_mem",
+            action="store_true",
+            default=True,
+            help="page-locked batches, faster to a GPU; this is the default",
+        )
+        group.add_argument(
+            "--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead"
+        )
+    group.add_argument(
+        "--dist_on_itp", action="store_true", help="the launcher is Open MPI, not torchrun"
+    )
+    group.add_argument(
+        "--dist_url", default="env://", metavar="URL", help="where the processes meet"
+    )
+    for name in ("world_size", "local_rank"):
+        group.add_argument(
+            f"--{name}", type=int, help="accepted as in the published code; the launcher knows it"
+        )
