@@ -43,8 +43,7 @@ class DiffLoss(nn.Module):
         self.diffusion_batch_mul = diffusion_batch_mul
         self.vlb = vlb
         self.max_timestep = max_timestep
-        # sums and counts of the loss by quarter of the timesteps, kept on the device
-        self.register_buffer("quarters", torch.zeros(2, QUARTERS), persistent=False)
+        self.quarters = None  # sums and counts of the loss by quarter of the timesteps, (2, 4)
 
     def forward(self, target, z, mask=None, generator=None):
         """Mean loss over tokens: target (..., C), z (..., D), mask (...) with 1 = counts."""
@@ -98,8 +97,9 @@ class DiffLoss(nn.Module):
 
     def pop_statistics(self):
         """Mean training loss by quarter of the timesteps since the last call: name -> float."""
-        sums, counts = self.quarters.tolist()
-        self.quarters.zero_()
+        if self.quarters is None:
+            return {}
+        (sums, counts), self.quarters = self.quarters.tolist(), None
         size = self.train_diffusion.num_steps // QUARTERS
         return {
             f"loss_t{q * size}-{(q + 1) * size - 1}": sums[q] / counts[q]
@@ -108,6 +108,8 @@ class DiffLoss(nn.Module):
         }
 
     def _count_quarters(self, losses, t):
+        if self.quarters is None:  # a plain tensor, on the device: nothing waits for it
+            self.quarters = torch.zeros(2, QUARTERS, device=losses.device)
         quarter = (t * QUARTERS // self.train_diffusion.num_steps).flatten()
         self.quarters[0].index_add_(0, quarter, losses.flatten())
         self.quarters[1].index_add_(0, quarter, torch.ones_like(losses).flatten())
@@ -169,11 +171,12 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width, frequencies=256):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
-        rates = torch.exp(-math.log(10000) * torch.arange(frequencies // 2) / (frequencies // 2))
-        self.register_buffer("rates", rates, persistent=False)
+        self.half = frequencies // 2
 
     def forward(self, t):
-        angles = t.unsqueeze(-1) * self.rates.float()
+        # made here in float32, so that a model cast to another type keeps its frequencies
+        rates = torch.arange(self.half, device=t.device) * (-math.log(10000) / self.half)
+        angles = t.unsqueeze(-1) * rates.exp()
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return self.mlp(waves.to(self.mlp[0].weight.dtype))
 

@@ -131,7 +131,8 @@ class MAR(Autoregressive):
         """Tokens (N, V, C·p²) at positions known (N, V), behind B class tokens: (N, B+V, D)."""
         buffer = classes.unsqueeze(1).expand(-1, self.buffer_size, -1)
         positions = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
-        x = torch.cat([buffer, self.z_proj(tokens)], dim=1)
+        x = self.z_proj(tokens.to(self.z_proj.weight.dtype))
+        x = torch.cat([buffer.to(x.dtype), x], dim=1)
         x = x + torch.cat(
             [
                 positions[:, : self.buffer_size],

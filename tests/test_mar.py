@@ -13,6 +13,7 @@ from rule import GOLDEN, by_rule, rule_input
 import models.diffloss
 from models.autoregressive import take, token_counts
 from models.mar import mar_base, mar_huge, mar_large, mar_tiny
+from util.random import image_generators
 
 TAGS = {"p1": {"img_size": 64, "patch_size": 1}, "p2": {"img_size": 128, "patch_size": 2}}
 LABELS = torch.tensor([1, 7, 4])
@@ -131,3 +132,220 @@ def test_tokens_a_step():
     for name in names:
         length, num_iter = (int(part.lstrip("Liter")) for part in name.split("/")[1].split("-"))
         assert token_counts(length, num_iter) == file[name].tolist(), name
+
+
+# ---- what must hold of any such model -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    """By the rule, but started below the singularity: samples stay of the data's size."""
+    return by_rule(tiny(max_timestep=950))
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_unknown_tokens_do_not_leak(model):
+    """Changing tokens that are not known leaves z alone; changing a known one does not."""
+    tokens = rule_input("tokens", (2, 16, 16))
+    orders = model.sample_orders(2, generator())
+    known, asked = orders[:, 10:], orders[:, :10]
+    changed_unknown = tokens.scatter(1, asked.unsqueeze(-1).expand(-1, -1, 16), 99.0)
+    changed_known = tokens.scatter(1, known[:, :1].unsqueeze(-1).expand(-1, -1, 16), 99.0)
+    with torch.no_grad():
+        classes = model.embed_labels(torch.tensor([3, 5]), 2)
+        z = model.predict(tokens, known, asked, classes)
+        assert torch.equal(z, model.predict(changed_unknown, known, asked, classes))
+        assert not torch.allclose(z, model.predict(changed_known, known, asked, classes))
+
+
+def test_every_parameter_gets_a_gradient():
+    """One training step, with labels kept and dropped, reaches all of them."""
+    torch.manual_seed(0)
+    model = tiny(label_drop_prob=0.5).train()
+    # layers that start at zero pass nothing on: move them off it
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model(torch.randn(8, 16, 4, 4), torch.arange(8), generator()).backward()
+    missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # the class embeddings of classes that are not in the batch get none: rows, not the table
+    assert not missing
+
+
+def test_training_loss_follows_from_the_generator():
+    """The same generator gives the same loss; another one does not. No global state is used."""
+    model = tiny(attn_dropout=0.0, proj_dropout=0.0).train()
+    latents, labels = rule_input("latents", (4, 16, 4, 4)), torch.arange(4)
+    first = model(latents, labels, generator(1))
+    torch.rand(100)
+    assert torch.equal(first, model(latents, labels, generator(1)))
+    assert not torch.equal(first, model(latents, labels, generator(2)))
+
+
+def test_untrained_loss_is_that_of_predicting_zero():
+    """At the start ε_θ = 0: the noise error is 1, the variational term adds little at most t."""
+    torch.manual_seed(0)
+    model = tiny(vlb=False).train()
+    losses = [model(torch.randn(8, 16, 4, 4), torch.arange(8)).item() for _ in range(20)]
+    # 20 × 8 × ~14 tokens × 16 channels of a χ²: its mean is 1 to 1% at four standard errors
+    assert abs(np.mean(losses) - 1) < 0.04
+
+
+def test_diffusion_batch_mul_draws_as_many_timesteps():
+    """Four timesteps a token are four draws of the same loss: their mean varies half as much."""
+    torch.manual_seed(0)
+    latents, labels = torch.randn(4, 16, 4, 4), torch.arange(4)
+    spread = {}
+    for mul in (1, 4):
+        model = by_rule(tiny(diffusion_batch_mul=mul, vlb=False))
+        model.mask_ratio_min = 0.999  # the same number of tokens each time
+        losses = [model(latents, labels, generator(s)).item() for s in range(60)]
+        spread[mul] = np.std(losses)
+        assert np.mean(losses) == pytest.approx(2.3, rel=0.5)
+    assert 0.3 < spread[4] / spread[1] < 0.75
+
+
+def test_mask_ratios():
+    """Ratios lie in [0.7, 1] and have the mean and deviation of the truncated normal."""
+    model, draw = tiny(), generator()
+    ratios = np.array([model.sample_mask_ratio(draw) for _ in range(4000)])
+    assert ratios.min() >= 0.7 and ratios.max() <= 1
+    # scipy.stats.truncnorm(-1.2, 0, 1, 0.25): mean 0.8681, deviation 0.0813
+    assert abs(ratios.mean() - 0.8681) < 0.006
+    assert abs(ratios.std() - 0.0813) < 0.005
+
+
+def test_orders_are_permutations_of_their_own(model):
+    """Each image has its own order, and each order is a permutation."""
+    orders = model.sample_orders(64, generator())
+    assert torch.equal(orders.sort(1).values, torch.arange(16).expand(64, -1))
+    assert len({tuple(o) for o in orders.tolist()}) > 60
+
+
+def sample(model, n=3, **kwargs):
+    settings = {"num_iter": 4, "labels": torch.arange(n), "generator": generator()}
+    return model.sample_tokens(n, **{**settings, **kwargs})
+
+
+def test_known_tokens_stay(model):
+    """A token that was generated, or given to keep, is the same at the end."""
+    latents = rule_input("keep", (3, 16, 4, 4))
+    mask = torch.ones(3, 4, 4)
+    mask[0, :2], mask[1, 2:], mask[2, :, :2] = 0, 0, 0
+    before = latents * (1 - mask).unsqueeze(1)
+    steps = model.sample_steps(3, 4, labels=LABELS, latents=latents, mask=mask, cfg=2.0)
+    remaining = [8]
+    for after, still in steps:
+        known = ~mask.bool().unsqueeze(1).expand_as(after)
+        assert torch.equal(after[known], before[known])
+        mask, before = still.view(3, 4, 4), after
+        remaining.append(int(still[0].sum()))
+    assert remaining == [8, 7, 5, 3, 0]
+    assert after.ne(0).all()
+
+
+def test_temperature_zero_is_deterministic_but_for_the_start(model):
+    """At τ = 0 the same start gives the same sample, whatever noise is drawn later."""
+    z, start = rule_input("z", (4, 64)), torch.randn(1, 4, 16)
+    draws = [torch.cat([start, torch.randn(10, 4, 16)]) for _ in range(2)]
+    cold = [model.diffloss.sample(z, temperature=0.0, noise=d) for d in draws]
+    warm = [model.diffloss.sample(z, temperature=1.0, noise=d) for d in draws]
+    assert torch.equal(*cold)
+    assert not torch.allclose(*warm)
+
+
+def test_guidance_one_is_no_guidance(model):
+    """ω = 1 takes one stream; two streams at ω = 1 give the same noise."""
+    x, z, zu = (rule_input(n, (5, c)) for n, c in (("x", 16), ("z", 64), ("zu", 64)))
+    t = torch.full((5,), 300)
+    with torch.no_grad():
+        net = model.diffloss.net
+        torch.testing.assert_close(net.with_cfg(x, t, z, zu, 1.0), net(x, t, z))
+    near = sample(model, cfg=1.0 + 1e-6)
+    torch.testing.assert_close(sample(model, cfg=1.0), near, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(near, sample(model, cfg=3.0), atol=1e-3, rtol=1e-3)
+
+
+def test_stacked_guidance_is_the_published_form(model):
+    """A head given both halves in one z returns both, each equal to the two-argument form."""
+    z, zu = rule_input("z", (5, 64)), rule_input("zu", (5, 64))
+    noise = torch.randn(11, 5, 16)
+    stacked = model.diffloss.sample(torch.cat([z, zu]), 1.0, 2.0, noise=noise)
+    single = model.diffloss.sample(z, 1.0, 2.0, zu, noise=noise)
+    assert torch.equal(stacked, torch.cat([single, single]))
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.5])
+def test_one_batch_equals_many(model, cfg):
+    """With a generator an image, image i is the same alone, in pairs and in one batch."""
+    labels = torch.tensor([1, 4, 7, 2])
+
+    def images(indices):
+        return model.sample_tokens(
+            len(indices),
+            num_iter=5,
+            cfg=cfg,
+            labels=labels[indices],
+            generator=image_generators(3, indices),
+        )
+
+    together = images([0, 1, 2, 3])
+    for parts in ([[0], [1], [2], [3]], [[0, 1], [2, 3]], [[3, 2, 1, 0]]):
+        for part in parts:
+            torch.testing.assert_close(images(part), together[part], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together[0], together[1])
+
+
+def test_bfloat16_weights_work(model):
+    """A model cast to bfloat16 trains and samples; diffusion stays in float32."""
+    half = tiny(max_timestep=950).to(torch.bfloat16)
+    loss = half(torch.randn(2, 16, 4, 4).bfloat16(), torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.isfinite()
+    assert sample(half.eval()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_iter": 17}, "num_iter 17: expected 1 to 16"),
+        ({"num_iter": 0}, "num_iter 0: expected 1 to 16"),
+        ({"cfg_schedule": "cosine"}, "cfg_schedule 'cosine': expected one of constant, linear"),
+        ({"labels": torch.arange(2)}, r"labels of shape \(2,\): expected \(3,\)"),
+        ({"orders": torch.zeros(3, 4)}, r"orders of shape \(3, 4\): expected \(3, 16\)"),
+        ({"temperature": -1.0}, r"temperature -1\.0: expected 0 or more"),
+        ({"latents": torch.zeros(3, 16, 4, 4)}, "latents and mask: expected both"),
+        ({"generator": [generator()]}, "1 generators for a batch of 3"),
+        (
+            {"latents": torch.zeros(3, 16, 4, 4), "mask": torch.eye(16)[:3].cumsum(1)},
+            r"masks with \[16, 15, 14\] unknown tokens",
+        ),
+    ],
+)
+def test_wrong_sampling_arguments(model, arguments, message):
+    """What does not fit is named, with what was expected."""
+    with pytest.raises(ValueError, match=message):
+        sample(model, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"img_size": 65}, "img_size 65: expected a multiple"),
+        ({"mask_ratio_min": 1.5}, r"mask_ratio_min 1\.5"),
+        ({"num_sampling_steps": "2000"}, "2000"),
+        ({"max_timestep": -1}, "max_timestep -1"),
+    ],
+)
+def test_wrong_construction(arguments, message):
+    """A model that cannot be is refused when it is built."""
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)
+
+
+def test_wrong_latents(model):
+    """Latents of another size are refused, with both sizes."""
+    with pytest.raises(ValueError, match=r"\(2, 4, 8, 8\): expected \(N, 16, 4, 4\)"):
+        model.patchify(torch.zeros(2, 4, 8, 8))
