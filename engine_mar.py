@@ -1,5 +1,6 @@
 """The loops: train an epoch, generate images, cache latents. Scripts own flags and files."""
 
+import math
 import time
 from contextlib import nullcontext
 
@@ -15,15 +16,6 @@ from util.random import image_generators
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 UNKNOWN_RANGE = 10.0  # latents have about unit deviation; used where training left no range
-
-
-def pick_precision(name, device):
-    """The precision that "auto" means on this device; any other name is itself."""
-    if name != "auto":
-        return name
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
 
 def autocast(device, precision):
@@ -119,12 +111,13 @@ def train_one_epoch(
             progress.update(1, window.note)
 
         step = (i + 1) // accum_iter
-        if step % log_every == 0 or step == steps:
+        if step % min(log_every, steps) == 0:
             window.check(epoch)
             figures = window.pop(epoch, norm, optimizer.param_groups[0]["lr"])
             figures |= unwrap(model).diffloss.pop_statistics()
             if logger:
                 logger.scalars(figures, epoch * steps + step, epoch=epoch + (i + 1) / len(loader))
+    window.check(epoch)
     return dist.all_reduce(largest, "max").item()
 
 
@@ -212,10 +205,10 @@ def generate_images(
 ):
     """Sample an image for each label, yielding (indices, images uint8 (n, H, W, 3)) by the batch.
 
-    labels: a sequence of class numbers, or None for no class, the same on every process; each
-    process makes every world_size-th batch. Image i depends on (seed, i) alone. sampling: arguments
-    of `sample_tokens`. latent_range: the largest |latent| of the data; samples far outside of it
-    are counted and said.
+    labels: a sequence of class numbers, or of None for no class, the same on every process; each
+    process makes every world_size-th batch, some of them perhaps empty. Image i depends on
+    (seed, i) alone. sampling: arguments of `sample_tokens`. latent_range: the largest |latent| of
+    the data; samples far outside of it are counted and said.
     """
     if tokenizer.channels != model.vae_embed_dim:
         raise ValueError(
@@ -223,27 +216,37 @@ def generate_images(
         )
     limit = 2 * (latent_range or UNKNOWN_RANGE)
     bad, worst = 0, 0.0
-    starts = range(0, len(labels), batch_size)[dist.rank() :: dist.world_size()]
-    progress = Progress(max(1, len(starts)), label, "batch")
-    for start in starts:
+    rounds = math.ceil(len(labels) / (batch_size * dist.world_size()))
+    progress = Progress(rounds, label, "batch")
+    for i in range(rounds):
+        # all processes make as many rounds, the last ones perhaps of nothing: they stay in step
+        start = (i * dist.world_size() + dist.rank()) * batch_size
         indices = range(start, min(start + batch_size, len(labels)))
         chosen = [labels[i] for i in indices]
-        with torch.no_grad(), autocast(device, precision):
-            latents = model.sample_tokens(
-                len(indices),
-                labels=None if chosen[0] is None else torch.tensor(chosen, device=device),
-                generator=image_generators(seed, indices),
-                **sampling,
+        if chosen:
+            latents, images = _generate(
+                model, tokenizer, chosen, indices, seed, device, precision, sampling
             )
-        with torch.no_grad():
-            images = to_uint8(tokenizer.decode(latents))
-        extremes = torch.nan_to_num(latents.abs().flatten(1).amax(1), nan=float("inf"))
-        bad += int((extremes > limit).sum())
-        worst = max(worst, extremes.max().item())
+            extremes = torch.nan_to_num(latents.abs().flatten(1).amax(1), nan=float("inf"))
+            bad += int((extremes > limit).sum())
+            worst = max(worst, extremes.max().item())
         progress.update()
-        yield indices, images
+        yield indices, images if chosen else np.empty((0, 0, 0, 3), np.uint8)
     progress.close()
     _say_diverged(bad, worst, limit, len(labels))
+
+
+@torch.no_grad()
+def _generate(model, tokenizer, labels, indices, seed, device, precision, sampling):
+    """Latents and images of one batch."""
+    with autocast(device, precision):
+        latents = model.sample_tokens(
+            len(indices),
+            labels=None if labels[0] is None else torch.tensor(labels, device=device),
+            generator=image_generators(seed, indices),
+            **sampling,
+        )
+    return latents, to_uint8(tokenizer.decode(latents))
 
 
 def _say_diverged(bad, worst, limit, count):
@@ -258,12 +261,10 @@ def _say_diverged(bad, worst, limit, count):
 
 def gathered(batches):
     """The batches of `generate_images` of all processes, in order, on rank 0; nothing elsewhere."""
-    batches, more = iter(batches), True
-    while more:
-        batch = next(batches, None)
-        together = dist.gather(batch) or []
-        yield from (b for b in together if b is not None)
-        more = any(dist.all_gather(batch is not None))
+    for batch in batches:
+        for indices, images in dist.gather(batch) or []:
+            if len(indices):
+                yield indices, images
 
 
 def sample_grid(model, tokenizer, classes, columns=8, **kwargs):

@@ -170,7 +170,7 @@ def get_parser():
 def main(argv=None):
     args, given = presets.apply(get_parser(), argv)
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
-    precision = engine.pick_precision(args.precision, device)
+    precision = dist.pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
     if args.evaluate and not path:
         raise ValueError(f"--resume {args.resume!r}: expected a checkpoint to evaluate")
@@ -281,7 +281,7 @@ def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision)
     parallel = model
     if dist.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        parallel = DistributedDataParallel(model, device_ids=ids)
     logger = Logger(args.log_dir or args.output_dir)
     output = Path(args.output_dir)
     progress = Progress(args.epochs * steps, "training", "step", done=start * steps)

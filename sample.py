@@ -82,7 +82,7 @@ def main(argv=None):
         seed=args.seed,
         batch_size=args.batch_size,
         device=device,
-        precision=engine.pick_precision(args.precision, device),
+        precision=dist.pick_precision(args.precision, device),
         latent_range=config.get("latent_range"),
         **sampling,
     )

@@ -70,7 +70,7 @@ def test_published_checkpoint_loads_for_sampling():
 
 
 def test_published_optimizer_loads_for_resuming():
-    """Its states, by position, belong to parameters of the same shape, with a step to go on with."""
+    """Its states, by position, belong to parameters of the same shape; a step can follow."""
     checkpoint = load_checkpoint(PUBLISHED)
     model = build_model(**checkpoint_config(checkpoint, "")["model"])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.02), lr=1.0)
@@ -98,7 +98,7 @@ def test_weight_decay_groups_are_the_published():
 def test_our_checkpoint_has_the_published_entries(tmp_path):
     """What the published code reads is there, and nothing that its fp16 scaler would choke on."""
     path = tmp_path / LAST
-    model, ema = save(path)
+    model, _ = save(path)
     content = torch.load(path, weights_only=True)  # no class of anybody's: plain data only
     assert set(content) == {"model", "model_ema", "optimizer", "epoch", "args", "config"}
     assert content["epoch"] == 7

@@ -37,6 +37,15 @@ def _pick(device):
     return device
 
 
+def pick_precision(name, device):
+    """The precision that "auto" means on this device; any other name is itself."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+
+
 def cleanup():
     """Leave the group, so that no process waits for one that is gone."""
     if dist.is_initialized():
