@@ -9,6 +9,10 @@ BIN := .venv/bin
 	$(BIN)/pip install -e '.[test]'
 	touch $@
 
+demo: .venv/installed
+	$(BIN)/python main_mar.py --preset digits --output_dir output_dir/digits
+	$(BIN)/python -m demo.digits --ckpt output_dir/digits/checkpoint-last.pth
+
 test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

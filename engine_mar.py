@@ -200,7 +200,7 @@ def generate_images(
     device,
     precision="fp32",
     latent_range=None,
-    label="sampling",
+    label=None,
     **sampling,
 ):
     """Sample an image for each label, yielding (indices, images uint8 (n, H, W, 3)) by the batch.
@@ -208,7 +208,7 @@ def generate_images(
     labels: a sequence of class numbers, or of None for no class, the same on every process; each
     process makes every world_size-th batch, some of them perhaps empty. Image i depends on
     (seed, i) alone. sampling: arguments of `sample_tokens`. latent_range: the largest |latent| of
-    the data; samples far outside of it are counted and said.
+    the data; samples far outside of it are counted and said. label: for the progress shown.
     """
     if tokenizer.channels != model.vae_embed_dim:
         raise ValueError(

@@ -11,7 +11,7 @@ import engine_mar as engine
 from models import TOKENIZERS, build_tokenizer
 from util import data, dist
 from util.dist import print0
-from util.flags import Parser, add_machine_flags, add_tokenizer_flags, run
+from util.flags import Parser, add_machine_flags, add_tokenizer_flags, count, run
 
 
 def get_parser():
@@ -24,7 +24,7 @@ def get_parser():
         help="a folder with train/class/image files",
     )
     group.add_argument("--cached_path", required=True, metavar="DIR", help="where the latents go")
-    group.add_argument("--batch_size", type=int, default=128, help="images at once, a process")
+    group.add_argument("--batch_size", type=count, default=128, help="images at once, a process")
     add_tokenizer_flags(parser, [name for name in TOKENIZERS if name != "pixels"])
     add_machine_flags(parser, num_workers=10)
     return parser

@@ -12,7 +12,17 @@ from util import data, dist, presets
 from util.checkpoint import LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from util.dist import print0
 from util.ema import EMA
-from util.flags import Parser, add_machine_flags, add_sampling_flags, add_tokenizer_flags, run
+from util.flags import (
+    Parser,
+    add_machine_flags,
+    add_sampling_flags,
+    add_tokenizer_flags,
+    amount,
+    count,
+    natural,
+    run,
+    share,
+)
 from util.images import FolderWriter, save_image
 from util.logger import Logger, Progress
 from util.lr_sched import learning_rate
@@ -48,33 +58,33 @@ def get_parser():
     group.add_argument("--model", choices=MODELS, default="mar_large", help="size of the backbone")
     group.add_argument(
         "--vae_stride",
-        type=int,
+        type=count,
         metavar="S",
         help="pixels a latent, along a side (default: the tokenizer's)",
     )
     group.add_argument(
         "--patch_size",
-        type=int,
+        type=count,
         metavar="P",
         help="P×P latents are one token (default: the tokenizer's: kl16 1, kl8 2, pixels 4)",
     )
-    group.add_argument("--class_num", type=int, default=1000, help="classes")
+    group.add_argument("--class_num", type=count, default=1000, help="classes")
     group.add_argument(
-        "--buffer_size", type=int, default=64, help="class tokens in front of the encoder's"
+        "--buffer_size", type=count, default=64, help="class tokens in front of the encoder's"
     )
-    group.add_argument("--diffloss_d", type=int, default=3, help="blocks of the denoising MLP")
-    group.add_argument("--diffloss_w", type=int, default=1024, help="width of the denoising MLP")
-    group.add_argument("--attn_dropout", type=float, default=0.1, help="dropout of attention")
-    group.add_argument("--proj_dropout", type=float, default=0.1, help="dropout of projections")
+    group.add_argument("--diffloss_d", type=count, default=3, help="blocks of the denoising MLP")
+    group.add_argument("--diffloss_w", type=count, default=1024, help="width of the denoising MLP")
+    group.add_argument("--attn_dropout", type=share, default=0.1, help="dropout of attention")
+    group.add_argument("--proj_dropout", type=share, default=0.1, help="dropout of projections")
     group.add_argument(
-        "--mask_ratio_min", type=float, default=0.7, help="least share of unknown tokens"
+        "--mask_ratio_min", type=share, default=0.7, help="least share of unknown tokens"
     )
     group.add_argument(
-        "--label_drop_prob", type=float, default=0.1, help="share of labels dropped, for guidance"
+        "--label_drop_prob", type=share, default=0.1, help="share of labels dropped, for guidance"
     )
     group.add_argument(
         "--diffusion_batch_mul",
-        type=int,
+        type=count,
         default=1,
         help="timesteps drawn for each token (the paper's models: 4)",
     )
@@ -89,25 +99,27 @@ def get_parser():
     group.add_argument(
         "--preset", choices=presets.PRESETS, help="flags that belong together; others override"
     )
-    group.add_argument("--epochs", type=int, default=400, help="passes over the data")
-    group.add_argument("--batch_size", type=int, default=16, help="images a process and batch")
-    group.add_argument("--accum_iter", type=int, default=1, help="batches a step of the optimiser")
+    group.add_argument("--epochs", type=count, default=400, help="passes over the data")
+    group.add_argument("--batch_size", type=count, default=16, help="images a process and batch")
     group.add_argument(
-        "--lr", type=float, help="peak learning rate (default: --blr × total batch / 256)"
+        "--accum_iter", type=count, default=1, help="batches per step of the optimiser"
     )
-    group.add_argument("--blr", type=float, default=1e-4, help="the rate for 256 images a step")
-    group.add_argument("--min_lr", type=float, default=0.0, help="where a cosine ends")
+    group.add_argument(
+        "--lr", type=amount, help="peak learning rate (default: --blr × total batch / 256)"
+    )
+    group.add_argument("--blr", type=amount, default=1e-4, help="the rate for 256 images a step")
+    group.add_argument("--min_lr", type=amount, default=0.0, help="where a cosine ends")
     group.add_argument(
         "--lr_schedule", choices=("constant", "cosine"), default="constant", help="after warm-up"
     )
-    group.add_argument("--warmup_epochs", type=float, default=100, help="linear, from 0")
+    group.add_argument("--warmup_epochs", type=amount, default=100, help="linear, from 0")
     group.add_argument(
-        "--weight_decay", type=float, default=0.02, help="not on biases, 1-D parameters, the head"
+        "--weight_decay", type=amount, default=0.02, help="not on biases, 1-D parameters, the head"
     )
     group.add_argument(
-        "--grad_clip", type=float, default=3.0, help="largest norm of the gradient; 0 is no limit"
+        "--grad_clip", type=amount, default=3.0, help="largest norm of the gradient; 0 is no limit"
     )
-    group.add_argument("--ema_rate", type=float, default=0.9999, help="of the averaged weights")
+    group.add_argument("--ema_rate", type=share, default=0.9999, help="of the averaged weights")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -134,12 +146,12 @@ def get_parser():
         "A folder without one starts anew",
     )
     group.add_argument(
-        "--start_epoch", type=int, default=0, help="epoch to begin with, if not resumed"
+        "--start_epoch", type=natural, default=0, help="epoch to begin with, if not resumed"
     )
-    group.add_argument("--save_last_freq", type=int, default=5, help="epochs between checkpoints")
+    group.add_argument("--save_last_freq", type=count, default=5, help="epochs between checkpoints")
     group.add_argument(
         "--eval_freq",
-        type=int,
+        type=count,
         default=40,
         help="epochs between grids of samples, and between evaluations with --online_eval",
     )
@@ -151,8 +163,8 @@ def get_parser():
     group.add_argument(
         "--online_eval", action="store_true", help="do so every --eval_freq epochs as well"
     )
-    group.add_argument("--num_images", type=int, default=50000, help="as many of each class")
-    group.add_argument("--eval_bsz", type=int, default=64, help="images sampled at once")
+    group.add_argument("--num_images", type=count, default=50000, help="as many of each class")
+    group.add_argument("--eval_bsz", type=count, default=64, help="images sampled at once")
 
     add_tokenizer_flags(parser, TOKENIZERS)
     add_sampling_flags(
@@ -282,7 +294,7 @@ def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision)
     if dist.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=ids)
-    logger = Logger(args.log_dir or args.output_dir)
+    logger = Logger(args.log_dir or args.output_dir, goes_on=start > 0)
     output = Path(args.output_dir)
     progress = Progress(args.epochs * steps, "training", "step", done=start * steps)
     for epoch in range(start, args.epochs):
@@ -315,7 +327,7 @@ def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision)
             common = {"config": config, "tokenizer": tokenizer, "device": device}
             common["precision"] = precision
             for name, network in (("ema", ema.module), ("raw", model.eval())):
-                image = grid(args, network, label=f"{name} samples", **common)
+                image = grid(args, network, **common)
                 if image is not None:
                     logger.image(f"samples/{name}", image, (epoch + 1) * steps)
                     save_image(output / "samples" / f"epoch{epoch + 1:04d}_{name}.png", image)
@@ -351,7 +363,7 @@ def misfits(args, steps):
     # an average holds 5% of the initial weights after 3 horizons, and 37% after one
     total, horizon = steps * args.epochs, 1 / (1 - args.ema_rate)
     if 3 * horizon > total:
-        fitting = max(0.0, 1 - 20 / total)
+        fitting = max(0.0, 1 - 10 / total)
         yield (
             f"the EMA remembers {horizon:.0f} steps, the run has {total}; "
             f"--ema_rate {fitting:.4g} would fit"
@@ -363,7 +375,7 @@ def sampling_settings(args):
     return {name: getattr(args, name) for name in SAMPLING}
 
 
-def grid(args, model, *, config, tokenizer, device, precision, label):
+def grid(args, model, *, config, tokenizer, device, precision):
     """Two images of each of up to ten classes, spread over all, with fixed seeds."""
     count = config["model"]["class_num"]
     columns = min(count, 10)
@@ -377,7 +389,6 @@ def grid(args, model, *, config, tokenizer, device, precision, label):
         device=device,
         precision=precision,
         latent_range=config["latent_range"],
-        label=label,
         **sampling_settings(args),
     )
 

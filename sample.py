@@ -6,7 +6,7 @@ import engine_mar as engine
 from models import build_tokenizer, load_model
 from util import dist
 from util.dist import print0
-from util.flags import Parser, add_machine_flags, add_sampling_flags, run
+from util.flags import Parser, add_machine_flags, add_sampling_flags, amount, count, run
 from util.images import MAX_GRID, FolderWriter, GridWriter, NpzWriter
 
 
@@ -25,7 +25,7 @@ def get_parser():
         help="class numbers and ranges such as 207,360,980-989; all; or none: of no class",
     )
     group.add_argument(
-        "--per_class", type=int, default=8, metavar="N", help="images of each of the labels"
+        "--per_class", type=count, default=8, metavar="N", help="images of each of the labels"
     )
     group.add_argument(
         "--out",
@@ -35,11 +35,11 @@ def get_parser():
         help=".png: all in a grid; .npz: one file of uint8 NHWC, for ADM's evaluator; any other "
         "name: a folder of PNGs",
     )
-    group.add_argument("--batch_size", type=int, default=64, help="images at once, a process")
+    group.add_argument("--batch_size", type=count, default=64, help="images at once, a process")
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vae_path", metavar="FILE", help="its weights (default: as in training)")
     group.add_argument(
-        "--vae_scale", type=float, metavar="X", help="its scale (default: as in training)"
+        "--vae_scale", type=amount, metavar="X", help="its scale (default: as in training)"
     )
     add_sampling_flags(parser)
     add_machine_flags(parser, num_workers=None)
@@ -66,10 +66,6 @@ def main(argv=None):
     if args.num_iter is None:
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)
     labels = parse_labels(args.labels, config["model"]["class_num"])
-    if args.per_class < 1 or args.batch_size < 1:
-        raise ValueError(
-            f"--per_class {args.per_class}, --batch_size {args.batch_size}: expected at least 1"
-        )
     labels = [label for label in labels for _ in range(args.per_class)]
     folders, files = get_writers(args.out, len(labels), args.per_class)
     settings = ", ".join(f"{name} {value}" for name, value in sampling.items())
@@ -84,6 +80,7 @@ def main(argv=None):
         device=device,
         precision=dist.pick_precision(args.precision, device),
         latent_range=config.get("latent_range"),
+        label="sampling",
         **sampling,
     )
     batches = written(batches, folders)

@@ -104,9 +104,9 @@ def write_strip(path, model, tokenizer, sampling, seed):
 def write_loss(path, log):
     """Training loss against steps, from the log beside the checkpoint."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    steps, losses = zip(*((line["step"], line["loss"]) for line in lines), strict=True)
+    losses = {line["step"]: line["loss"] for line in lines}  # a resumed run may repeat some
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    axes.plot(steps, losses, linewidth=1)
+    axes.plot(losses.keys(), losses.values(), linewidth=1)
     axes.set(xlabel="step", ylabel="Diffusion Loss", yscale="log", title="Training on the digits")
     axes.grid(alpha=0.3)
     figure.tight_layout()

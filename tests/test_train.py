@@ -141,7 +141,7 @@ def test_what_does_not_fit_a_short_run_is_said(run, capsys, tmp_path):
     train(tmp_path, "--warmup_epochs", "100", "--ema_rate", "0.9999")
     output = capsys.readouterr().out
     assert "--warmup_epochs 1 would fit" in output
-    assert "the EMA remembers 10000 steps, the run has 22; --ema_rate 0.09091 would fit" in output
+    assert "the EMA remembers 10000 steps, the run has 22; --ema_rate 0.5455 would fit" in output
 
 
 def test_diverged_samples_are_said(run, capsys, tmp_path):

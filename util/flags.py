@@ -8,6 +8,26 @@ from util.dist import cleanup
 _UNSET = object()
 
 
+def _number(kind, expected, fits):
+    """An argparse type: a number that fits, else a message that says what was expected."""
+
+    def convert(text):
+        try:
+            if fits(value := kind(text)):
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"{text}: expected {expected}")
+
+    return convert
+
+
+count = _number(int, "a whole number, at least 1", lambda n: n >= 1)
+natural = _number(int, "a whole number, at least 0", lambda n: n >= 0)
+amount = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
+share = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+
+
 class Help(argparse.HelpFormatter):
     """Adds each flag's default to its help, unless the help says it in words."""
 
@@ -15,7 +35,8 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30)
 
     def _get_default_metavar_for_optional(self, action):
-        return {int: "N", float: "X"}.get(action.type, action.dest.upper())
+        metavars = {int: "N", count: "N", natural: "N", float: "X", amount: "X", share: "X"}
+        return metavars.get(action.type, action.dest.upper())
 
     def _get_help_string(self, action):
         if isinstance(action, argparse._StoreTrueAction):
@@ -32,6 +53,11 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=Help, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        """One line, without the usage."""
+        print(f"error: {message}; see --help", file=sys.stderr, flush=True)
+        sys.exit(2)
 
     def parse_given(self, argv=None):
         """(namespace, the names of the flags that were given)."""
@@ -65,7 +91,7 @@ def add_tokenizer_flags(parser, tokenizers):
         "--tokenizer", choices=tokenizers, default="kl16", help="what turns images into latents"
     )
     group.add_argument(
-        "--img_size", type=int, default=256, metavar="N", help="side of an image, in pixels"
+        "--img_size", type=count, default=256, metavar="N", help="side of an image, in pixels"
     )
     group.add_argument(
         "--vae_path",
@@ -75,13 +101,13 @@ def add_tokenizer_flags(parser, tokenizers):
     )
     group.add_argument(
         "--vae_embed_dim",
-        type=int,
+        type=count,
         metavar="C",
         help="channels of a latent (default: the tokenizer's; for pixels, the data's)",
     )
     group.add_argument(
         "--vae_scale",
-        type=float,
+        type=amount,
         metavar="X",
         help="one over the deviation of the latents (default: the tokenizer's: kl16 0.2325, "
         "kl8 0.18215, pixels 1)",
@@ -98,7 +124,7 @@ def add_sampling_flags(parser, **defaults):
             words += " (default: the checkpoint's)"
         group.add_argument(f"--{name}", default=default, help=words, **kwargs)
 
-    add("num_iter", "autoregressive steps, 1 to the number of tokens", type=int, metavar="K")
+    add("num_iter", "autoregressive steps, 1 to the number of tokens", type=count, metavar="K")
     add(
         "num_sampling_steps",
         "diffusion steps of a token: a count, counts of sections (10,10,20) or ddimN",
@@ -110,10 +136,10 @@ def add_sampling_flags(parser, **defaults):
         "guidance over the steps: 1 to --cfg as tokens become known, or --cfg throughout",
         choices=("linear", "constant"),
     )
-    add("temperature", "of the diffusion noise", type=float, metavar="T")
+    add("temperature", "of the diffusion noise", type=amount, metavar="T")
     group.add_argument(
         "--max_timestep",
-        type=int,
+        type=natural,
         metavar="T",
         help="start the reverse process at this timestep instead of 999; 950 keeps a model that "
         "is small or not trained for long from diverging (default: the checkpoint's, else 999)",
@@ -133,10 +159,13 @@ def add_machine_flags(parser, num_workers):
         help="of the networks; auto: bf16 where the GPU has it, else fp16 (with a loss scaler in "
         "training), fp32 on a CPU. The diffusion arithmetic is float32 in every case",
     )
-    group.add_argument("--seed", type=int, default=1, help="of everything that is drawn")
+    group.add_argument("--seed", type=natural, default=1, help="of everything that is drawn")
     if num_workers is not None:
         group.add_argument(
-            "--num_workers", type=int, default=num_workers, help="loader processes of each process"
+            "--num_workers",
+            type=natural,
+            default=num_workers,
+            help="loader processes, each",
         )
         group.add_argument(
             "--pin_mem",

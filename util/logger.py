@@ -14,14 +14,14 @@ SECONDS_BETWEEN_LINES = 20
 
 
 class Logger:
-    """Writes under `folder` on rank 0; on other ranks, and without a folder, does nothing."""
+    """Writes under `folder` on rank 0, elsewhere nothing. goes_on: log.jsonl is added to."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, goes_on=False):
         self.writer = self.lines = None
-        if folder and is_main():
+        if is_main():
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(str(folder))
-            self.lines = (Path(folder) / "log.jsonl").open("a", buffering=1)
+            self.lines = (Path(folder) / "log.jsonl").open("a" if goes_on else "w", buffering=1)
 
     def scalars(self, values, step, **more):
         """Name -> number at a step (of the optimiser); `more` goes into the JSON line only."""
@@ -42,24 +42,32 @@ class Logger:
 
 
 class Progress:
-    """A bar on a terminal; otherwise a plain line now and then, and one at the end. On rank 0."""
+    """A bar on a terminal; otherwise a plain line now and then, and one at the end. On rank 0.
+
+    label: what is under way; None shows nothing.
+    """
 
     def __init__(self, total, label, unit="it", done=0):
         self.total, self.label, self.done = total, label, done
-        self.shown = time.monotonic()
+        self.shown, self.note = time.monotonic(), ""
         self.bar = None
-        if is_main() and sys.stderr.isatty():
+        if label and is_main() and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
 
     def update(self, count=1, note=""):
-        """`count` more are done; `note` is what to show beside that."""
+        """`count` more are done; `note` is what to show beside that from now on."""
         self.done += count
+        self.note = note or self.note
         if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.shown > SECONDS_BETWEEN_LINES or self.done >= self.total:
-            print0(f"{self.label}: {self.done}/{self.total} {note}".rstrip())
+        elif self.label and self._is_due():
+            print0(f"{self.label}: {self.done}/{self.total} {self.note}".rstrip())
             self.shown = time.monotonic()
+
+    def _is_due(self):
+        late = time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
+        return late or self.done >= self.total
 
     def close(self):
         if self.bar is not None:

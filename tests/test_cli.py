@@ -1,0 +1,318 @@
+"""The scripts as a user calls them. Run: python -m pytest tests/test_cli.py"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+from rule import GOLDEN
+
+import main_cache
+import main_mar
+import sample
+from util import presets
+from util.checkpoint import LAST, load_checkpoint
+from util.flags import run
+
+ROOT = Path(__file__).parent.parent
+PARSERS = {"main_mar": main_mar, "main_cache": main_cache, "sample": sample}
+
+# The published training command, but for paths and the launcher.
+PUBLISHED_TRAINING = """--img_size 256 --vae_path V --vae_embed_dim 16 --vae_stride 16
+--patch_size 1 --model mar_large --diffloss_d 3 --diffloss_w 1024 --epochs 400
+--warmup_epochs 100 --batch_size 64
+--blr 1.0e-4 --diffusion_batch_mul 4 --output_dir D --resume D --data_path P --use_cached
+--cached_path C --online_eval --grad_checkpointing --num_workers 10 --pin_mem --world_size 1
+--local_rank -1 --dist_on_itp --dist_url env:// --log_dir L --device cuda --seed 1 --start_epoch 0
+--min_lr 0 --lr_schedule constant --ema_rate 0.9999 --mask_ratio_min 0.7 --grad_clip 3.0
+--attn_dropout 0.1 --proj_dropout 0.1 --buffer_size 64 --num_sampling_steps 100 --temperature 1.0
+--class_num 1000 --label_drop_prob 0.1 --eval_freq 40 --save_last_freq 5 --weight_decay 0.02
+--lr 8e-4 --no_pin_mem"""
+PUBLISHED_EVALUATION = """--model mar_base --diffloss_d 6 --diffloss_w 1024 --eval_bsz 256
+--num_images 50000 --num_iter 256 --num_sampling_steps 100 --cfg 2.9 --cfg_schedule linear
+--temperature 1.0 --output_dir O --resume R --data_path P --evaluate"""
+PUBLISHED_CACHING = """--img_size 256 --vae_path V --vae_embed_dim 16 --batch_size 128 --data_path P
+--cached_path C --device cuda --seed 0 --num_workers 10 --pin_mem --world_size 1 --local_rank -1
+--dist_on_itp --dist_url env://"""
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        (main_mar, PUBLISHED_TRAINING),
+        (main_mar, PUBLISHED_EVALUATION),
+        (main_cache, PUBLISHED_CACHING),
+    ],
+)
+def test_published_flags_are_known(script, command):
+    """Every flag of the published commands parses."""
+    args = script.get_parser().parse_args(shlex.split(command))
+    assert args.data_path == "P"
+
+
+def test_published_defaults():
+    """A flag left out means what it meant, except the mismatched head and the device."""
+    expected = {
+        "batch_size": 16,
+        "epochs": 400,
+        "model": "mar_large",
+        "img_size": 256,
+        "vae_path": "pretrained_models/vae/kl16.ckpt",
+        "num_iter": 64,
+        "num_images": 50000,
+        "cfg": 1.0,
+        "cfg_schedule": "linear",
+        "label_drop_prob": 0.1,
+        "eval_freq": 40,
+        "save_last_freq": 5,
+        "online_eval": False,
+        "evaluate": False,
+        "eval_bsz": 64,
+        "weight_decay": 0.02,
+        "grad_checkpointing": False,
+        "lr": None,
+        "blr": 1e-4,
+        "min_lr": 0.0,
+        "lr_schedule": "constant",
+        "warmup_epochs": 100,
+        "ema_rate": 0.9999,
+        "mask_ratio_min": 0.7,
+        "grad_clip": 3.0,
+        "attn_dropout": 0.1,
+        "proj_dropout": 0.1,
+        "buffer_size": 64,
+        "diffloss_d": 3,
+        "diffloss_w": 1024,
+        "num_sampling_steps": "100",
+        "diffusion_batch_mul": 1,
+        "temperature": 1.0,
+        "data_path": "./data/imagenet",
+        "class_num": 1000,
+        "output_dir": "./output_dir",
+        "seed": 1,
+        "resume": "",
+        "start_epoch": 0,
+        "num_workers": 10,
+        "pin_mem": True,
+        "dist_url": "env://",
+        "use_cached": False,
+        "cached_path": "",
+        "device": "auto",
+    }
+    args = vars(main_mar.get_parser().parse_args([]))
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", PARSERS)
+def test_every_flag_is_explained_with_its_default(name):
+    """--help has groups, and for each flag a sentence and its default."""
+    parser = PARSERS[name].get_parser()
+    text = " ".join(parser.format_help().split())
+    for group in parser._action_groups[2:]:
+        assert group.title and f"{group.title}:" in text
+    for action in parser._actions[1:]:
+        assert action.help, action.dest
+        said = parser._get_formatter()._get_help_string(action)
+        exempt = action.required or action.dest in ("pin_mem", "world_size", "local_rank")
+        optional = action.dest in ("preset", "resume", "cached_path")
+        assert "(default: " in said or exempt or optional, f"{action.dest}: {said}"
+
+
+def test_preset_lies_between_defaults_and_flags():
+    """A preset changes defaults; the command line changes the preset; a data set brings its own."""
+    args, given = presets.apply(main_mar.get_parser(), ["--preset", "digits", "--epochs", "3"])
+    assert (args.model, args.epochs, args.img_size, args.tokenizer) == ("mar_tiny", 3, 8, "pixels")
+    assert given == {"preset", "epochs"}
+    args, _ = presets.apply(main_mar.get_parser(), ["--data_path", "digits"])
+    assert (args.model, args.class_num, args.epochs) == ("mar_large", 10, 400)
+
+
+def complain(capsys, main, *argv):
+    """The one line that a script prints to standard error before it exits with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        run(main, [str(a) for a in argv])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+DIGITS = ("--preset", "digits", "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--vae_path", "nowhere.ckpt"), "nowhere.ckpt: no such file"),
+        ((*DIGITS, "--class_num", "7"), "found 10 classes, --class_num is 7"),
+        ((*DIGITS, "--img_size", "9"), "img_size 9: expected a multiple"),
+        ((*DIGITS, "--img_size", "16"), "the digits are 8×8"),
+        ((*DIGITS, "--num_iter", "17"), "--num_iter 17: expected 1 to 16"),
+        ((*DIGITS, "--num_sampling_steps", "2000"), "diffusion steps '2000'"),
+        ((*DIGITS, "--max_timestep", "-3"), "--max_timestep: -3: expected a whole number"),
+        ((*DIGITS, "--ema_rate", "1.5"), "--ema_rate: 1.5: expected a number from 0 to 1"),
+        ((*DIGITS, "--batch_size", "5000"), "batch_size 5000"),
+        ((*DIGITS, "--accum_iter", "500"), "--accum_iter 500"),
+        ((*DIGITS, "--vae_stride", "16"), "--vae_stride 16: the tokenizer pixels has 1"),
+        ((*DIGITS, "--evaluate"), "--resume '': expected a checkpoint"),
+        ((*DIGITS, "--resume", GOLDEN / "diffusion_tables.npz"), "diffusion_tables.npz"),
+        ((*DIGITS, "--epochs", "0"), "--epochs: 0: expected a whole number, at least 1"),
+    ],
+)
+def test_wrong_flags_of_training(capsys, tmp_path, flags, message):
+    """What does not fit is one line with the value and what was expected, and status 2."""
+    line = complain(capsys, main_mar.main, *flags, "--output_dir", tmp_path)
+    assert message in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_missing_gpu(capsys):
+    """A device that is not there is said, with those that are."""
+    line = complain(capsys, main_mar.main, "--preset", "digits", "--device", "cuda")
+    assert "--device cuda: no such device here; expected cpu or auto" in line
+
+
+def test_errors_leave_no_traceback():
+    """As a process: one line on standard error, exit status 2."""
+    done = subprocess.run(
+        [sys.executable, "main_mar.py", *DIGITS, "--num_iter", "99"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: --num_iter 99")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A checkpoint after one short epoch on the digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    flags = ["--epochs", "1", "--batch_size", "256", "--num_sampling_steps", "5"]
+    main_mar.main([*DIGITS, *flags, "--output_dir", str(folder)])
+    return folder / LAST
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--labels", "3-12"), "expected classes from 0 to 9"),
+        (("--labels", "x"), "expected numbers, ranges"),
+        (("--labels", "5-3"), "expected classes from 0 to 9"),
+        (("--per_class", "0"), "--per_class: 0: expected a whole number, at least 1"),
+        (("--per_class", "500"), "a grid of 5000 images, expected at most 1024"),
+        (("--num_iter", "40"), "num_iter 40: expected 1 to 16"),
+        (("--num_sampling_steps", "ddim7,8"), "'ddim7,8'"),
+        (("--temperature", "-1"), "--temperature: -1: expected a number, at least 0"),
+    ],
+)
+def test_wrong_flags_of_sampling(capsys, tmp_path, ckpt, flags, message):
+    """The same for sample.py."""
+    flags = ("--ckpt", ckpt, "--device", "cpu", "--out", tmp_path / "a.png", *flags)
+    assert message in complain(capsys, sample.main, *flags)
+
+
+def test_missing_checkpoint(capsys):
+    """A path that is not there is named."""
+    assert "none.pth: no such file" in complain(capsys, sample.main, "--ckpt", "none.pth")
+
+
+def test_sampling_writes_what_was_asked_for(tmp_path, ckpt):
+    """Labels by number and range, so many of each; a grid, a folder and an .npz of the same."""
+    out = [tmp_path / "grid.png", tmp_path / "folder", tmp_path / "all.npz"]
+    flags = ["--ckpt", ckpt, "--device", "cpu", "--labels", "7,0-1", "--per_class", "2"]
+    flags += ["--num_iter", "4", "--batch_size", "4", "--out", *out]
+    sample.main([str(f) for f in flags])
+    images = np.load(out[2])["arr_0"]
+    assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
+    from PIL import Image
+
+    names = sorted(p.name for p in out[1].iterdir())
+    assert names == [f"{i:06d}.png" for i in range(6)]
+    for name, image in zip(names, images, strict=True):
+        assert np.array_equal(np.asarray(Image.open(out[1] / name)), image)
+    assert Image.open(out[0]).size[0] < Image.open(out[0]).size[1]  # two columns, three rows
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["all.npz", "folder", "grid.png"]
+
+
+def test_sampling_without_a_class(tmp_path, ckpt):
+    """--labels none samples with the embedding of no class."""
+    flags = ["--ckpt", ckpt, "--device", "cpu", "--labels", "none", "--out", tmp_path / "a.npz"]
+    sample.main([str(f) for f in flags])
+    assert np.load(tmp_path / "a.npz")["arr_0"].shape == (8, 8, 8, 3)
+
+
+def test_resuming_takes_the_head_from_the_weights(capsys, ckpt, tmp_path):
+    """--resume needs no flag of the architecture, and refuses one that contradicts the weights."""
+    flags = ["--resume", ckpt, "--data_path", "digits", "--device", "cpu", "--num_workers", "0"]
+    flags += ["--batch_size", "512", "--epochs", "2", "--num_sampling_steps", "5"]
+    flags += ["--output_dir", tmp_path, "--max_timestep", "950"]
+    main_mar.main([str(f) for f in flags])
+    assert load_checkpoint(tmp_path / LAST)["config"]["model"]["name"] == "mar_tiny"
+    capsys.readouterr()
+    line = complain(capsys, main_mar.main, *flags, "--diffloss_d", "6")
+    assert "--diffloss_d 6:" in line and "holds 3" in line
+
+
+def test_published_checkpoint_evaluates_and_resumes(tmp_path, vae_path, capsys):
+    """The published evaluation command on a published file; then training goes on from it."""
+    published = GOLDEN / "checkpoint-published.pth"
+    common = f"--vae_path {vae_path} --vae_embed_dim 16 --vae_stride 16 --patch_size 1 --device cpu"
+    common += f" --diffloss_d 2 --diffloss_w 64 --num_sampling_steps 3 --resume {published}"
+    flags = f"{common} --eval_bsz 4 --num_images 6 --num_iter 4 --cfg 2.9 --cfg_schedule linear"
+    flags += f" --temperature 1.0 --output_dir {tmp_path}/out --evaluate"
+    main_mar.main(shlex.split(flags))
+    folder = tmp_path / "out/ariter4-diffsteps3-temp1.0-linearcfg2.9-image6_ema"
+    assert len(list(folder.glob("*.png"))) == 6
+
+    images = write_images(tmp_path / "data", classes="abcdefghij", count=1, size=(64, 64))
+    flags = f"{common} --data_path {images} --epochs 5 --batch_size 5 --num_workers 0 --lr 1e-4"
+    main_mar.main([*shlex.split(flags), "--output_dir", str(tmp_path / "on")])
+    assert "goes on with epoch 4" in capsys.readouterr().out
+    after = load_checkpoint(tmp_path / "on" / LAST)
+    assert after["epoch"] == 4
+    # 20 steps were there, an epoch of 2 came on top
+    assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {22}
+
+
+def test_images_to_cache_to_training_to_samples(tmp_path, images, vae_path):
+    """The whole path: a folder, its cache, a model trained on that, pictures from its file."""
+    cache = tmp_path / "cache"
+    common = f"--img_size 32 --vae_path {vae_path} --device cpu --num_workers 0"
+    for _ in range(2):  # the second run finds everything there
+        main_cache.main(
+            shlex.split(f"{common} --data_path {images} --cached_path {cache} --batch_size 3")
+        )
+    assert len(list(cache.rglob("*.npz"))) == 8
+    flags = f"{common} --use_cached --cached_path {cache} --class_num 2 --model mar_tiny"
+    flags += " --buffer_size 4 --diffloss_d 1 --diffloss_w 32 --batch_size 4 --epochs 2 --lr 1e-3"
+    flags += " --warmup_epochs 1 --max_timestep 950 --num_sampling_steps 4 --num_iter 3"
+    main_mar.main([*shlex.split(flags), "--output_dir", str(tmp_path / "run")])
+    checkpoint = load_checkpoint(tmp_path / "run" / LAST)
+    assert checkpoint["config"]["tokenizer"]["vae_path"] == str(vae_path)
+    out = tmp_path / "samples.npz"
+    sample.main(["--ckpt", str(tmp_path / "run" / LAST), "--labels", "all", "--out", str(out)])
+    assert np.load(out)["arr_0"].shape == (16, 32, 32, 3)
+
+
+def test_a_terminal_gets_no_other_files(tmp_path):
+    """Scripts write where they are told: nothing appears in the folder they are called from."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    flags = [*DIGITS, "--epochs", "1", "--batch_size", "512", "--output_dir", "out"]
+    flags += ["--num_sampling_steps", "3", "--num_iter", "2"]
+    subprocess.run(
+        [sys.executable, ROOT / "main_mar.py", *flags],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    json.loads((tmp_path / "out/log.jsonl").read_text().splitlines()[0])
