@@ -233,7 +233,8 @@ def generate_images(
         progress.update()
         yield indices, images if chosen else np.empty((0, 0, 0, 3), np.uint8)
     progress.close()
-    _say_diverged(bad, worst, limit, len(labels))
+    start = sampling.get("max_timestep") or model.diffloss.max_timestep
+    _say_diverged(bad, worst, limit, len(labels), start)
 
 
 @torch.no_grad()
@@ -249,13 +250,16 @@ def _generate(model, tokenizer, labels, indices, seed, device, precision, sampli
     return latents, to_uint8(tokenizer.decode(latents))
 
 
-def _say_diverged(bad, worst, limit, count):
+def _say_diverged(bad, worst, limit, count, max_timestep):
     bad, worst = sum(dist.all_gather(bad)), max(dist.all_gather(worst))
     if bad:
+        advice = "Start it lower with --max_timestep 950, or train the model for longer"
+        if max_timestep and max_timestep <= 950:
+            advice = "Train the model for longer"
         print0(
             f"WARNING: {bad} of {count} images have latents outside the range of the data "
             f"(up to {worst:.3g}, expected below {limit:.3g}): the reverse process diverged. "
-            "Start it lower with --max_timestep 950, or train the model for longer"
+            f"{advice}"
         )
 
 
