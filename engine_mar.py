@@ -3,19 +3,28 @@
 import math
 import time
 from contextlib import nullcontext
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from util import dist
+from util.data import plain_loader, read_moments
 from util.dist import print0
-from util.images import grid, replacing, to_uint8
-from util.logger import Progress
-from util.random import image_generators
+from util.evaluation import Accumulator
+from util.features import INCEPTION
+from util.files import replacing
+from util.images import grid, to_uint8
+from util.logger import Progress, Stopwatch
+from util.metrics import SSIM_WINDOW, RunningStatistics, frechet_distance, psnr, ssim
+from util.rng import image_generators
+from util.weights import digest
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 UNKNOWN_RANGE = 10.0  # latents have about unit deviation; used where training left no range
+PAIRS = 8  # images shown with their decodings
 
 
 def autocast(device, precision):
@@ -70,14 +79,14 @@ def train_one_epoch(
     """
     model.train()
     loader.sampler.set_epoch(epoch)
-    torch.manual_seed(_epoch_seed(seed, epoch))  # dropout, and the loader's workers
-    generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch))
-    window = Window(device)
+    torch.manual_seed(_epoch_seed(seed, epoch, 0))  # dropout, and the loader's workers
+    generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch, 1))
+    window = Window(device, accum_iter)
     steps = len(loader) // accum_iter
     largest = torch.zeros((), device=device)
 
     optimizer.zero_grad(set_to_none=True)
-    for i, (batch, labels) in enumerate(window.timed(loader)):
+    for i, (batch, labels) in enumerate(window.waiting.timed(loader)):
         if i == steps * accum_iter:  # not enough left for a whole step
             break
         if i % accum_iter == 0:
@@ -106,6 +115,8 @@ def train_one_epoch(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        if not scaler.is_enabled():  # which skips such steps itself
+            window.note_finite(norm)
         ema.update(unwrap(model))
         if progress:
             progress.update(1, window.note)
@@ -114,7 +125,7 @@ def train_one_epoch(
         if step % min(log_every, steps) == 0:
             window.check(epoch)
             figures = window.pop(epoch, norm, optimizer.param_groups[0]["lr"])
-            figures |= unwrap(model).diffloss.pop_statistics()
+            figures |= unwrap(model).diffloss.pop_statistics(dist.all_reduce)
             if logger:
                 logger.scalars(figures, epoch * steps + step, epoch=epoch + (i + 1) / len(loader))
     window.check(epoch)
@@ -124,55 +135,50 @@ def train_one_epoch(
 class Window:
     """What is summed between two lines of the log: on the device, without waiting for it."""
 
-    def __init__(self, device):
+    def __init__(self, device, accum_iter):
+        self.accum_iter = accum_iter
         self.never = torch.iinfo(torch.int64).max
         self.first_bad = torch.tensor(self.never, device=device)  # step·processes + rank
         self.loss = torch.zeros((), device=device)
-        self.batches, self.note = 0, ""
+        self.batches, self.note, self.waiting = 0, "", Stopwatch()
         self._restart()
-
-    def timed(self, loader):
-        """The batches of a loader; the time waited for them is kept."""
-        batches = iter(loader)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.waited += time.perf_counter() - start
-            yield batch
 
     def add(self, loss, images):
         loss = loss.detach()
-        place = self.batches * dist.world_size() + dist.rank()
-        bad = torch.where(loss.isfinite(), self.never, place)
-        self.first_bad = torch.minimum(self.first_bad, bad)
+        self.note_finite(loss)
         self.loss += loss
         self.batches += 1
         self.count += 1
         self.images += images
 
+    def note_finite(self, value):
+        """Remember where a loss, or the norm of a gradient, was not finite for the first time."""
+        place = self.batches * dist.world_size() + dist.rank()
+        bad = torch.where(value.isfinite(), self.never, place)
+        self.first_bad = torch.minimum(self.first_bad, bad)
+
     def check(self, epoch):
-        """Stop every process if a loss of any of them was not finite."""
+        """Stop every process if a loss or a gradient of any of them was not finite."""
         first = dist.all_reduce(self.first_bad.clone(), "min").item()
         if first != self.never:
             batch, rank = divmod(first, dist.world_size())
             raise FloatingPointError(
-                f"the loss is not finite at epoch {epoch}, step {batch}, rank {rank}; the last "
+                f"the loss or its gradient is not finite at epoch {epoch}, "
+                f"step {batch // self.accum_iter}, rank {rank}; the last "
                 "checkpoint is from before. Try --precision bf16 or fp32, or a lower --lr"
             )
 
     def pop(self, epoch, norm, lr):
         """Figures since the last time, of all processes: name -> float."""
-        loss = dist.all_reduce(self.loss / self.count).item() / dist.world_size()
         seconds = time.perf_counter() - self.start
+        sums = torch.stack([self.loss / self.count, self.loss.new_tensor(self.waiting.seconds)])
+        loss, waited = (dist.all_reduce(sums) / dist.world_size()).tolist()
         figures = {
             "loss": loss,
             "grad_norm": norm.item(),
             "lr": lr,
             "images_per_s": self.images * dist.world_size() / seconds,
-            "data_wait": self.waited / seconds,
+            "data_wait": waited / seconds,
         }
         speed = figures["images_per_s"]
         self.note = f"epoch {epoch} loss {loss:.4f} lr {lr:.1e} {speed:.0f} img/s"
@@ -182,12 +188,13 @@ class Window:
     def _restart(self):
         self.loss.zero_()
         self.count = self.images = 0
-        self.start, self.waited = time.perf_counter(), 0.0
+        self.start, self.waiting.seconds = time.perf_counter(), 0.0
 
 
-def _epoch_seed(seed, epoch):
-    """A seed for one epoch of one process."""
-    return int(np.random.SeedSequence([seed, epoch, dist.rank()]).generate_state(1, np.uint64)[0])
+def _epoch_seed(seed, epoch, stream):
+    """A seed for one epoch of one process, and one of its streams of randomness."""
+    keys = [seed, epoch, dist.rank(), stream]
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
 def generate_images(
@@ -200,7 +207,7 @@ def generate_images(
     device,
     precision="fp32",
     latent_range=None,
-    label=None,
+    progress=None,
     **sampling,
 ):
     """Sample an image for each label, yielding (indices, images uint8 (n, H, W, 3)) by the batch.
@@ -208,16 +215,17 @@ def generate_images(
     labels: a sequence of class numbers, or of None for no class, the same on every process; each
     process makes every world_size-th batch, some of them perhaps empty. Image i depends on
     (seed, i) alone. sampling: arguments of `sample_tokens`. latent_range: the largest |latent| of
-    the data; samples far outside of it are counted and said. label: for the progress shown.
+    the data; samples far outside of it are counted and said. progress: the name of the bar shown.
     """
     if tokenizer.channels != model.vae_embed_dim:
         raise ValueError(
             f"the tokenizer has {tokenizer.channels} channels, the model {model.vae_embed_dim}"
         )
+    batch_size = min(batch_size, math.ceil(len(labels) / dist.world_size()))
     limit = 2 * (latent_range or UNKNOWN_RANGE)
     bad, worst = 0, 0.0
     rounds = math.ceil(len(labels) / (batch_size * dist.world_size()))
-    progress = Progress(rounds, label, "batch")
+    bar = Progress(rounds, progress, "batch")
     for i in range(rounds):
         # all processes make as many rounds, the last ones perhaps of nothing: they stay in step
         start = (i * dist.world_size() + dist.rank()) * batch_size
@@ -230,9 +238,9 @@ def generate_images(
             extremes = torch.nan_to_num(latents.abs().flatten(1).amax(1), nan=float("inf"))
             bad += int((extremes > limit).sum())
             worst = max(worst, extremes.max().item())
-        progress.update()
+        bar.update()
         yield indices, images if chosen else np.empty((0, 0, 0, 3), np.uint8)
-    progress.close()
+    bar.close()
     start = sampling.get("max_timestep") or model.diffloss.max_timestep
     _say_diverged(bad, worst, limit, len(labels), start)
 
@@ -285,10 +293,6 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     One `class/name.ext.npz` each with float32 `moments` and `moments_flip` (2C, h, w). Images whose
     file is there and whole are skipped. Returns (written, skipped), of all processes.
     """
-    from torch.utils.data import DataLoader, Subset
-
-    from util.data import read_moments
-
     side = dataset.img_size // tokenizer.stride
     shape = (tokenizer.moment_channels, side, side)
 
@@ -300,8 +304,11 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
             return False
 
     mine = range(dist.rank(), len(dataset), dist.world_size())
-    todo = [i for i in mine if not is_whole(i)]
-    loader = DataLoader(Subset(dataset, todo), batch_size, num_workers=num_workers)
+    with ThreadPool(max(1, num_workers)) as pool:
+        todo = [
+            i for i, whole in zip(mine, pool.imap(is_whole, mine, 64), strict=True) if not whole
+        ]
+    loader = plain_loader(Subset(dataset, todo), batch_size, num_workers)
     progress = Progress(max(1, len(todo)), "caching", "img")
     for start, (images, _) in zip(range(0, len(todo), batch_size), loader, strict=True):
         images = images.to(device)
@@ -317,3 +324,108 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     progress.close()
     written = sum(dist.all_gather(len(todo)))
     return written, len(dataset) - written
+
+
+def deliver(batches, writers):
+    """Give batches to writers: folders take each process's own, files all, in order, on rank 0."""
+    folders = [writer for writer in writers if writer.per_process]
+    files = [writer for writer in writers if not writer.per_process]
+
+    def to_folders():
+        for indices, images in batches:
+            for writer in folders:
+                writer.add(indices, images)
+            yield indices, images
+
+    for indices, images in gathered(to_folders()) if files else to_folders():
+        for writer in files:
+            writer.add(indices, images)
+    if dist.is_main():
+        for writer in files:
+            writer.close()
+    dist.barrier()
+
+
+def evaluate(
+    model,
+    tokenizer,
+    labels,
+    judge,
+    *,
+    settings,
+    writers=(),
+    output_dir=None,
+    logger=None,
+    step=0,
+    **kwargs,
+):
+    """Sample an image for each label, measure them, report; returns the figures, {} off rank 0.
+
+    judge: see util.evaluation. settings: what else the report states. writers: what keeps the
+    images as well (`deliver`). kwargs: of `generate_images`.
+    """
+    accumulator = Accumulator(judge.extractor, len(labels), judge.keep_features, judge.splits)
+    clock = Stopwatch()
+
+    def measured():
+        for indices, images in clock.timed(generate_images(model, tokenizer, labels, **kwargs)):
+            known = None if labels[0] is None else [labels[i] for i in indices]
+            accumulator.add(indices, images, known)
+            yield indices, images
+
+    deliver(measured(), writers)
+    summary = accumulator.summary()
+    slowest = dist.all_reduce(torch.tensor(clock.seconds, device=kwargs["device"]), "max").item()
+    measurement = {
+        "seconds_per_image": slowest / len(labels),
+        "processes": dist.world_size(),
+        "weights_sha256": digest(model.state_dict()),
+    }
+    return judge.report(summary, {**measurement, **settings}, output_dir, logger, step)
+
+
+@torch.no_grad()
+def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers, device, seed=0):
+    """Encode, draw and decode each image of a data set of (image in [−1, 1], label).
+
+    Returns (figures, pairs) on rank 0, else ({}, None). Figures: `rfid` (or `rfd`, in features
+    other than Inception's), the Fréchet distance of decoded images to the same images; `psnr` in
+    dB and `ssim`, averaged over images; `latent_mean`, `latent_std`, over all elements before
+    scaling; `latent_scale`, one over that deviation. pairs: bytes (2n, H, W, 3), the first images,
+    then their decodings. What is drawn for image i depends on (seed, i) alone.
+    """
+    real, decoded = (Accumulator(extractor, len(dataset)) for _ in range(2))
+    elements = RunningStatistics(1, device)  # of the latents, before scaling
+    quality = torch.zeros(2, dtype=torch.float64, device=device)  # sums of PSNR and SSIM
+    mine = range(dist.rank(), len(dataset), dist.world_size())
+    loader = plain_loader(Subset(dataset, mine), batch_size, num_workers)
+    progress, pairs, start = Progress(len(mine), "tokenizing", "img"), None, 0
+    for images, _ in loader:
+        indices, images = mine[start : start + len(images)], images.to(device)
+        start += len(images)
+        latents = tokenizer.sample(tokenizer.encode(images), image_generators(seed, indices))
+        again = tokenizer.decode(latents).clamp(-1, 1)
+        elements.add((latents / tokenizer.scale).reshape(-1, 1))
+        quality[0] += psnr(images, again).sum()
+        if min(images.shape[-2:]) >= SSIM_WINDOW:
+            quality[1] += ssim(images, again).sum()
+        bytes_of = [to_uint8(x) for x in (images, again)]
+        for accumulator, batch in zip((real, decoded), bytes_of, strict=True):
+            accumulator.add(indices, batch)
+        if pairs is None:
+            pairs = np.concatenate([batch[:PAIRS] for batch in bytes_of])
+        progress.update(len(images))
+    progress.close()
+    elements.reduce()
+    dist.all_reduce(quality)
+    real, decoded = real.summary(), decoded.summary()
+    if not dist.is_main():
+        return {}, None
+    name = "rfid" if extractor.name == INCEPTION else "rfd"
+    figures = {name: frechet_distance(decoded.statistics, real.statistics)}
+    figures["psnr"], figures["ssim"] = (quality / len(dataset)).tolist()
+    if min(dataset[0][0].shape[-2:]) < SSIM_WINDOW:
+        del figures["ssim"]
+    latents = elements.result()
+    mean, std = latents["mu"].item(), latents["sigma"].item() ** 0.5
+    return {**figures, "latent_mean": mean, "latent_std": std, "latent_scale": 1 / std}, pairs

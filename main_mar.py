@@ -12,8 +12,10 @@ from util import data, dist, presets
 from util.checkpoint import LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from util.dist import print0
 from util.ema import EMA
+from util.evaluation import open_judge
 from util.flags import (
     Parser,
+    add_evaluation_flags,
     add_machine_flags,
     add_sampling_flags,
     add_tokenizer_flags,
@@ -23,7 +25,7 @@ from util.flags import (
     run,
     share,
 )
-from util.images import FolderWriter, save_image
+from util.images import open_writers, save_image
 from util.logger import Logger, Progress
 from util.lr_sched import learning_rate
 from util.weights import load_strictly
@@ -48,6 +50,19 @@ TRAINING = (
     "grad_checkpointing",
     "num_sampling_steps",
     "max_timestep",
+)
+RECIPE = (
+    "epochs",
+    "batch_size",
+    "accum_iter",
+    "lr",
+    "blr",
+    "min_lr",
+    "lr_schedule",
+    "warmup_epochs",
+    "weight_decay",
+    "grad_clip",
+    "ema_rate",
 )
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature")
 
@@ -97,7 +112,9 @@ def get_parser():
 
     group = parser.add_argument_group("training")
     group.add_argument(
-        "--preset", choices=presets.PRESETS, help="flags that belong together; others override"
+        "--preset",
+        choices=presets.PRESETS,
+        help="flags that belong together; others override (default: none)",
     )
     group.add_argument("--epochs", type=count, default=400, help="passes over the data")
     group.add_argument("--batch_size", type=count, default=16, help="images a process and batch")
@@ -131,7 +148,9 @@ def get_parser():
     group.add_argument(
         "--use_cached", action="store_true", help="train on latents that main_cache.py wrote"
     )
-    group.add_argument("--cached_path", default="", metavar="DIR", help="where those are")
+    group.add_argument(
+        "--cached_path", default="", metavar="DIR", help="where those are (default: none)"
+    )
 
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints")
@@ -143,7 +162,7 @@ def get_parser():
         default="",
         metavar="PATH",
         help="a checkpoint, or a folder holding checkpoint-last.pth: go on with the next epoch. "
-        "A folder without one starts anew",
+        "A folder without one starts anew (default: a new run)",
     )
     group.add_argument(
         "--start_epoch", type=natural, default=0, help="epoch to begin with, if not resumed"
@@ -161,11 +180,22 @@ def get_parser():
         "--evaluate", action="store_true", help="sample --num_images with the EMA, train nothing"
     )
     group.add_argument(
-        "--online_eval", action="store_true", help="do so every --eval_freq epochs as well"
+        "--online_eval",
+        action="store_true",
+        help="do so every --eval_freq epochs, with the EMA and the raw weights",
+    )
+    group.add_argument(
+        "--out",
+        nargs="*",
+        default=[],
+        metavar="PATH",
+        help="with --evaluate, keep the images: .png a grid, .npz one file, else a folder "
+        "(default: none)",
     )
     group.add_argument("--num_images", type=count, default=50000, help="as many of each class")
     group.add_argument("--eval_bsz", type=count, default=64, help="images sampled at once")
 
+    add_evaluation_flags(parser)
     add_tokenizer_flags(parser, TOKENIZERS)
     add_sampling_flags(
         parser,
@@ -184,8 +214,8 @@ def main(argv=None):
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
     precision = dist.pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
-    if args.evaluate and not path:
-        raise ValueError(f"--resume {args.resume!r}: expected a checkpoint to evaluate")
+    if not path and (args.evaluate or Path(args.resume).suffix):
+        raise ValueError(f"--resume {args.resume!r}: expected a checkpoint, found none")
     if args.resume and not path:
         print0(f"--resume {args.resume}: no {LAST} there, starting anew")
     checkpoint = load_checkpoint(path) if path else None
@@ -202,10 +232,15 @@ def main(argv=None):
     print0(f"{config['model']['name']}: {size:.1f}M parameters, {precision} on {device}")
 
     common = {"config": config, "tokenizer": tokenizer, "device": device, "precision": precision}
+    judge = get_judge(args, config, device)
     if args.evaluate:
-        evaluate(args, ema.module, **common)
+        logger = Logger(args.log_dir or args.output_dir, goes_on=True)
+        common |= {"logger": logger, "writers": open_writers(args.out, args.num_images)}
+        step = checkpoint.get("epoch", 0)
+        evaluate(args, ema.module, judge, name="ema", step=step, **common)
+        logger.close()
     else:
-        train(args, model, ema, checkpoint, **common)
+        train(args, model, ema, checkpoint, judge, **common)
 
 
 def configure(args, given, checkpoint, source):
@@ -218,10 +253,11 @@ def configure(args, given, checkpoint, source):
     chosen = {"name": "tokenizer", "vae_path": "vae_path", "scale": "vae_scale"}
     own = {key: getattr(args, flag) for key, flag in chosen.items()}
     if args.tokenizer == "pixels":
-        own["channels"] = args.vae_embed_dim
+        own = {"name": "pixels", "scale": args.vae_scale, "channels": args.vae_embed_dim}
     if stored:
         own = {**stored["tokenizer"], **{k: own[k] for k, flag in chosen.items() if flag in given}}
     tokenizer = build_tokenizer(**own)
+    own["scale"] = tokenizer.scale  # the file then says it, whatever the table says one day
 
     derived = {"vae_stride": tokenizer.stride, "vae_embed_dim": tokenizer.channels}
     for name, value in derived.items():
@@ -242,6 +278,8 @@ def configure(args, given, checkpoint, source):
         model[name] = stored["model"][name]
     model |= {name: getattr(args, name) for name in TRAINING}
     model["vlb"] = not args.no_vlb
+    if stored and args.max_timestep is None:
+        model["max_timestep"] = stored["model"].get("max_timestep")
 
     length = (model["img_size"] // model["vae_stride"] // model["patch_size"]) ** 2
     if "num_iter" not in given:
@@ -257,7 +295,7 @@ def configure(args, given, checkpoint, source):
     return config, tokenizer
 
 
-def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision):
+def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, precision):
     """Train from the checkpoint's next epoch, or from the first, to the last."""
     loader = get_loader(args, config, tokenizer, device)
     steps = len(loader) // args.accum_iter
@@ -273,7 +311,6 @@ def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision)
         min_lr=args.min_lr,
         schedule=args.lr_schedule,
     )
-    rate(0.0)
     print0(f"{len(loader.dataset)} images, {steps} steps of {total_batch} an epoch, lr {lr:.2e}")
     for line in misfits(args, steps):
         print0(f"NOTE: {line}")
@@ -285,10 +322,13 @@ def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision)
     start = args.start_epoch
     if checkpoint and "optimizer" in checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[1]["weight_decay"] = args.weight_decay
         start = checkpoint["epoch"] + 1
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
         print0(f"resumed {args.resume}: goes on with epoch {start}")
+        if changed := list(changes(args, checkpoint["args"])):
+            print0(f"NOTE: not as before: {', '.join(changed)}")
 
     parallel = model
     if dist.world_size() > 1:
@@ -331,8 +371,9 @@ def train(args, model, ema, checkpoint, *, config, tokenizer, device, precision)
                 if image is not None:
                     logger.image(f"samples/{name}", image, (epoch + 1) * steps)
                     save_image(output / "samples" / f"epoch{epoch + 1:04d}_{name}.png", image)
-            if args.online_eval:
-                evaluate(args, ema.module, **common)
+                if args.online_eval:
+                    step = (epoch + 1) * steps
+                    evaluate(args, network, judge, name=name, logger=logger, step=step, **common)
     progress.close()
     logger.close()
     print0(f"done: {output / LAST}, samples in {output / 'samples'}")
@@ -370,6 +411,13 @@ def misfits(args, steps):
         )
 
 
+def changes(args, before):
+    """Flags of the recipe that differ from those that a checkpoint was trained with."""
+    for name in (*RECIPE, *TRAINING):
+        if name in before and before[name] != getattr(args, name):
+            yield f"--{name} {getattr(args, name)} (was {before[name]})"
+
+
 def sampling_settings(args):
     """How to sample, as `generate_images` takes it."""
     return {name: getattr(args, name) for name in SAMPLING}
@@ -393,30 +441,44 @@ def grid(args, model, *, config, tokenizer, device, precision):
     )
 
 
-def evaluate(args, model, *, config, tokenizer, device, precision):
-    """Sample num_images, as many of each class, into a folder of PNGs below the output folder."""
-    count = config["model"]["class_num"]
-    name = (
-        f"ariter{args.num_iter}-diffsteps{args.num_sampling_steps}-temp{args.temperature}-"
-        f"{args.cfg_schedule}cfg{args.cfg}-image{args.num_images}_ema"
+def get_judge(args, config, device):
+    """What measures samples, or None where nothing is to be evaluated."""
+    if not (args.evaluate or args.online_eval):
+        return None
+    return open_judge(
+        args.reference,
+        args.data_path,
+        img_size=config["model"]["img_size"],
+        num_images=args.num_images,
+        extractor=args.extractor,
+        weights=args.inception_weights,
+        splits=args.isc_splits,
+        cache=args.stats_dir,
+        device=device,
     )
-    writer = FolderWriter(Path(args.output_dir) / name)
-    batches = engine.generate_images(
+
+
+def evaluate(args, model, judge, *, config, tokenizer, device, precision, name, **kwargs):
+    """Measure num_images samples, as many of each class. name: of the weights, ema or raw."""
+    count = config["model"]["class_num"]
+    settings = {"weights": name, **sampling_settings(args), "seed": args.seed}
+    settings |= {key: config["model"][key] for key in ("num_sampling_steps", "max_timestep")}
+    engine.evaluate(
         model,
         tokenizer,
         [i * count // args.num_images for i in range(args.num_images)],
+        judge,
+        settings={**settings, "dtype": precision, "model": config["model"]["name"]},
+        output_dir=args.output_dir,
         seed=args.seed,
         batch_size=args.eval_bsz,
         device=device,
         precision=precision,
         latent_range=config["latent_range"],
-        label="evaluation",
+        progress=f"evaluating {name}",
+        **kwargs,
         **sampling_settings(args),
     )
-    for indices, images in batches:
-        writer.add(indices, images)
-    dist.barrier()
-    print0(f"{args.num_images} images: {writer.path}")
 
 
 if __name__ == "__main__":

@@ -3,11 +3,27 @@
 from pathlib import Path
 
 import engine_mar as engine
+from diffusion import create_diffusion
 from models import build_tokenizer, load_model
 from util import dist
+from util.checkpoint import find_checkpoint
 from util.dist import print0
-from util.flags import Parser, add_machine_flags, add_sampling_flags, amount, count, run
-from util.images import MAX_GRID, FolderWriter, GridWriter, NpzWriter
+from util.evaluation import open_judge
+from util.flags import (
+    Parser,
+    add_evaluation_flags,
+    add_machine_flags,
+    add_sampling_flags,
+    amount,
+    count,
+    run,
+)
+from util.images import open_writers
+from util.sweep import find_result, parse_grid, write_sweep
+from util.weights import digest
+
+SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature")
+STATED = ("checkpoint", "weights", "num_sampling_steps", "max_timestep", *SAMPLING)
 
 
 def get_parser():
@@ -30,10 +46,9 @@ def get_parser():
     group.add_argument(
         "--out",
         nargs="+",
-        default=["samples.png"],
         metavar="PATH",
         help=".png: all in a grid; .npz: one file of uint8 NHWC, for ADM's evaluator; any other "
-        "name: a folder of PNGs",
+        "name: a folder of PNGs (default: samples.png, or with --reference nothing)",
     )
     group.add_argument("--batch_size", type=count, default=64, help="images at once, a process")
     group = parser.add_argument_group("tokenizer")
@@ -42,6 +57,26 @@ def get_parser():
         "--vae_scale", type=amount, metavar="X", help="its scale (default: as in training)"
     )
     add_sampling_flags(parser)
+    add_evaluation_flags(parser, standalone=True)
+    group = parser.add_argument_group("sweep")
+    group.add_argument(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUES",
+        help="measure each point of a grid, as in cfg=1,2 temperature=0.95,1 num_iter=8,16 "
+        "num_sampling_steps=25,100; points in results.jsonl are not done again (default: none)",
+    )
+    group.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="of results.jsonl and the sweep's table and plots (default: the checkpoint's folder)",
+    )
+    group.add_argument(
+        "--data_path",
+        metavar="DIR",
+        help="a data set whose real images are measured beside the samples (default: none)",
+    )
     add_machine_flags(parser, num_workers=None)
     return parser
 
@@ -49,6 +84,7 @@ def get_parser():
 def main(argv=None):
     args = get_parser().parse_args(argv)
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    args.ckpt = str(find_checkpoint(args.ckpt) or args.ckpt)
     model, config = load_model(
         args.ckpt,
         args.weights,
@@ -67,31 +103,95 @@ def main(argv=None):
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)
     labels = parse_labels(args.labels, config["model"]["class_num"])
     labels = [label for label in labels for _ in range(args.per_class)]
-    folders, files = get_writers(args.out, len(labels), args.per_class)
+    points = parse_grid(args.sweep)
+    writers = check(args, points, labels, model)
+    judge = get_judge(args, config, len(labels), device) if args.reference else None
     settings = ", ".join(f"{name} {value}" for name, value in sampling.items())
     print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {settings}, seed {args.seed}")
 
-    batches = engine.generate_images(
-        model.to(device),
-        tokenizer.to(device),
-        labels,
-        seed=args.seed,
-        batch_size=args.batch_size,
+    generation = {
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "device": device,
+        "precision": dist.pick_precision(args.precision, device),
+        "latent_range": config.get("latent_range"),
+        "progress": "sampling",
+    }
+    model, tokenizer = model.to(device), tokenizer.to(device)
+    if judge:
+        folder = Path(args.output_dir or Path(args.ckpt).parent)
+        settings = {"checkpoint": args.ckpt, "weights": args.weights, **config["model"], **sampling}
+        settings = {name: settings.get(name) for name in STATED}
+        settings |= {"seed": args.seed, "dtype": generation["precision"]}
+        measure(points, model, tokenizer, labels, judge, writers, folder, settings, generation)
+    else:
+        batches = engine.generate_images(model, tokenizer, labels, **generation, **sampling)
+        engine.deliver(batches, writers)
+    if args.out:
+        print0(f"wrote {', '.join(args.out)}")
+
+
+def check(args, points, labels, model):
+    """Refuse what cannot be done before any of it is; returns writers. Raises ValueError."""
+    if args.sweep and not args.reference:
+        raise ValueError("--sweep: expected a --reference to measure against")
+    if args.sweep and args.out:
+        raise ValueError("--sweep keeps no images: expected no --out")
+    for point in points:
+        create_diffusion(point.get("num_sampling_steps", ""))
+        num_iter = point.get("num_iter", 1)
+        if not 1 <= num_iter <= model.seq_len:
+            raise ValueError(
+                f"--sweep num_iter={num_iter}: expected 1 to {model.seq_len}, the tokens"
+            )
+    if args.out is None:
+        args.out = [] if args.reference else ["samples.png"]
+    return open_writers(args.out, len(labels), args.per_class if args.per_class > 1 else None)
+
+
+def get_judge(args, config, num_images, device):
+    """What measures the samples, made before any of them."""
+    return open_judge(
+        args.reference,
+        args.data_path,
+        img_size=config["model"]["img_size"],
+        num_images=num_images,
+        extractor=args.extractor,
+        weights=args.inception_weights,
+        splits=args.isc_splits,
+        cache=args.stats_dir,
         device=device,
-        precision=dist.pick_precision(args.precision, device),
-        latent_range=config.get("latent_range"),
-        label="sampling",
-        **sampling,
     )
-    batches = written(batches, folders)
-    for indices, images in engine.gathered(batches) if files else batches:
-        for writer in files:
-            writer.add(indices, images)
-    if dist.is_main():
-        for writer in files:
-            writer.close()
-    dist.barrier()
-    print0(f"wrote {', '.join(args.out)}")
+
+
+def measure(points, model, tokenizer, labels, judge, writers, folder, settings, generation):
+    """Measure the model at each of the points, {} being the settings as they are."""
+    # where the file lies does not matter, what is in it does
+    identity = {**judge.stated(len(labels)), "weights_sha256": digest(model.state_dict())}
+    identity |= {k: v for k, v in settings.items() if k not in ("checkpoint", "weights")}
+    results = folder / "results.jsonl"
+    for point in points:
+        here = {**settings, **point}
+        if point and any(dist.all_gather(bool(find_result(results, {**identity, **point})))):
+            print0(f"{point}: there already")
+            continue
+        model.diffloss.respace(here["num_sampling_steps"])
+        engine.evaluate(
+            model,
+            tokenizer,
+            labels,
+            judge,
+            settings=here,
+            writers=writers,
+            output_dir=folder,
+            **generation,
+            **{name: here[name] for name in SAMPLING},
+        )
+    if len(points) > 1 and dist.is_main():
+        found = [find_result(results, {**identity, **point}) for point in points]
+        files = write_sweep(found, points, folder)
+        print0((folder / "sweep.md").read_text())
+        print0(f"in {folder}: {', '.join(file.name for file in files)}")
 
 
 def parse_labels(text, class_num):
@@ -110,32 +210,6 @@ def parse_labels(text, class_num):
     if wrong or not labels:
         raise ValueError(f"--labels {text!r}: expected classes from 0 to {class_num - 1}")
     return labels
-
-
-def get_writers(paths, count, columns):
-    """(writers of folders, to which each process adds its own, writers of single files)."""
-    folders, files = [], []
-    for path in map(Path, paths):
-        if path.suffix == ".png" and count > MAX_GRID:
-            raise ValueError(
-                f"--out {path}: a grid of {count} images, expected at most {MAX_GRID}; "
-                "name a folder or an .npz"
-            )
-        if path.suffix == ".png":
-            files.append(GridWriter(path, columns if 1 < columns < count else None))
-        elif path.suffix == ".npz":
-            files.append(NpzWriter(path, count))
-        else:
-            folders.append(FolderWriter(path))
-    return folders, files
-
-
-def written(batches, folders):
-    """The same batches, added to the folders on the way."""
-    for indices, images in batches:
-        for writer in folders:
-            writer.add(indices, images)
-        yield indices, images
 
 
 if __name__ == "__main__":

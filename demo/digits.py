@@ -3,9 +3,12 @@
     python -m demo.digits --ckpt output_dir/digits/checkpoint-last.pth
 
 Writes beside the checkpoint: samples.png, ten of each class; strip.png, images as their tokens
-become known; loss.png; table.md, samples and real training images judged by the same figures.
+become known; loss.png; table.md, samples and real training images judged by the same figures;
+sweep.csv, sweep.md, sweep_temperature.png and sweep_guidance.png, those figures at several
+guidance scales and temperatures.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,23 +22,27 @@ import torch
 
 import engine_mar as engine
 from models import build_tokenizer, load_model
-from models.classifier import fit_classifier
-from util.data import digits
-from util.flags import Parser, run
-from util.images import grid, replacing, save_image, to_uint8
+from util.data import DIGITS
+from util.evaluation import Accumulator, open_judge
+from util.files import replacing
+from util.flags import Parser, count, natural, run
+from util.images import grid, save_image, to_uint8
+from util.logger import Stopwatch
 from util.metrics import frechet_distance
-from util.random import image_generators
+from util.rng import image_generators
+from util.sweep import write_sweep
 
 CLASSES = 10
 GUIDANCE = (1.0, 1.5, 2.0)
+TEMPERATURE = (0.9, 0.95, 1.0)
 STRIP_STEPS = (0, 1, 2, 4, 8, 12, 16)  # of 16: one token a step
 
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint that was trained on digits")
-    parser.add_argument("--num_images", type=int, default=1000, help="samples a row of the table")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--num_images", type=count, default=1000, help="samples a row of the table")
+    parser.add_argument("--seed", type=natural, default=0, help="of the samples")
     args = parser.parse_args(argv)
     model, config = load_model(args.ckpt)
     tokenizer = build_tokenizer(**config["tokenizer"])
@@ -43,38 +50,64 @@ def main(argv=None):
         raise ValueError(f"{args.ckpt}: expected a model of 8×8 images of {CLASSES} classes")
     folder = Path(args.ckpt).parent
 
-    sampling = {**config["sampling"], "latent_range": config["latent_range"], "seed": args.seed}
-    samples = {
-        cfg: sample(model, tokenizer, args.num_images, **{**sampling, "cfg": cfg})
-        for cfg in GUIDANCE
+    judge = {"img_size": 8, "num_images": args.num_images, "cache": folder / "fid_stats"}
+    judges = {
+        "frechet_distance": open_judge(DIGITS, **judge),
+        "pixel_distance": open_judge(DIGITS, extractor="grey-pixels", **judge),
     }
-    write_samples(folder / "samples.png", *samples[config["sampling"]["cfg"]])
+    labels = [i * CLASSES // args.num_images for i in range(args.num_images)]
+    sampling = {**config["sampling"], "latent_range": config["latent_range"], "seed": args.seed}
+    points, records = [], []
+    for cfg, temperature in itertools.product(GUIDANCE, TEMPERATURE):
+        points.append({"cfg": cfg, "temperature": temperature})
+        images, seconds = sample(model, tokenizer, labels, **{**sampling, **points[-1]})
+        figures = measure(images, labels, judges)
+        records.append({**points[-1], **figures, "images": len(images)})
+        records[-1]["seconds_per_image"] = seconds / len(images)
+        if all(config["sampling"][name] == value for name, value in points[-1].items()):
+            write_samples(folder / "samples.png", images, labels)
+    files = write_sweep(records, points, folder)
     write_strip(folder / "strip.png", model, tokenizer, config["sampling"], args.seed)
     write_loss(folder / "loss.png", folder / "log.jsonl")
-    table = compare(samples)
+    table = describe(records, judges)
     with replacing(folder / "table.md") as beside:
         beside.write_text(table)
-    print(f"\n{table}\nin {folder}: samples.png, strip.png, loss.png, table.md")
+    names = ["samples.png", "strip.png", "loss.png", "table.md", *(file.name for file in files)]
+    print(f"\n{table}\nin {folder}: {', '.join(names)}")
 
 
-def sample(model, tokenizer, count, **settings):
-    """(images uint8 (count, 8, 8, 3), their classes), as many of each class."""
-    labels = [i * CLASSES // count for i in range(count)]
+def sample(model, tokenizer, labels, **settings):
+    """(images uint8 (N, 8, 8, 3), the seconds they took) of these classes."""
+    clock = Stopwatch()
     batches = engine.generate_images(
         model,
         tokenizer,
         labels,
         batch_size=250,
         device=torch.device("cpu"),
-        label=f"sampling with guidance {settings['cfg']:g}",
+        progress=f"guidance {settings['cfg']:g}, temperature {settings['temperature']:g}",
         **settings,
     )
-    return np.concatenate([images for _, images in batches]), torch.tensor(labels)
+    images = np.concatenate([images for _, images in clock.timed(batches)])
+    return images, clock.seconds
+
+
+def measure(images, labels, judges):
+    """Accuracy of images, and for each of the judges (name -> Judge) their Fréchet distance."""
+    figures = {}
+    for name, judge in judges.items():
+        accumulator = Accumulator(judge.extractor, len(images))
+        accumulator.add(range(len(images)), images, labels)
+        summary = accumulator.summary()
+        figures[name] = frechet_distance(summary.statistics, judge.reference.statistics)
+        if summary.accuracy is not None:
+            figures["accuracy"] = summary.accuracy
+    return figures
 
 
 def write_samples(path, images, labels):
     """A row of ten for each class."""
-    rows = [images[labels.numpy() == digit][:CLASSES] for digit in range(CLASSES)]
+    rows = [images[np.array(labels) == digit][:CLASSES] for digit in range(CLASSES)]
     save_image(path, grid(np.concatenate(rows), CLASSES, min_side=48))
 
 
@@ -115,32 +148,29 @@ def write_loss(path, log):
     plt.close(figure)
 
 
-def compare(samples):
+def describe(records, judges):
     """A table in Markdown: samples at several guidance values, beside real training images."""
-    train, train_labels = digits("train").tensors
-    held_out, held_out_labels = digits("test").tensors
-    classifier = fit_classifier(train, train_labels, CLASSES)
     lines = [
         "| images | number | accuracy | Fréchet, features | Fréchet, pixels |",
         "| --- | --- | --- | --- | --- |",
     ]
 
-    def row(name, images, accuracy):
-        features = (classifier.features(images), classifier.features(held_out))
-        in_features = frechet_distance(*features)
-        in_pixels = frechet_distance(images.flatten(1), held_out.flatten(1))
-        lines.append(
-            f"| {name} | {len(images)} | {accuracy:.1%} | {in_features:.2f} | {in_pixels:.2f} |"
-        )
+    def row(name, images, accuracy, frechet_distance, pixel_distance, **more):
+        distances = f"{frechet_distance:.2f} | {pixel_distance:.2f}"
+        lines.append(f"| {name} | {images} | {accuracy:.1%} | {distances} |")
 
-    row("real, for training", train, classifier.accuracy(held_out, held_out_labels))
-    for cfg, (images, labels) in samples.items():
-        images = torch.from_numpy(images[..., :1]).permute(0, 3, 1, 2) / 127.5 - 1
-        row(f"sampled, guidance {cfg:g}", images, classifier.accuracy(images, labels))
+    floors = {name: judge.floor[0] for name, judge in judges.items()}
+    distances = {name: floor["frechet_distance"] for name, floor in floors.items()}
+    accuracy, number = floors["frechet_distance"]["accuracy"], judges["frechet_distance"].floor[1]
+    row("real, for training", number, accuracy, **distances)
+    for record in records:
+        if record["temperature"] == 1.0:
+            row(f"sampled, guidance {record['cfg']:g}", **record)
+    held_out = judges["frechet_distance"].reference.count
     note = (
-        f"Accuracy is that of a classifier fitted on the {len(train)} real training images; for "
-        f"real images it is measured on the {len(held_out)} held-out ones. Both distances are to "
-        "those, of the classifier's 64 features and of the 64 pixels in [−1, 1].\n"
+        "Accuracy is that of a classifier fitted on the real training images; for real images it "
+        f"is measured on the {held_out} held-out ones. Both distances are to those, of the "
+        "classifier's 64 features and of the 64 pixels in [−1, 1].\n"
     )
     return "\n".join([*lines, "", note])
 

@@ -1,12 +1,12 @@
 """Gaussian diffusion of single tokens. `create_diffusion` is the door."""
 
 from diffusion.gaussian import GaussianDiffusion
-from diffusion.schedule import TRAIN_STEPS, cosine_betas
+from diffusion.schedule import cosine_betas
 
 SCHEDULES = {"cosine": cosine_betas}
 
 
-def create_diffusion(timestep_respacing="", noise_schedule="cosine", diffusion_steps=TRAIN_STEPS):
+def create_diffusion(timestep_respacing="", noise_schedule="cosine"):
     """A diffusion with learned-range variance that predicts noise.
 
     timestep_respacing: "" keeps every step (training), else as in
@@ -16,4 +16,4 @@ def create_diffusion(timestep_respacing="", noise_schedule="cosine", diffusion_s
         raise ValueError(
             f"noise_schedule {noise_schedule!r}: expected one of {', '.join(SCHEDULES)}"
         )
-    return GaussianDiffusion(SCHEDULES[noise_schedule](diffusion_steps), timestep_respacing)
+    return GaussianDiffusion(SCHEDULES[noise_schedule](), timestep_respacing)

@@ -28,6 +28,7 @@ class GaussianDiffusion:
         self.alphas_cumprod = torch.cumprod(1 - betas.double(), 0)[self.timesteps]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas_cumprod / previous
+        # again, from the rounded betas: all tables are then those of one process
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
 
         # q(x_{t-1} | x_t, x_0), Ho et al. 2020, eqs. 6 and 7

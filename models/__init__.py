@@ -27,8 +27,8 @@ def build_model(name, **kwargs):
 
 def build_tokenizer(name, vae_path=None, **kwargs):
     """A tokenizer, its weights read from vae_path if it has any. Raises ValueError."""
-    kwargs = {k: v for k, v in kwargs.items() if v is not None}
-    return _look_up(TOKENIZERS, "tokenizer", name)(vae_path=vae_path, **kwargs)
+    kwargs = {k: v for k, v in {"vae_path": vae_path, **kwargs}.items() if v is not None}
+    return _look_up(TOKENIZERS, "tokenizer", name)(**kwargs)
 
 
 def load_model(path, weights="ema", **overrides):
@@ -51,7 +51,7 @@ def checkpoint_config(checkpoint, source):
     args = checkpoint["args"]
     return {
         "model": _published_model(checkpoint["model"], args, source),
-        "tokenizer": {"name": "kl16", "vae_path": args.get("vae_path")},
+        "tokenizer": _published_tokenizer(args, source),
         "sampling": {
             "num_iter": args.get("num_iter", 64),
             "cfg": args.get("cfg", 1.0),
@@ -88,6 +88,18 @@ def _published_model(weights, args, source):
         "diffloss_w": weights["diffloss.net.input_proj.weight"].shape[0],
         "num_sampling_steps": args.get("num_sampling_steps", "100"),
     }
+
+
+def _published_tokenizer(args, source):
+    """The KL tokenizer that a published file's flags mean."""
+    flags = args.get("vae_stride", 16), args.get("vae_embed_dim", 16)
+    names = {(16, 16): "kl16", (8, 4): "kl8"}
+    if flags not in names:
+        raise ValueError(
+            f"{source}: latents of stride {flags[0]} with {flags[1]} channels, expected those of "
+            "kl16 (16, 16) or kl8 (8, 4)"
+        )
+    return {"name": names[flags], "vae_path": args.get("vae_path")}
 
 
 def _count(weights, prefix):

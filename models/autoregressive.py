@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from util.random import rand
+from util.rng import rand
 
 CFG_SCHEDULES = {
     "constant": lambda cfg, remaining, length: cfg,
@@ -82,7 +82,9 @@ class Autoregressive(nn.Module):
 
     def sample_orders(self, bsz, generator=None):
         """Uniformly random orders (bsz, L)."""
-        return rand((bsz, self.seq_len), generator, self.fake_latent.device).argsort(dim=1)
+        return rand((bsz, self.seq_len), generator, self.fake_latent.device).argsort(
+            dim=1, stable=True
+        )
 
     def embed_labels(self, labels, bsz, generator=None):
         """Class embeddings (bsz, D). None is no class; in training some labels become that."""
@@ -131,12 +133,17 @@ class Autoregressive(nn.Module):
         In the mask 1 is a token not yet generated. num_iter: L is one token at a time. cfg,
         cfg_schedule: guidance scale and its course over the steps (`CFG_SCHEDULES`). labels:
         (bsz,), or None for no class. orders: (bsz, L), random if not given. generator: as in
-        util.random; a sequence holds one for each image. max_timestep: see `DiffLoss`. latents,
-        mask: tokens to keep where the mask is 0 (inpainting), as many in each image.
+        util.rng; a sequence holds one for each image. max_timestep: see `DiffLoss`. latents,
+        mask: tokens to keep where the mask (bsz, L), or of as many entries, is 0 (inpainting); as
+        many in each image.
         Raises ValueError for arguments that do not fit.
         """
+        self._check(bsz, labels, orders, cfg_schedule)
         orders, tokens, unknown = self._start(bsz, orders, generator, latents, mask)
-        self._check(bsz, labels, orders, cfg_schedule, num_iter, unknown)
+        if not 1 <= num_iter <= unknown:
+            raise ValueError(
+                f"num_iter {num_iter}: expected 1 to {unknown}, the number of tokens to generate"
+            )
         classes = self.embed_labels(labels, bsz)
         if cfg != 1.0:
             classes = torch.cat([classes, self.embed_labels(None, bsz)])
@@ -155,7 +162,7 @@ class Autoregressive(nn.Module):
             sampled = self.diffloss.sample(
                 z, temperature, scale, z_uncond, generator, max_timestep
             ).to(tokens.dtype)
-            tokens = tokens.scatter(1, _columns(asked, sampled), sampled)
+            tokens = tokens.scatter(1, columns(asked, sampled), sampled)
             unknown = remaining
             still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :unknown], 1.0)
             yield self.unpatchify(tokens), still
@@ -182,16 +189,12 @@ class Autoregressive(nn.Module):
         tokens = self.patchify(latents).float().masked_fill(mask.unsqueeze(-1), 0.0)
         return orders.gather(1, unknown_first), tokens, int(unknown[0])
 
-    def _check(self, bsz, labels, orders, cfg_schedule, num_iter, unknown):
+    def _check(self, bsz, labels, orders, cfg_schedule):
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(
                 f"cfg_schedule {cfg_schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}"
             )
-        if not 1 <= num_iter <= unknown:
-            raise ValueError(
-                f"num_iter {num_iter}: expected 1 to {unknown}, the number of tokens to generate"
-            )
-        if orders.shape != (bsz, self.seq_len):
+        if orders is not None and orders.shape != (bsz, self.seq_len):
             raise ValueError(
                 f"orders of shape {tuple(orders.shape)}: expected ({bsz}, {self.seq_len})"
             )
@@ -215,8 +218,8 @@ def token_counts(length, num_iter):
 
 def take(x, positions):
     """Rows of x (N, L, C) at positions (N, n): (N, n, C)."""
-    return x.gather(1, _columns(positions, x))
+    return x.gather(1, columns(positions, x))
 
 
-def _columns(positions, x):
+def columns(positions, x):
     return positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import create_diffusion
-from util.random import rand, randn
+from util.rng import rand, randn
 
 QUARTERS = 4
 
@@ -38,11 +38,10 @@ class DiffLoss(nn.Module):
         self.in_channels = target_channels
         self.net = DenoisingMLP(target_channels, width, z_channels, depth, grad_checkpointing)
         self.train_diffusion = create_diffusion()
-        self.gen_diffusion = create_diffusion(num_sampling_steps)
-        self.gen_diffusion.first_step(max_timestep)  # refuses a wrong one here, not after training
         self.diffusion_batch_mul = diffusion_batch_mul
         self.vlb = vlb
         self.max_timestep = max_timestep
+        self.respace(num_sampling_steps)
         self.quarters = None  # sums and counts of the loss by quarter of the timesteps, (2, 4)
 
     def forward(self, target, z, mask=None, generator=None):
@@ -54,7 +53,8 @@ class DiffLoss(nn.Module):
         losses = self.train_diffusion.training_losses(
             lambda x, t: self.net(x, t, z), target, t, noise, self.vlb
         )["loss"]
-        self._count_quarters(losses.detach(), t)
+        if self.training:
+            self._count_quarters(losses.detach(), t)
         losses = losses.mean(0)
         return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
 
@@ -95,11 +95,19 @@ class DiffLoss(nn.Module):
         )
         return torch.cat([x, x]) if stacked else x
 
-    def pop_statistics(self):
-        """Mean training loss by quarter of the timesteps since the last call: name -> float."""
+    def respace(self, num_sampling_steps):
+        """Sample with these diffusion steps from now on. Raises ValueError if they do not fit."""
+        self.gen_diffusion = create_diffusion(num_sampling_steps)
+        self.gen_diffusion.first_step(self.max_timestep)
+
+    def pop_statistics(self, reduce=lambda sums: sums):
+        """Mean training loss by quarter of the timesteps since the last call: name -> float.
+
+        reduce: adds up a tensor over processes.
+        """
         if self.quarters is None:
             return {}
-        (sums, counts), self.quarters = self.quarters.tolist(), None
+        (sums, counts), self.quarters = reduce(self.quarters).tolist(), None
         size = self.train_diffusion.num_steps // QUARTERS
         return {
             f"loss_t{q * size}-{(q + 1) * size - 1}": sums[q] / counts[q]

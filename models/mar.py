@@ -8,9 +8,9 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.autoregressive import Autoregressive, _columns, take
+from models.autoregressive import Autoregressive, columns, take
 from models.diffloss import DiffLoss
-from util.random import rand
+from util.rng import rand
 
 MASK_RATIO_STD = 0.25
 
@@ -147,7 +147,7 @@ class MAR(Autoregressive):
         x = self.decoder_embed(x)
         buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
         masked = self.mask_token.to(x.dtype).expand(len(x), self.seq_len, -1)
-        x = torch.cat([buffer, masked.scatter(1, _columns(known, x), x)], dim=1)
+        x = torch.cat([buffer, masked.scatter(1, columns(known, x), x)], dim=1)
         x = self._run(self.decoder_blocks, x + self.decoder_pos_embed_learned)
         return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
 

@@ -23,8 +23,6 @@ class KLTokenizer(nn.Module):
     Raises ValueError where the file is missing or holds another network.
     """
 
-    patch_size = 1
-
     def __init__(self, vae_path, embed_dim, ch_mult, scale, patch_size=1):
         super().__init__()
         self.vae = AutoencoderKL.from_file(vae_path, embed_dim=embed_dim, ch_mult=ch_mult)
@@ -53,7 +51,7 @@ class PixelTokenizer(nn.Module):
 
     stride = 1
 
-    def __init__(self, vae_path=None, channels=3, scale=1.0, patch_size=4):
+    def __init__(self, channels=3, scale=1.0, patch_size=4):
         super().__init__()
         self.channels = self.moment_channels = channels
         self.scale = scale
@@ -72,7 +70,7 @@ class PixelTokenizer(nn.Module):
         return latents / self.scale
 
 
-# name -> constructor(vae_path, scale=…); patch_size is how many latents are grouped by default
+# name -> constructor(vae_path=…, scale=…), for pixels without vae_path
 TOKENIZERS = {
     "kl16": partial(KLTokenizer, embed_dim=16, ch_mult=(1, 1, 2, 2, 4), scale=0.2325),
     "kl8": partial(KLTokenizer, embed_dim=4, ch_mult=(1, 2, 4, 4), scale=0.18215, patch_size=2),

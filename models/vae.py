@@ -21,6 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from util.rng import randn
 from util.weights import load_strictly, read_weights
 
 
@@ -48,10 +49,9 @@ class DiagonalGaussian:
         return self.moments
 
     def sample(self, generator=None):
-        """One draw, (N, C, h, w). The generator may live on another device than the moments."""
-        device = self.mean.device if generator is None else generator.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
-        return self.mean + self.std * noise.to(self.mean)
+        """One draw, (N, C, h, w). generator: as in util.rng."""
+        noise = randn(self.mean.shape, generator, self.mean.device)
+        return self.mean + self.std * noise.to(self.mean.dtype)
 
     def mode(self):
         """The most likely latent, which is the mean, (N, C, h, w)."""

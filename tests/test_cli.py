@@ -13,15 +13,22 @@ import torch
 from conftest import write_images
 from rule import GOLDEN
 
+import engine_mar
 import main_cache
 import main_mar
+import main_tokenizer
 import sample
 from util import presets
 from util.checkpoint import LAST, load_checkpoint
 from util.flags import run
 
 ROOT = Path(__file__).parent.parent
-PARSERS = {"main_mar": main_mar, "main_cache": main_cache, "sample": sample}
+PARSERS = {
+    "main_mar": main_mar,
+    "main_cache": main_cache,
+    "main_tokenizer": main_tokenizer,
+    "sample": sample,
+}
 
 # The published training command, but for paths and the launcher.
 PUBLISHED_TRAINING = """--img_size 256 --vae_path V --vae_embed_dim 16 --vae_stride 16
@@ -119,9 +126,7 @@ def test_every_flag_is_explained_with_its_default(name):
     for action in parser._actions[1:]:
         assert action.help, action.dest
         said = parser._get_formatter()._get_help_string(action)
-        exempt = action.required or action.dest in ("pin_mem", "world_size", "local_rank")
-        optional = action.dest in ("preset", "resume", "cached_path")
-        assert "(default: " in said or exempt or optional, f"{action.dest}: {said}"
+        assert "(default: " in said or action.required, f"{action.dest}: {said}"
 
 
 def test_preset_lies_between_defaults_and_flags():
@@ -160,7 +165,7 @@ DIGITS = ("--preset", "digits", "--device", "cpu")
         ((*DIGITS, "--batch_size", "5000"), "batch_size 5000"),
         ((*DIGITS, "--accum_iter", "500"), "--accum_iter 500"),
         ((*DIGITS, "--vae_stride", "16"), "--vae_stride 16: the tokenizer pixels has 1"),
-        ((*DIGITS, "--evaluate"), "--resume '': expected a checkpoint"),
+        ((*DIGITS, "--evaluate"), "--resume '': expected a checkpoint, found none"),
         ((*DIGITS, "--resume", GOLDEN / "diffusion_tables.npz"), "diffusion_tables.npz"),
         ((*DIGITS, "--epochs", "0"), "--epochs: 0: expected a whole number, at least 1"),
     ],
@@ -266,11 +271,13 @@ def test_published_checkpoint_evaluates_and_resumes(tmp_path, vae_path, capsys):
     published = GOLDEN / "checkpoint-published.pth"
     common = f"--vae_path {vae_path} --vae_embed_dim 16 --vae_stride 16 --patch_size 1 --device cpu"
     common += f" --diffloss_d 2 --diffloss_w 64 --num_sampling_steps 3 --resume {published}"
-    flags = f"{common} --eval_bsz 4 --num_images 6 --num_iter 4 --cfg 2.9 --cfg_schedule linear"
+    flags = f"{common} --eval_bsz 4 --num_images 10 --num_iter 4 --cfg 2.9 --cfg_schedule linear"
     flags += f" --temperature 1.0 --output_dir {tmp_path}/out --evaluate"
+    flags += f" --extractor tiny --out {tmp_path}/images"
     main_mar.main(shlex.split(flags))
-    folder = tmp_path / "out/ariter4-diffsteps3-temp1.0-linearcfg2.9-image6_ema"
-    assert len(list(folder.glob("*.png"))) == 6
+    record = json.loads((tmp_path / "out/results.jsonl").read_text())
+    assert (record["images"], record["cfg"], record["num_sampling_steps"]) == (10, 2.9, "3")
+    assert len(list((tmp_path / "images").glob("*.png"))) == 10
 
     images = write_images(tmp_path / "data", classes="abcdefghij", count=1, size=(64, 64))
     flags = f"{common} --data_path {images} --epochs 5 --batch_size 5 --num_workers 0 --lr 1e-4"
@@ -300,6 +307,116 @@ def test_images_to_cache_to_training_to_samples(tmp_path, images, vae_path):
     out = tmp_path / "samples.npz"
     sample.main(["--ckpt", str(tmp_path / "run" / LAST), "--labels", "all", "--out", str(out)])
     assert np.load(out)["arr_0"].shape == (16, 32, 32, 3)
+
+
+def read_lines(path):
+    """What is on each line of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_evaluation_says_what_it_measured(ckpt, tmp_path, capsys):
+    """--evaluate prints a table and one JSON line, which results.jsonl and TensorBoard keep."""
+    flags = [*DIGITS, "--resume", ckpt, "--evaluate", "--num_images", "20", "--num_iter", "2"]
+    flags += ["--output_dir", tmp_path / "run", "--stats_dir", tmp_path / "stats"]
+    for _ in range(2):
+        main_mar.main([str(f) for f in flags])
+    output = capsys.readouterr().out
+    records = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert records == read_lines(tmp_path / "run/results.jsonl")
+    first, second = records
+    assert first["frechet_distance"] == second["frechet_distance"]
+    assert {"inception_score", "precision", "recall", "accuracy", "seconds_per_image"} <= set(first)
+    assert first["weights_sha256"] == second["weights_sha256"] and first["weights"] == "ema"
+    assert (first["images"], first["real"]["images"]) == (20, 20)
+    assert any("covariance is singular" in note for note in first["notes"])
+    assert "real images" in output and "seconds an image" in output
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))
+
+
+def test_online_evaluation_measures_ema_and_raw_weights(tmp_path):
+    """--online_eval, of both, with different figures."""
+    flags = [*DIGITS, "--epochs", "1", "--batch_size", "256", "--num_sampling_steps", "5"]
+    flags += ["--online_eval", "--num_images", "20", "--num_iter", "2", "--eval_bsz", "20"]
+    flags += ["--stats_dir", tmp_path / "stats", "--output_dir", tmp_path / "run"]
+    main_mar.main([str(f) for f in flags])
+    ema, raw = read_lines(tmp_path / "run/results.jsonl")
+    assert (ema["weights"], raw["weights"]) == ("ema", "raw")
+    assert ema["frechet_distance"] != raw["frechet_distance"]
+    logged = {name for line in read_lines(tmp_path / "run/log.jsonl") for name in line}
+    assert {"eval_ema/frechet_distance", "eval_raw/frechet_distance"} <= logged
+
+
+def sweep(ckpt, folder, *axes):
+    flags = ["--ckpt", ckpt, "--device", "cpu", "--labels", "all", "--per_class", "2"]
+    flags += ["--reference", "digits", "--stats_dir", folder / "stats", "--output_dir", folder]
+    sample.main([str(f) for f in (*flags, "--sweep", *axes)])
+
+
+def test_sweep_is_resumed_and_drawn(ckpt, tmp_path, monkeypatch, capsys):
+    """Each point once, though asked for again with another: a table, a CSV and the plots."""
+    calls = []
+    evaluate = engine_mar.evaluate
+    monkeypatch.setattr(
+        engine_mar,
+        "evaluate",
+        lambda *args, **kwargs: (calls.append(kwargs["settings"]), evaluate(*args, **kwargs)),
+    )
+    steps = ("num_sampling_steps=3,5", "num_iter=2,3")
+    sweep(ckpt, tmp_path, "temperature=0.9", *steps)
+    assert len(calls) == 4
+    sweep(ckpt, tmp_path, "temperature=0.9,1", *steps)
+    assert len(calls) == 8
+    assert {call["temperature"] for call in calls[4:]} == {1.0}
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 8
+    rows = (tmp_path / "sweep.csv").read_text().splitlines()
+    assert len(rows) == 9 and rows[0].startswith("temperature,num_sampling_steps,num_iter,frechet")
+    assert len((tmp_path / "sweep.md").read_text().splitlines()) == 10
+    plots = {path.name for path in tmp_path.glob("*.png")}
+    assert plots == {f"sweep_{name}.png" for name in ("diffusion_steps", "temperature", "speed")}
+
+
+@pytest.mark.parametrize(
+    ("axis", "message"),
+    [
+        ("cfg", "--sweep cfg: expected NAME=VALUE"),
+        ("cfg=1,x", "--sweep cfg=1,x: x: expected a number"),
+        ("width=3", "expected NAME=VALUE,… with cfg, temperature, num_iter, num_sampling_steps"),
+        ("num_iter=2,17", "--sweep num_iter=17: expected 1 to 16"),
+        ("num_sampling_steps=0", "diffusion steps '0'"),
+        ("temperature=-1", "--sweep temperature=-1: -1: expected a number, at least 0"),
+    ],
+)
+def test_wrong_sweeps(capsys, tmp_path, ckpt, axis, message):
+    """Said before anything is measured."""
+    flags = ("--ckpt", ckpt, "--device", "cpu", "--reference", "digits", "--sweep", axis)
+    assert message in complain(capsys, sample.main, *flags, "--output_dir", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tokenizer_is_measured(images, vae_path, tmp_path):
+    """Figures and a picture, which do not depend on the batches."""
+    records = []
+    for batch_size in (8, 3):
+        flags = f"--data_path {images} --img_size 32 --vae_path {vae_path} --extractor tiny"
+        flags += f" --device cpu --num_workers 0 --batch_size {batch_size}"
+        main_tokenizer.main([*shlex.split(flags), "--output_dir", str(tmp_path / str(batch_size))])
+        records.append(json.loads((tmp_path / str(batch_size) / "results.jsonl").read_text()))
+    figures = ("rfd", "psnr", "ssim", "latent_mean", "latent_std", "latent_scale")
+    for name in figures:
+        assert records[0][name] == pytest.approx(records[1][name], rel=1e-4), name
+    assert records[0]["latent_scale"] == pytest.approx(1 / records[0]["latent_std"])
+    assert 0 < records[0]["psnr"] < 20 and records[0]["rfd"] > 0
+    assert (tmp_path / "8/reconstructions.png").is_file()
+
+
+def test_pixels_lose_nothing(tmp_path, capsys):
+    """The tokenizer that is the identity: distance 0, PSNR infinite, null in JSON."""
+    flags = "--tokenizer pixels --data_path digits --split test --device cpu --num_workers 0"
+    main_tokenizer.main([*shlex.split(flags), "--output_dir", str(tmp_path)])
+    record = json.loads((tmp_path / "results.jsonl").read_text())
+    assert abs(record["rfd"]) < 1e-6 and record["psnr"] is None and record["images"] == 360
+    wrong = (*shlex.split(flags), "--split", "val")
+    assert "split 'val': " in complain(capsys, main_tokenizer.main, *wrong)
 
 
 def test_a_terminal_gets_no_other_files(tmp_path):

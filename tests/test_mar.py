@@ -13,7 +13,7 @@ from rule import GOLDEN, by_rule, rule_input
 import models.diffloss
 from models.autoregressive import take, token_counts
 from models.mar import mar_base, mar_huge, mar_large, mar_tiny
-from util.random import image_generators
+from util.rng import image_generators
 
 TAGS = {"p1": {"img_size": 64, "patch_size": 1}, "p2": {"img_size": 128, "patch_size": 2}}
 LABELS = torch.tensor([1, 7, 4])

@@ -187,7 +187,7 @@ def test_non_finite_loss_stops_every_process(tmp_path):
     script = ROOT / "tests" / "two_processes.py"
     status, output = torchrun(script, "nan", *FAST, "--output_dir", tmp_path)
     assert status != 0
-    assert output.count("the loss is not finite at epoch 0, step 3, rank 1") == 2, output
+    assert output.count("is not finite at epoch 0, step 3, rank 1") == 2, output
     assert not (tmp_path / LAST).exists()
 
 

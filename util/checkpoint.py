@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from util.images import replacing
+from util.files import replacing
 from util.weights import read_file
 
 LAST = "checkpoint-last.pth"

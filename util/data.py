@@ -5,6 +5,8 @@ latent. What is wrong with the data is said before any training, in one line.
 """
 
 import hashlib
+import os
+from functools import partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -44,7 +46,7 @@ class ImageFolder(datasets.ImageFolder):
     """
 
     def __init__(self, root, img_size, flip=True):
-        steps = [transforms.Lambda(lambda image: center_crop_arr(image, img_size))]
+        steps = [partial(center_crop_arr, size=img_size)]
         steps += [transforms.RandomHorizontalFlip()] if flip else []
         try:
             super().__init__(str(root), transforms.Compose([*steps, to_tensor]), loader=read_image)
@@ -98,11 +100,14 @@ def read_moments(path):
 def digits(split):
     """scikit-learn's handwritten digits, 8×8, as images (1, 8, 8): a fixed 80/20 split.
 
-    split: "train" (1,437 images) or "test" (360, held out), stratified by class.
+    split: "train" (1,437 images) or "test" (360, held out), stratified by class. Raises ValueError
+    for another.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
+    if split not in ("train", "test"):
+        raise ValueError(f"split {split!r}: the digits have train and test")
     data = load_digits()
     images = torch.from_numpy(data.images).float().unsqueeze(1) / 8 - 1  # 0..16 to [-1, 1]
     labels = torch.from_numpy(data.target).long()
@@ -130,9 +135,9 @@ def training_set(data_path, img_size, class_num, workers=4, record=None):
     return _checked(dataset, class_num, data_path)
 
 
-def image_folder(data_path, img_size, workers=4, record=None, flip=True):
-    """The images of `data_path`/train, each read once to see that it is whole."""
-    dataset = ImageFolder(Path(data_path) / "train", img_size, flip)
+def image_folder(data_path, img_size, workers=4, record=None, flip=True, split="train"):
+    """The images of `data_path`/`split`, each read once to see that it is whole."""
+    dataset = ImageFolder(Path(data_path) / split, img_size, flip)
     check_images(dataset, workers, record)
     return dataset
 
@@ -156,8 +161,8 @@ def check_images(dataset, workers=4, record=None):
 
     Images smaller than img_size are enlarged by the crop, as in the published code: said once.
     """
-    digest = hashlib.sha256("\n".join(path for path, _ in dataset.samples).encode()).hexdigest()
-    known = bool(record) and Path(record).is_file() and Path(record).read_text() == digest
+    digest = listing(dataset, workers) if record and is_main() else ""
+    known = bool(digest) and Path(record).is_file() and Path(record).read_text() == digest
     if any(all_gather(known)):
         return
     paths = [path for path, _ in dataset.samples[rank() :: world_size()]]
@@ -184,9 +189,21 @@ def check_images(dataset, workers=4, record=None):
             f"{dataset.root}: {len(sizes)} of {len(dataset)} images are smaller than "
             f"--img_size {dataset.img_size} (the smallest is {smallest}) and will be enlarged"
         )
-    if record and is_main():
+    if digest:
         Path(record).parent.mkdir(parents=True, exist_ok=True)
         Path(record).write_text(digest)
+
+
+def listing(dataset, workers=4):
+    """A hash of the files as they are: paths, sizes, times, and the size asked for."""
+
+    def line(sample):
+        status = Path(sample[0]).stat()
+        return f"{sample[0]} {status.st_size} {status.st_mtime_ns}"
+
+    with ThreadPool(max(1, workers)) as pool:
+        lines = "\n".join(pool.imap(line, dataset.samples, chunksize=256))
+    return hashlib.sha256(f"{dataset.img_size}\n{lines}".encode()).hexdigest()
 
 
 def _probe(path):
@@ -201,6 +218,11 @@ def _probe(path):
         return path, None, str(error).replace(f" {path!r}", "").splitlines()[0]
 
 
+def plain_loader(dataset, batch_size, num_workers):
+    """A loader of everything once, in order."""
+    return DataLoader(dataset, batch_size, num_workers=_fitting(num_workers))
+
+
 def training_loader(dataset, batch_size, num_workers, seed, pin_memory):
     """A shuffled loader of this process's share: call `loader.sampler.set_epoch` each epoch."""
     sampler = DistributedSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
@@ -213,8 +235,12 @@ def training_loader(dataset, batch_size, num_workers, seed, pin_memory):
         dataset,
         batch_size=batch_size,
         sampler=sampler,
-        num_workers=num_workers,
+        num_workers=_fitting(num_workers),
         pin_memory=pin_memory,
         drop_last=True,
-        persistent_workers=num_workers > 0,
     )
+
+
+def _fitting(num_workers):
+    """No more workers than cores: the published default of 10 would slow a laptop down."""
+    return min(num_workers, os.cpu_count() or 1)

@@ -20,12 +20,21 @@ def init(device, dist_on_itp=False, dist_url="env://"):
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
     rank, world, local = (int(os.environ.get(name, 0)) for name in names)
     device = torch.device(_pick(device))
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", local)
+    if device.type == "cuda":
+        if device.index is not None and world > 1:
+            raise ValueError(f"--device {device}: with {world} processes, expected cuda or auto")
+        device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if names[1] in os.environ and world > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, dist_url, TIMEOUT, world, rank)
+    if world > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            dist_url,
+            TIMEOUT,
+            world,
+            rank,
+            device_id=device if cuda else None,
+        )
     return device
 
 
@@ -43,7 +52,7 @@ def pick_precision(name, device):
         return name
     if device.type != "cuda":
         return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def cleanup():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.images import replacing
+from util.files import replacing
 
 _DROPBOX = "https://www.dropbox.com/scl/fi/"
 

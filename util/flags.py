@@ -1,9 +1,11 @@
 """Command lines: groups of flags that the scripts share, presets, and one-line errors."""
 
 import argparse
+import math
+import os
 import sys
 
-from util.dist import cleanup
+from util.dist import cleanup, world_size
 
 _UNSET = object()
 
@@ -25,6 +27,7 @@ def _number(kind, expected, fits):
 count = _number(int, "a whole number, at least 1", lambda n: n >= 1)
 natural = _number(int, "a whole number, at least 0", lambda n: n >= 0)
 amount = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
+number = _number(float, "a number", math.isfinite)
 share = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
@@ -35,7 +38,7 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30)
 
     def _get_default_metavar_for_optional(self, action):
-        metavars = {int: "N", count: "N", natural: "N", float: "X", amount: "X", share: "X"}
+        metavars = {int: "N", count: "N", natural: "N", number: "X", amount: "X", share: "X"}
         return metavars.get(action.type, action.dest.upper())
 
     def _get_help_string(self, action):
@@ -77,12 +80,15 @@ def run(main, argv=None):
         # an error from a loader's worker carries a traceback in its message: its last line counts
         lines = str(error).strip().splitlines()
         print(f"error: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
+        if world_size() > 1:
+            # the others may be waiting for this process: leave at once, the launcher ends them
+            os._exit(2)
         sys.exit(2)
-    except FloatingPointError as error:
+    except FloatingPointError as error:  # which every process raises
         print(f"stopped: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    finally:
         cleanup()
+        sys.exit(1)
+    cleanup()
 
 
 def add_tokenizer_flags(parser, tokenizers):
@@ -130,7 +136,7 @@ def add_sampling_flags(parser, **defaults):
         "diffusion steps of a token: a count, counts of sections (10,10,20) or ddimN",
         metavar="S",
     )
-    add("cfg", "guidance scale; 1 is no guidance", type=float, metavar="W")
+    add("cfg", "guidance scale; 1 is no guidance", type=number, metavar="W")
     add(
         "cfg_schedule",
         "guidance over the steps: 1 to --cfg as tokens become known, or --cfg throughout",
@@ -147,11 +153,58 @@ def add_sampling_flags(parser, **defaults):
     return group
 
 
-def add_machine_flags(parser, num_workers):
-    group = parser.add_argument_group("machine")
+def add_evaluation_flags(parser, standalone=False):
+    """Against what images are measured, and by which network."""
+    group = parser.add_argument_group("figures")
+    words = "a folder of images, an .npz (mu and sigma, or images in arr_0), a data set (a folder "
+    words += "with train/) or 'digits': the held-out ones"
+    auto = "; auto: fid_stats/adm_in<img_size>_stats.npz where that is, else --data_path; none: "
+    auto += "only figures that need none"
+    group.add_argument(
+        "--reference",
+        default=None if standalone else "auto",
+        metavar="PATH",
+        help=words + (" (default: no reference)" if standalone else auto),
+    )
+    add_extractor_flags(group)
+    group.add_argument(
+        "--isc_splits",
+        choices=("torch-fidelity", "adm"),
+        default="torch-fidelity",
+        help="of the Inception Score: ten parts after a shuffle, or consecutive 5,000 images",
+    )
+    group.add_argument(
+        "--stats_dir",
+        default="fid_stats",
+        metavar="DIR",
+        help="where statistics of data sets are kept, by all that they depend on",
+    )
+
+
+def add_extractor_flags(group):
+    group.add_argument(
+        "--extractor",
+        metavar="NAME",
+        help="whose features are compared: torch-fidelity's inception-v3-compat, "
+        "dinov2-vit-l-14, …; digits-classifier or grey-pixels (default: inception-v3-compat, for "
+        "the digits digits-classifier)",
+    )
+    group.add_argument(
+        "--inception_weights",
+        metavar="FILE",
+        help="Inception's weights (default: torch-fidelity downloads them)",
+    )
+
+
+def add_device_flag(group):
     group.add_argument(
         "--device", default="auto", help="cuda, cpu, or auto: cuda where there is one"
     )
+
+
+def add_machine_flags(parser, num_workers):
+    group = parser.add_argument_group("machine")
+    add_device_flag(group)
     group.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
@@ -169,12 +222,18 @@ def add_machine_flags(parser, num_workers):
         )
         group.add_argument(
             "--pin_mem",
-            action="store_true",
+            action="store_const",
+            const=True,
             default=True,
-            help="page-locked batches, faster to a GPU; this is the default",
+            help="page-locked batches, faster to a GPU",
         )
         group.add_argument(
-            "--no_pin_mem", action="store_false", dest="pin_mem", help="ordinary memory instead"
+            "--no_pin_mem",
+            action="store_const",
+            const=False,
+            dest="pin_mem",
+            default=argparse.SUPPRESS,
+            help="ordinary memory instead (default: off)",
         )
     group.add_argument(
         "--dist_on_itp", action="store_true", help="the launcher is Open MPI, not torchrun"
@@ -184,5 +243,7 @@ def add_machine_flags(parser, num_workers):
     )
     for name in ("world_size", "local_rank"):
         group.add_argument(
-            f"--{name}", type=int, help="accepted as in the published code; the launcher knows it"
+            f"--{name}",
+            type=int,
+            help="accepted as in the published code (default: the launcher's)",
         )

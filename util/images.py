@@ -1,29 +1,16 @@
 """Images out of tensors: bytes, grids, folders and .npz files, each written beside and renamed."""
 
 import math
-import os
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from util.files import replacing
+
 MAX_GRID = 1024  # images
-
-
-@contextmanager
-def replacing(path):
-    """A path beside `path` to write to; it takes the place of `path` when all went well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def to_uint8(images):
@@ -63,6 +50,8 @@ def save_image(path, image):
 class GridWriter:
     """All images in one PNG."""
 
+    per_process = False
+
     def __init__(self, path, columns=None):
         self.path, self.columns, self.images = path, columns, []
 
@@ -74,7 +63,9 @@ class GridWriter:
 
 
 class FolderWriter:
-    """A PNG for each image, named by its index."""
+    """A PNG for each image, named by its index. Each process adds its own."""
+
+    per_process = True
 
     def __init__(self, path):
         self.path = Path(path)
@@ -83,15 +74,14 @@ class FolderWriter:
         for index, image in zip(indices, images, strict=True):
             save_image(self.path / f"{index:06d}.png", image)
 
-    def close(self):
-        pass
-
 
 class NpzWriter:
     """One .npz with `arr_0` (N, H, W, 3) uint8, the form that ADM's evaluator takes.
 
     Written as the images come: 50,000 of 256 pixels are 9.8 GB.
     """
+
+    per_process = False
 
     def __init__(self, path, count):
         self.path, self.count, self.file = path, count, None
@@ -110,3 +100,22 @@ class NpzWriter:
         self.file.close()
         self._archive.close()
         self._replacing.__exit__(None, None, None)
+
+
+def open_writers(paths, count, columns=None):
+    """Writers of `count` images: .png is a grid, .npz one file, any other name a folder of PNGs.
+
+    columns: of the grid. Raises ValueError for a grid of too many images.
+    """
+    writers = []
+    for path in map(Path, paths):
+        if path.suffix == ".png" and count > MAX_GRID:
+            raise ValueError(
+                f"--out {path}: a grid of {count} images, expected at most {MAX_GRID}; "
+                "name a folder or an .npz"
+            )
+        if path.suffix == ".png":
+            writers.append(GridWriter(path, columns))
+        else:
+            writers.append(NpzWriter(path, count) if path.suffix == ".npz" else FolderWriter(path))
+    return writers

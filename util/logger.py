@@ -41,6 +41,26 @@ class Logger:
             self.lines.close()
 
 
+class Stopwatch:
+    """Sums the seconds that an iterable takes to give its items."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def timed(self, iterable):
+        """The items of an iterable."""
+        items = iter(iterable)
+        while True:
+            start = time.perf_counter()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self.seconds += time.perf_counter() - start
+            yield item
+
+
 class Progress:
     """A bar on a terminal; otherwise a plain line now and then, and one at the end. On rank 0.
 

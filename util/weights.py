@@ -5,6 +5,7 @@ through `torch.load(weights_only=True)`.
 """
 
 import argparse
+import hashlib
 import re
 import zipfile
 from pathlib import Path
@@ -128,3 +129,12 @@ def load_strictly(module, state, source, hint=""):
         f"(in all {len(shapes)} shapes differ, {len(unexpected)} names unexpected, "
         f"{len(missing)} missing). {hint}".rstrip()
     )
+
+
+def digest(state):
+    """The sha256 of a state dict: of its names, shapes and values, wherever they are kept."""
+    sha = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -7,6 +7,7 @@ Numbers are drawn where the generator lives and then moved.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
@@ -20,10 +21,11 @@ def rand(shape, generator=None, device=None):
     return _draw(torch.rand, shape, generator, device)
 
 
-def image_generators(seed, indices, device="cpu"):
-    """One generator for each image index, a function of (seed, index) alone."""
-    # torch scrambles a seed well, so neighbouring seeds are as good as distant ones
-    return [torch.Generator(device).manual_seed((seed << 32) + index) for index in indices]
+def image_generators(seed, indices):
+    """A generator for each image index: a function of (seed, index) alone."""
+    # torch's CPU generator heeds 32 bits only; an offset keeps the images of one seed apart
+    base = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator().manual_seed((base + index) % 2**32) for index in indices]
 
 
 def _draw(function, shape, generator, device):

@@ -1,5 +1,7 @@
 """A small convolutional classifier, whose accuracy and features judge samples of small images."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -33,15 +35,13 @@ class Classifier(nn.Module):
         """Features (N, 64), without gradient."""
         return self.body(images)
 
-    @torch.no_grad()
-    def accuracy(self, images, labels):
-        """Share of images that are taken for their label."""
-        return (self(images).argmax(1) == labels).float().mean().item()
-
 
 def fit_classifier(images, labels, classes, epochs=40, batch_size=64, seed=0):
-    """A Classifier trained on images (N, C, H, W) with labels (N,), in evaluation mode."""
-    with torch.random.fork_rng():
+    """A Classifier trained on images (N, C, H, W) with labels (N,), in evaluation mode.
+
+    On one thread, so that every process of a machine, however many share it, fits the same one.
+    """
+    with one_thread(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Classifier(images.shape[1], images.shape[2], classes)
         optimizer = torch.optim.Adam(model.parameters(), 2e-3)
@@ -53,3 +53,14 @@ def fit_classifier(images, labels, classes, epochs=40, batch_size=64, seed=0):
                 optimizer.step()
             schedule.step()
     return model.eval()
+
+
+@contextmanager
+def one_thread():
+    """torch on one thread of the CPU, then on as many as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,107 @@
+"""Sets of images to be measured: of a data set, of a folder, of an .npz.
+
+Each gives (uint8 (H, W, 3), label), as models' images come; the label is -1 where there is none.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from util.data import DIGITS, ImageFolder, digits, listing, read_image
+from util.images import to_uint8
+
+
+def is_data_set(source):
+    """Whether a path is that of a data set: a folder with train/, or the digits."""
+    return source == DIGITS or (source is not None and (Path(source) / "train").is_dir())
+
+
+def real_images(source, img_size, split):
+    """The real images of a data set, as those of a model are: (uint8 (H, W, 3), label).
+
+    `description` says which they are: files with their sizes and times, crop and size.
+    """
+    if source == DIGITS:
+        return Bytes(digits(split), f"digits {split}")
+    dataset = ImageFolder(Path(source) / split, img_size, flip=False)
+    return Bytes(dataset, f"{listing(dataset)} ADM centre crop {img_size}")
+
+
+class Bytes(Dataset):
+    """A data set of (image in [−1, 1], label) as (uint8 (H, W, 3), label)."""
+
+    def __init__(self, dataset, description):
+        self.dataset, self.description = dataset, description
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return to_uint8(image.unsqueeze(0))[0], int(label)
+
+
+class Folder(Dataset):
+    """All pictures below a folder, in the order of their names: (uint8 (H, W, 3), -1)."""
+
+    def __init__(self, path, img_size):
+        self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+        if not self.paths:
+            raise ValueError(f"{path}: expected pictures there, found none")
+        self.img_size = img_size or read_image(self.paths[0]).size[0]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        image = read_image(self.paths[index])
+        if image.size != (self.img_size, self.img_size):
+            raise ValueError(
+                f"{self.paths[index]}: {image.width}×{image.height} pixels, expected "
+                f"{self.img_size}×{self.img_size}: all pictures of one size"
+            )
+        return np.array(image), -1
+
+
+class Array(Dataset):
+    """The `arr_0` (N, H, W, 3) uint8 of an .npz: (uint8 (H, W, 3), -1)."""
+
+    def __init__(self, path, img_size):
+        self.images = np.load(path)["arr_0"]
+        shape, side = self.images.shape, img_size or self.images.shape[1]
+        if shape[1:] != (side, side, 3) or self.images.dtype != np.uint8:
+            raise ValueError(
+                f"{path}: arr_0 is {self.images.dtype} {shape}, expected uint8 "
+                f"(N, {side}, {side}, 3)"
+            )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index], -1
+
+
+def open_images(path, img_size=None):
+    """The images of a folder or of an .npz. Raises ValueError."""
+    path = Path(path)
+    if path.is_dir():
+        return Folder(path, img_size)
+    if path.suffix != ".npz":
+        raise ValueError(f"{path}: expected a folder of images or an .npz")
+    if "arr_0" not in open_npz(path):
+        raise ValueError(f"{path}: expected images in arr_0, found {', '.join(open_npz(path))}")
+    return Array(path, img_size)
+
+
+def open_npz(path):
+    """The arrays of an .npz by name, read when asked for. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        file = np.load(path)
+        return {name: None if name == "arr_0" else file[name] for name in file.files}
+    except Exception as error:
+        raise ValueError(f"{path}: not a readable .npz ({error})") from error
