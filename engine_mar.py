@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
+from models.diffloss import Diffused
 from util import dist
 from util.data import plain_loader, read_moments
 from util.dist import print0
@@ -39,13 +40,14 @@ def unwrap(model):
 
 
 def parameter_groups(model, weight_decay):
-    """AdamW's groups: none on biases, 1-D parameters and the head (`diffloss`); then the rest.
+    """AdamW's groups: no weight decay on biases, 1-D parameters and the head; then the rest.
 
     The order is the published one, so that its optimiser states load.
     """
     none, some = [], []
+    head = f"{model.head_name}."
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim == 1 or name.endswith(".bias") or "diffloss" in name
+        plain = parameter.ndim == 1 or name.endswith(".bias") or name.startswith(head)
         (none if plain else some).append(parameter)
     return [{"params": none, "weight_decay": 0.0}, {"params": some, "weight_decay": weight_decay}]
 
@@ -125,7 +127,7 @@ def train_one_epoch(
         if step % min(log_every, steps) == 0:
             window.check(epoch)
             figures = window.pop(epoch, norm, optimizer.param_groups[0]["lr"])
-            figures |= unwrap(model).diffloss.pop_statistics(dist.all_reduce)
+            figures |= unwrap(model).head.pop_statistics(dist.all_reduce)
             if logger:
                 logger.scalars(figures, epoch * steps + step, epoch=epoch + (i + 1) / len(loader))
     window.check(epoch)
@@ -241,8 +243,12 @@ def generate_images(
         bar.update()
         yield indices, images if chosen else np.empty((0, 0, 0, 3), np.uint8)
     bar.close()
-    start = sampling.get("max_timestep") or model.diffloss.max_timestep
-    _say_diverged(bad, worst, limit, len(labels), start)
+    advice = "Train the model for longer"
+    if isinstance(model.head, Diffused):
+        start = sampling.get("max_timestep") or model.head.max_timestep
+        if not start or start > 950:
+            advice = f"Start the reverse process lower with --max_timestep 950. {advice}"
+    _say_diverged(bad, worst, limit, len(labels), advice)
 
 
 @torch.no_grad()
@@ -258,16 +264,12 @@ def _generate(model, tokenizer, labels, indices, seed, device, precision, sampli
     return latents, to_uint8(tokenizer.decode(latents))
 
 
-def _say_diverged(bad, worst, limit, count, max_timestep):
+def _say_diverged(bad, worst, limit, count, advice):
     bad, worst = sum(dist.all_gather(bad)), max(dist.all_gather(worst))
     if bad:
-        advice = "Start it lower with --max_timestep 950, or train the model for longer"
-        if max_timestep and max_timestep <= 950:
-            advice = "Train the model for longer"
         print0(
             f"WARNING: {bad} of {count} images have latents outside the range of the data "
-            f"(up to {worst:.3g}, expected below {limit:.3g}): the reverse process diverged. "
-            f"{advice}"
+            f"(up to {worst:.3g}, expected below {limit:.3g}): sampling diverged. {advice}"
         )
 
 

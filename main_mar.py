@@ -1,6 +1,7 @@
 """Train a MAR, or evaluate one. `python main_mar.py --help`; several processes by torchrun."""
 
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import engine_mar as engine
 from models import MODELS, TOKENIZERS, build_model, build_tokenizer, checkpoint_config
+from models.heads import HEADS
 from util import data, dist, presets
 from util.checkpoint import LAST, find_checkpoint, load_checkpoint, save_checkpoint
 from util.dist import print0
@@ -40,6 +42,9 @@ ARCHITECTURE = (
     "buffer_size",
     "diffloss_d",
     "diffloss_w",
+    "head",
+    "num_codes",
+    "order",
 )
 TRAINING = (
     "mask_ratio_min",
@@ -64,13 +69,13 @@ RECIPE = (
     "grad_clip",
     "ema_rate",
 )
-SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature")
+SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
 
 
 def get_parser():
     parser = Parser(description=__doc__)
     group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=MODELS, default="mar_large", help="size of the backbone")
+    group.add_argument("--model", choices=MODELS, default="mar_large", help="backbone and its size")
     group.add_argument(
         "--vae_stride",
         type=count,
@@ -86,6 +91,12 @@ def get_parser():
     group.add_argument("--class_num", type=count, default=1000, help="classes")
     group.add_argument(
         "--buffer_size", type=count, default=64, help="class tokens in front of the encoder's"
+    )
+    group.add_argument(
+        "--head",
+        choices=HEADS,
+        help="what models a token: Diffusion Loss, cross-entropy over codes, or L2 (default: that "
+        "which fits the tokenizer, diffloss or ce)",
     )
     group.add_argument("--diffloss_d", type=count, default=3, help="blocks of the denoising MLP")
     group.add_argument("--diffloss_w", type=count, default=1024, help="width of the denoising MLP")
@@ -114,7 +125,12 @@ def get_parser():
     group.add_argument(
         "--preset",
         choices=presets.PRESETS,
-        help="flags that belong together; others override (default: none)",
+        metavar="NAME",
+        help="flags that belong together, such as a row of the paper's tables; single flags "
+        "override them (default: none)",
+    )
+    group.add_argument(
+        "--list_presets", action="store_true", help="show the presets with their flags, and stop"
     )
     group.add_argument("--epochs", type=count, default=400, help="passes over the data")
     group.add_argument("--batch_size", type=count, default=16, help="images a process and batch")
@@ -211,6 +227,9 @@ def get_parser():
 
 def main(argv=None):
     args, given = presets.apply(get_parser(), argv)
+    if args.list_presets:
+        print(presets.listing())
+        return
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
     precision = dist.pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
@@ -265,25 +284,19 @@ def configure(args, given, checkpoint, source):
             raise ValueError(
                 f"--{name} {getattr(args, name)}: the tokenizer {own['name']} has {value}"
             )
-    model = {"name": args.model, **{name: getattr(args, name) for name in ARCHITECTURE}, **derived}
-    if model["patch_size"] is None:
-        model["patch_size"] = tokenizer.patch_size
-    for name in ("name", *ARCHITECTURE) if stored else ():
-        flag = "model" if name == "name" else name
-        if flag in given and model[name] != stored["model"][name]:
-            raise ValueError(
-                f"--{flag} {model[name]}: {source} holds {stored['model'][name]}; leave the flag "
-                "out to take it from there"
-            )
-        model[name] = stored["model"][name]
-    model |= {name: getattr(args, name) for name in TRAINING}
-    model["vlb"] = not args.no_vlb
-    if stored and args.max_timestep is None:
-        model["max_timestep"] = stored["model"].get("max_timestep")
+    derived["num_codes"] = tokenizer.num_codes
+    derived["patch_size"] = args.patch_size or tokenizer.patch_size
+    model = configure_model(args, given, derived, stored.get("model"), source)
 
     length = (model["img_size"] // model["vae_stride"] // model["patch_size"]) ** 2
+    one_at_a_time = MODELS[model["name"]].func.one_at_a_time
     if "num_iter" not in given:
-        args.num_iter = min(args.num_iter, length)
+        args.num_iter = length if one_at_a_time else min(args.num_iter, length)
+    if one_at_a_time and args.num_iter != length:
+        raise ValueError(
+            f"--num_iter {args.num_iter}: {model['name']} generates one of its {length} tokens a "
+            "step; leave the flag out"
+        )
     if not 1 <= args.num_iter <= length:
         raise ValueError(f"--num_iter {args.num_iter}: expected 1 to {length}, the tokens")
     config = {
@@ -293,6 +306,30 @@ def configure(args, given, checkpoint, source):
         "latent_range": stored.get("latent_range", 0.0),
     }
     return config, tokenizer
+
+
+def configure_model(args, given, derived, stored, source):
+    """Name and arguments of the model: of flags, what its tokenizer says, and what is stored."""
+    name = args.model if "model" in given or not stored else stored["name"]
+    takes = signature(MODELS[name]).parameters
+    for flag in given & {*ARCHITECTURE, *TRAINING} - {"vae_stride", "vae_embed_dim", "order"}:
+        if flag not in takes:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: {name} has no such argument")
+    asked = {**vars(args), **derived, "order": args.order or "raster"}
+    model = {"name": name, **{key: asked[key] for key in ARCHITECTURE if key in takes}}
+    for key, value in model.items() if stored else ():
+        flag = "model" if key == "name" else key
+        if flag in given and value != stored.get(key):
+            raise ValueError(
+                f"--{flag} {value}: {source} holds {stored.get(key)}; leave the flag out to take "
+                "it from there"
+            )
+        model[key] = stored.get(key)
+    model |= {key: getattr(args, key) for key in TRAINING if key in takes}
+    model["vlb"] = not args.no_vlb
+    if stored and args.max_timestep is None:
+        model["max_timestep"] = stored.get("max_timestep")
+    return model
 
 
 def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, precision):

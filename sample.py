@@ -22,7 +22,7 @@ from util.images import open_writers
 from util.sweep import find_result, parse_grid, write_sweep
 from util.weights import digest
 
-SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature")
+SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
 STATED = ("checkpoint", "weights", "num_sampling_steps", "max_timestep", *SAMPLING)
 
 
@@ -96,7 +96,7 @@ def main(argv=None):
     tokenizer = build_tokenizer(**{**config["tokenizer"], **own})
 
     sampling = dict(config["sampling"])
-    for name in sampling:
+    for name in SAMPLING:
         if getattr(args, name) is not None:
             sampling[name] = getattr(args, name)
     if args.num_iter is None:
@@ -175,7 +175,7 @@ def measure(points, model, tokenizer, labels, judge, writers, folder, settings, 
         if point and any(dist.all_gather(bool(find_result(results, {**identity, **point})))):
             print0(f"{point}: there already")
             continue
-        model.diffloss.respace(here["num_sampling_steps"])
+        model.head.respace(here["num_sampling_steps"])
         engine.evaluate(
             model,
             tokenizer,

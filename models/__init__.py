@@ -7,7 +7,9 @@ a published one it is read off the weights and the stored flags.
 
 import math
 
-from models.mar import mar_base, mar_huge, mar_large, mar_tiny
+from models.ar import ar_base, ar_huge, ar_large, ar_tiny
+from models.dit import dit_tiny, dit_xl
+from models.mar import MAR, mar_base, mar_huge, mar_large, mar_tiny
 from models.tokenizer import TOKENIZERS
 from util.checkpoint import load_checkpoint
 from util.weights import load_strictly
@@ -17,6 +19,12 @@ MODELS = {
     "mar_base": mar_base,
     "mar_large": mar_large,
     "mar_huge": mar_huge,
+    "ar_tiny": ar_tiny,
+    "ar_base": ar_base,
+    "ar_large": ar_large,
+    "ar_huge": ar_huge,
+    "dit_tiny": dit_tiny,
+    "dit_xl": dit_xl,
 }
 
 
@@ -70,11 +78,16 @@ def _published_model(weights, args, source):
     depth = _count(weights, "encoder_blocks") + _count(weights, "decoder_blocks")
     length = weights["diffusion_pos_embed_learned"].shape[1]
     stride, patch = args.get("vae_stride", 16), args.get("patch_size", 1)
-    names = [name for name, build in MODELS.items() if build.args[:2] == (width, depth)]
+    sizes = {
+        name: (build.keywords["encoder_embed_dim"], 2 * build.keywords["encoder_depth"])
+        for name, build in MODELS.items()
+        if build.func is MAR
+    }
+    names = [name for name, size in sizes.items() if size == (width, depth)]
     if not names:
         raise ValueError(
             f"{source}: a MAR of width {width} with {depth} blocks is none of "
-            f"{', '.join(MODELS)}; its number of heads cannot be told from the weights"
+            f"{', '.join(sizes)}; its number of heads cannot be told from the weights"
         )
     return {
         "name": names[0],

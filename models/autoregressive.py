@@ -1,21 +1,18 @@
 """What every generalized autoregressive model of tokens shares (paper, section 3.4).
 
 A model predicts sets of tokens in an order, each from the tokens known before. Here are the parts
-that do not depend on its backbone: tokens from latents, orders, labels, the loss and the sampling
-loop. A backbone supplies `split`, which part of an order is known in training, and `predict`, which
-gives z at the asked positions. The head (`diffloss`) turns z into a loss or into tokens.
-
-An order lists positions; the end of it is generated first. So while m tokens are unknown, they are
-`orders[:, :m]`: known, asked and unknown tokens are slices (the published convention).
+that do not depend on its backbone, its order or its head: the loss and the sampling loop. A
+backbone supplies `teach`, z at the positions asked for in training, and `predict`, z at those asked
+for in sampling. A head (`models.heads`) turns z into a loss or into tokens.
 """
-
-import math
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from util.rng import rand
+from models.heads import HEADS
+from models.latents import LatentModel, TokenEmbedding
+from models.order import ORDERS, token_counts
 
 CFG_SCHEDULES = {
     "constant": lambda cfg, remaining, length: cfg,
@@ -24,77 +21,49 @@ CFG_SCHEDULES = {
 }
 
 
-class Autoregressive(nn.Module):
-    """Base of the backbones. Parameters are named and ordered as in the published checkpoints."""
+class Autoregressive(LatentModel):
+    """Base of the backbones. Parameters are named and ordered as in the published checkpoints.
 
-    def __init__(
-        self, img_size, vae_stride, patch_size, vae_embed_dim, class_num, label_drop_prob, width
-    ):
-        super().__init__()
-        if img_size % (vae_stride * patch_size):
-            raise ValueError(
-                f"img_size {img_size}: expected a multiple of vae_stride × patch_size, "
-                f"{vae_stride} × {patch_size}"
-            )
-        self.patch_size = patch_size
-        self.vae_embed_dim = vae_embed_dim
-        self.seq_h = self.seq_w = img_size // vae_stride // patch_size
-        self.seq_len = self.seq_h * self.seq_w
-        self.token_embed_dim = vae_embed_dim * patch_size**2
-        self.class_num = class_num
-        self.label_drop_prob = label_drop_prob
-        self.class_emb = nn.Embedding(class_num, width)
-        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # the class embedding of no class
+    Attributes: `order`, in which it samples unless told otherwise; `one_at_a_time`, whether it can
+    only generate one token a step; `head_name`, the name of its head's parameters.
+    """
+
+    one_at_a_time = False
+    order = "random"
 
     def forward(self, latents, labels, generator=None):
         """The training loss, a scalar, of latents (N, C, h, w) with labels (N,)."""
         tokens = self.patchify(latents)  # (N, L, C·p²)
         orders = self.sample_orders(len(tokens), generator)  # (N, L)
-        known, asked = self.split(orders, generator)  # (N, V), (N, A)
         classes = self.embed_labels(labels, len(tokens), generator)  # (N, D)
-        z = self.predict(tokens, known, asked, classes)  # (N, A, D)
-        return self.diffloss(take(tokens, asked), z, generator=generator)
+        asked, z = self.teach(tokens, orders, classes, generator)  # (N, A), (N, A, D)
+        return self.head(take(tokens, asked), z, generator=generator)
 
-    def split(self, orders, generator=None):
-        """Positions that are known (N, V) and asked for (N, A) in one training step."""
+    def teach(self, tokens, orders, classes, generator=None):
+        """In one training step: the asked positions (N, A) and z (N, A, D) there."""
         raise NotImplementedError
 
-    def predict(self, tokens, known, asked, classes):
-        """z (N, A, D) at positions asked (N, A), from tokens (N, L, C·p²) at known (N, V)."""
+    def predict(self, tokens, known, asked, classes, cache=None):
+        """z (N, A, D) at positions asked (N, A), from tokens (N, L, C·p²) at known (N, V).
+
+        cache: of `start_cache`, holding what was computed for the last ones of the known.
+        """
         raise NotImplementedError
 
-    def patchify(self, latents):
-        """(N, C, h, w) to (N, L, C·p²), rows first. Raises ValueError for another shape."""
-        p, h, w = self.patch_size, self.seq_h, self.seq_w
-        if latents.shape[1:] != (self.vae_embed_dim, h * p, w * p):
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)}: "
-                f"expected (N, {self.vae_embed_dim}, {h * p}, {w * p})"
-            )
-        x = latents.reshape(-1, self.vae_embed_dim, h, p, w, p)
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, self.token_embed_dim)
+    def start_cache(self):
+        """What `predict` keeps from one step of sampling to the next; None for nothing."""
 
-    def unpatchify(self, tokens):
-        """(N, L, C·p²) to (N, C, h, w): the inverse of `patchify`."""
-        p, h, w = self.patch_size, self.seq_h, self.seq_w
-        x = tokens.reshape(-1, h, w, self.vae_embed_dim, p, p)
-        return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.vae_embed_dim, h * p, w * p)
+    @property
+    def head(self):
+        """What turns z into a loss or into tokens."""
+        return self.get_submodule(self.head_name)
 
     def sample_orders(self, bsz, generator=None):
-        """Uniformly random orders (bsz, L)."""
-        return rand((bsz, self.seq_len), generator, self.fake_latent.device).argsort(
-            dim=1, stable=True
-        )
+        """Orders (bsz, L) to train in."""
+        return ORDERS[self.order].start(bsz, self.seq_len, generator, self.fake_latent.device)
 
-    def embed_labels(self, labels, bsz, generator=None):
-        """Class embeddings (bsz, D). None is no class; in training some labels become that."""
-        if labels is None:
-            return self.fake_latent.expand(bsz, -1)
-        classes = self.class_emb(labels)
-        if self.training:
-            dropped = rand((bsz, 1), generator, classes.device) < self.label_drop_prob
-            classes = torch.where(dropped, self.fake_latent, classes)
-        return classes
+    def check_orders(self, orders, name):
+        """Raises ValueError for orders (N, L), or their name, that this backbone cannot follow."""
 
     def sample_tokens(
         self,
@@ -127,56 +96,68 @@ class Autoregressive(nn.Module):
         max_timestep=None,
         latents=None,
         mask=None,
+        order=None,
     ):
         """Sample in num_iter steps, yielding latents (bsz, C, h, w) and mask (bsz, L) after each.
 
         In the mask 1 is a token not yet generated. num_iter: L is one token at a time. cfg,
         cfg_schedule: guidance scale and its course over the steps (`CFG_SCHEDULES`). labels:
-        (bsz,), or None for no class. orders: (bsz, L), random if not given. generator: as in
-        util.rng; a sequence holds one for each image. max_timestep: see `DiffLoss`. latents,
-        mask: tokens to keep where the mask (bsz, L), or of as many entries, is 0 (inpainting); as
-        many in each image.
+        (bsz,), or None for no class. orders: (bsz, L), drawn by `order` (`ORDERS`) if not given,
+        which is the model's own if not given. generator: as in util.rng; a sequence holds one for
+        each image. max_timestep: see `DiffLoss`. latents, mask: tokens to keep where the mask
+        (bsz, L), or of as many entries, is 0 (inpainting); as many in each image.
         Raises ValueError for arguments that do not fit.
         """
-        self._check(bsz, labels, orders, cfg_schedule)
-        orders, tokens, unknown = self._start(bsz, orders, generator, latents, mask)
-        if not 1 <= num_iter <= unknown:
-            raise ValueError(
-                f"num_iter {num_iter}: expected 1 to {unknown}, the number of tokens to generate"
-            )
+        policy = self._pick_order(order)
+        self._check(bsz, orders, cfg_schedule)
+        orders, tokens, unknown = self._start(bsz, policy, orders, generator, latents, mask)
+        self.check_orders(orders, order)
+        self._check_steps(num_iter, unknown)
         classes = self.embed_labels(labels, bsz)
         if cfg != 1.0:
             classes = torch.cat([classes, self.embed_labels(None, bsz)])
+        streams = 1 if cfg == 1.0 else 2
+        cache = self.start_cache()
 
-        for remaining in token_counts(unknown, num_iter):
-            known, asked = orders[:, unknown:], orders[:, remaining:unknown]
+        for step, remaining in enumerate(token_counts(unknown, num_iter)):
+            known, asked = orders[:, unknown:], orders[:, policy.first_asked(remaining) : unknown]
             scale = CFG_SCHEDULES[cfg_schedule](cfg, remaining, self.seq_len)
-            streams = 1 if cfg == 1.0 else 2
             z = self.predict(
                 tokens.repeat(streams, 1, 1),
                 known.repeat(streams, 1),
                 asked.repeat(streams, 1),
                 classes,
+                cache,
             )
             z, z_uncond = (z, None) if cfg == 1.0 else z.chunk(2)
-            sampled = self.diffloss.sample(
-                z, temperature, scale, z_uncond, generator, max_timestep
-            ).to(tokens.dtype)
-            tokens = tokens.scatter(1, columns(asked, sampled), sampled)
+            sampled = self.head.sample(z, temperature, scale, z_uncond, generator, max_timestep).to(
+                tokens.dtype
+            )
+            orders, sampled = policy.settle(
+                orders,
+                sampled,
+                unknown,
+                remaining,
+                lambda ids, z=z, scale=scale, z_uncond=z_uncond: self.head.confidence(
+                    ids, z, scale, z_uncond
+                ),
+                (step + 1) / num_iter,
+                generator,
+            )
+            tokens = tokens.scatter(1, columns(orders[:, remaining:unknown], sampled), sampled)
             unknown = remaining
             still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :unknown], 1.0)
             yield self.unpatchify(tokens), still
 
-    def _start(self, bsz, orders, generator, latents, mask):
+    def _start(self, bsz, policy, orders, generator, latents, mask):
         """Orders, tokens to begin with, and how many tokens of each image are unknown."""
+        device = self.fake_latent.device
         if orders is None:
-            orders = self.sample_orders(bsz, generator)
+            orders = policy.start(bsz, self.seq_len, generator, device)
         if (latents is None) != (mask is None):
             raise ValueError("latents and mask: expected both (inpainting) or neither")
         if latents is None:
-            tokens = torch.zeros(
-                bsz, self.seq_len, self.token_embed_dim, device=self.fake_latent.device
-            )
+            tokens = torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device)
             return orders, tokens, self.seq_len
         mask = mask.reshape(bsz, self.seq_len) > 0
         unknown = mask.sum(1)
@@ -189,7 +170,18 @@ class Autoregressive(nn.Module):
         tokens = self.patchify(latents).float().masked_fill(mask.unsqueeze(-1), 0.0)
         return orders.gather(1, unknown_first), tokens, int(unknown[0])
 
-    def _check(self, bsz, labels, orders, cfg_schedule):
+    def _pick_order(self, name):
+        name = name or self.order
+        if name not in ORDERS:
+            raise ValueError(f"order {name!r}: expected one of {', '.join(ORDERS)}")
+        if name == "confidence" and (self.one_at_a_time or not hasattr(self.head, "confidence")):
+            raise ValueError(
+                "order 'confidence': expected a bidirectional model with the cross-entropy head, "
+                f"this is {type(self).__name__} with {type(self.head).__name__}"
+            )
+        return ORDERS[name]
+
+    def _check(self, bsz, orders, cfg_schedule):
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(
                 f"cfg_schedule {cfg_schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}"
@@ -198,22 +190,41 @@ class Autoregressive(nn.Module):
             raise ValueError(
                 f"orders of shape {tuple(orders.shape)}: expected ({bsz}, {self.seq_len})"
             )
-        if labels is not None and labels.shape != (bsz,):
-            raise ValueError(f"labels of shape {tuple(labels.shape)}: expected ({bsz},)")
 
+    def _check_steps(self, num_iter, unknown):
+        if self.one_at_a_time and num_iter != unknown:
+            raise ValueError(
+                f"num_iter {num_iter}: expected {unknown}, causal attention gives one token a step"
+            )
+        if not 1 <= num_iter <= unknown:
+            raise ValueError(
+                f"num_iter {num_iter}: expected 1 to {unknown}, the number of tokens to generate"
+            )
 
-def token_counts(length, num_iter):
-    """Tokens still unknown after each of num_iter steps: the cosine schedule, always falling.
+    def _token_embedding(self, width):
+        """What embeds a token, (…, C) to (…, width): its kind follows the tokenizer's."""
+        if self.num_codes:
+            return TokenEmbedding(self.num_codes, width)
+        return nn.Linear(self.token_embed_dim, width)
 
-    floor(L·cos(π/2·k/K)) after step k of K (paper, section 4), at least one fewer than before and,
-    before the last step, at least one.
-    """
-    counts, remaining = [], length
-    for k in range(1, num_iter):
-        masked = math.floor(length * math.cos(math.pi / 2 * k / num_iter))
-        remaining = max(1, min(remaining - 1, masked))
-        counts.append(remaining)
-    return [*counts, 0]
+    def _add_head(self, name, z_channels, **diffloss):
+        """The head of this name (`HEADS`), or that which fits; `diffloss`: arguments of a DiffLoss.
+
+        Raises ValueError for an unknown name, and for one that the tokenizer has no use for.
+        """
+        name = name or ("ce" if self.num_codes else "diffloss")
+        if name not in HEADS:
+            raise ValueError(f"head {name!r}: expected one of {', '.join(HEADS)}")
+        if HEADS[name].discrete != bool(self.num_codes):
+            kind = "discrete" if self.num_codes else "continuous"
+            fitting = [n for n, head in HEADS.items() if head.discrete == bool(self.num_codes)]
+            raise ValueError(
+                f"head {name!r}: the tokenizer is {kind}, expected {' or '.join(fitting)}"
+            )
+        self.head_name = name
+        out = self.num_codes or self.token_embed_dim
+        arguments = diffloss if name == "diffloss" else {}
+        self.add_module(name, HEADS[name](out, z_channels, **arguments))
 
 
 def take(x, positions):
@@ -222,4 +233,5 @@ def take(x, positions):
 
 
 def columns(positions, x):
+    """Positions (N, n), once for each column of x (N, L, C): (N, n, C)."""
     return positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])

@@ -12,93 +12,54 @@ from util.rng import rand, randn
 QUARTERS = 4
 
 
-class DiffLoss(nn.Module):
-    """The head of a model of continuous tokens: `forward` is its loss, `sample` its sampler.
+class Diffused(nn.Module):
+    """What is trained by a diffusion and sampled by its reverse process.
 
-    target_channels: of a token. z_channels: of the vector z that the backbone gives for it. depth,
-    width: of the denoising MLP. num_sampling_steps: steps of the reverse process, as in
-    `diffusion.schedule.spaced_timesteps`. diffusion_batch_mul: timesteps drawn for each token in
-    training (4 in the paper). vlb: whether the loss has the variational term. max_timestep: where
-    sampling starts unless told otherwise; None is the very end of the process.
+    num_sampling_steps: of the reverse process, as in `diffusion.schedule.spaced_timesteps`. vlb:
+    whether the loss has the variational term. max_timestep: where sampling starts unless told
+    otherwise; None is the very end of the process.
     """
 
-    def __init__(
-        self,
-        target_channels,
-        z_channels,
-        depth,
-        width,
-        num_sampling_steps="100",
-        grad_checkpointing=False,
-        diffusion_batch_mul=1,
-        vlb=True,
-        max_timestep=None,
-    ):
-        super().__init__()
-        self.in_channels = target_channels
-        self.net = DenoisingMLP(target_channels, width, z_channels, depth, grad_checkpointing)
+    def start_diffusion(self, num_sampling_steps, vlb, max_timestep):
         self.train_diffusion = create_diffusion()
-        self.diffusion_batch_mul = diffusion_batch_mul
         self.vlb = vlb
         self.max_timestep = max_timestep
         self.respace(num_sampling_steps)
         self.quarters = None  # sums and counts of the loss by quarter of the timesteps, (2, 4)
 
-    def forward(self, target, z, mask=None, generator=None):
-        """Mean loss over tokens: target (..., C), z (..., D), mask (...) with 1 = counts."""
-        rows = (self.diffusion_batch_mul, *target.shape[:-1])
-        steps = self.train_diffusion.num_steps
-        t = (rand(rows, generator, target.device) * steps).long().clamp(max=steps - 1)
-        noise = randn((*rows, target.shape[-1]), generator, target.device)
-        losses = self.train_diffusion.training_losses(
-            lambda x, t: self.net(x, t, z), target, t, noise, self.vlb
-        )["loss"]
-        if self.training:
-            self._count_quarters(losses.detach(), t)
-        losses = losses.mean(0)
-        return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
-
-    @torch.no_grad()
-    def sample(
-        self,
-        z,
-        temperature=1.0,
-        cfg=1.0,
-        z_uncond=None,
-        generator=None,
-        max_timestep=None,
-        noise=None,
-    ):
-        """Tokens (..., C) drawn from p(token | z) for z (..., D).
-
-        With cfg ≠ 1, z_uncond (..., D) is the unconditional z; without it, z holds both, the
-        conditional half first, and so does the result, twice the same (the published form).
-        noise: (steps + 1, ..., C), the start and one draw a step; drawn from `generator` if not
-        given. Raises ValueError for a negative temperature.
-        """
-        if temperature < 0:
-            raise ValueError(f"temperature {temperature}: expected 0 or more")
-        stacked = cfg != 1.0 and z_uncond is None
-        if stacked:
-            z, z_uncond = z.chunk(2)
-        if noise is None:
-            noise = self._draw_noise(z, generator)
-
-        def network(x, t):
-            if cfg == 1.0:
-                return self.net(x, t, z)
-            return self.net.with_cfg(x, t, z, z_uncond, cfg)
-
-        max_timestep = self.max_timestep if max_timestep is None else max_timestep
-        x = self.gen_diffusion.p_sample_loop(
-            network, noise[0], noise[1:], temperature, max_timestep
-        )
-        return torch.cat([x, x]) if stacked else x
-
     def respace(self, num_sampling_steps):
         """Sample with these diffusion steps from now on. Raises ValueError if they do not fit."""
         self.gen_diffusion = create_diffusion(num_sampling_steps)
         self.gen_diffusion.first_step(self.max_timestep)
+
+    def losses(self, network, target, t, generator=None):
+        """Loss of each row: target (..., C), broadcast to timesteps t (...), gives (...)."""
+        noise = randn((*t.shape, target.shape[-1]), generator, target.device)
+        losses = self.train_diffusion.training_losses(network, target, t, noise, self.vlb)["loss"]
+        if self.training:
+            self._count_quarters(losses.detach(), t)
+        return losses
+
+    def draw_timesteps(self, shape, generator, device):
+        """Uniform timesteps of this shape."""
+        steps = self.train_diffusion.num_steps
+        return (rand(shape, generator, device) * steps).long().clamp(max=steps - 1)
+
+    def draw_noise(self, shape, generator, device):
+        """For rows (N, ..., C) the start of the reverse process and a draw for each step of it:
+        (steps + 1, N, ..., C)."""
+        shape = (shape[0], self.gen_diffusion.num_steps + 1, *shape[1:])
+        return randn(shape, generator, device).movedim(1, 0)
+
+    def denoise(self, network, noise, temperature=1.0, max_timestep=None):
+        """The reverse process from noise (steps + 1, ..., C) to rows (..., C).
+
+        Raises ValueError for a negative temperature.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature}: expected 0 or more")
+        start = self.max_timestep if max_timestep is None else max_timestep
+        return self.gen_diffusion.p_sample_loop(network, noise[0], noise[1:], temperature, start)
 
     def pop_statistics(self, reduce=lambda sums: sums):
         """Mean training loss by quarter of the timesteps since the last call: name -> float.
@@ -122,10 +83,73 @@ class DiffLoss(nn.Module):
         self.quarters[0].index_add_(0, quarter, losses.flatten())
         self.quarters[1].index_add_(0, quarter, torch.ones_like(losses).flatten())
 
-    def _draw_noise(self, z, generator):
-        steps = self.gen_diffusion.num_steps
-        shape = (z.shape[0], steps + 1, *z.shape[1:-1], self.in_channels)
-        return randn(shape, generator, z.device).movedim(1, 0)
+
+class DiffLoss(Diffused):
+    """The head of a model of continuous tokens: `forward` is its loss, `sample` its sampler.
+
+    target_channels: of a token. z_channels: of the vector z that the backbone gives for it. depth,
+    width: of the denoising MLP. diffusion_batch_mul: timesteps drawn for each token in training (4
+    in the paper). num_sampling_steps, vlb, max_timestep: see `Diffused`.
+    """
+
+    discrete = False
+
+    def __init__(
+        self,
+        target_channels,
+        z_channels,
+        depth,
+        width,
+        num_sampling_steps="100",
+        grad_checkpointing=False,
+        diffusion_batch_mul=1,
+        vlb=True,
+        max_timestep=None,
+    ):
+        super().__init__()
+        self.in_channels = target_channels
+        self.net = DenoisingMLP(target_channels, width, z_channels, depth, grad_checkpointing)
+        self.diffusion_batch_mul = diffusion_batch_mul
+        self.start_diffusion(num_sampling_steps, vlb, max_timestep)
+
+    def forward(self, target, z, mask=None, generator=None):
+        """Mean loss over tokens: target (..., C), z (..., D), mask (...) with 1 = counts."""
+        rows = (self.diffusion_batch_mul, *target.shape[:-1])
+        t = self.draw_timesteps(rows, generator, target.device)
+        losses = self.losses(lambda x, t: self.net(x, t, z), target, t, generator).mean(0)
+        return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        z,
+        temperature=1.0,
+        cfg=1.0,
+        z_uncond=None,
+        generator=None,
+        max_timestep=None,
+        noise=None,
+    ):
+        """Tokens (..., C) drawn from p(token | z) for z (..., D).
+
+        With cfg ≠ 1, z_uncond (..., D) is the unconditional z; without it, z holds both, the
+        conditional half first, and so does the result, twice the same (the published form).
+        noise: (steps + 1, ..., C), the start and one draw a step; drawn from `generator` if not
+        given. Raises ValueError for a negative temperature.
+        """
+        stacked = cfg != 1.0 and z_uncond is None
+        if stacked:
+            z, z_uncond = z.chunk(2)
+        if noise is None:
+            noise = self.draw_noise((*z.shape[:-1], self.in_channels), generator, z.device)
+
+        def network(x, t):
+            if cfg == 1.0:
+                return self.net(x, t, z)
+            return self.net.with_cfg(x, t, z, z_uncond, cfg)
+
+        x = self.denoise(network, noise, temperature, max_timestep)
+        return torch.cat([x, x]) if stacked else x
 
 
 class DenoisingMLP(nn.Module):
@@ -155,10 +179,7 @@ class DenoisingMLP(nn.Module):
     def with_cfg(self, x, t, z, z_uncond, cfg):
         """The guided noise ε_u + ω(ε_c − ε_u) (paper, appendix B); v is the conditional one's."""
         both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([z, z_uncond]))
-        cond, uncond = both.float().chunk(2)
-        noise, v = cond.chunk(2, dim=-1)
-        noise_uncond = uncond.chunk(2, dim=-1)[0]
-        return torch.cat([noise_uncond + cfg * (noise - noise_uncond), v], dim=-1)
+        return guided(both, cfg)
 
     def _initialize(self):
         for module in self.modules():
@@ -215,6 +236,14 @@ class FinalLayer(nn.Module):
     def forward(self, x, y):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def guided(both, cfg):
+    """Outputs (2N, ..., 2C), conditional then unconditional ones, to guided ones (N, ..., 2C)."""
+    cond, uncond = both.float().chunk(2)
+    noise, v = cond.chunk(2, dim=-1)
+    noise_uncond = uncond.chunk(2, dim=-1)[0]
+    return torch.cat([noise_uncond + cfg * (noise - noise_uncond), v], dim=-1)
 
 
 def modulate(x, shift, scale):

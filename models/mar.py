@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.autoregressive import Autoregressive, columns, take
-from models.diffloss import DiffLoss
+from models.latents import embed_tokens, initialize
 from util.rng import rand
 
 MASK_RATIO_STD = 0.25
@@ -22,7 +22,8 @@ class MAR(Autoregressive):
     grouped patch_size × patch_size into one token. buffer_size copies of the class embedding stand
     before the encoder's tokens. In training, a ratio between mask_ratio_min and 1 of the tokens is
     unknown and label_drop_prob of the labels are dropped. diffloss_*, num_sampling_steps,
-    diffusion_batch_mul, vlb, max_timestep: see `DiffLoss`.
+    diffusion_batch_mul, vlb, max_timestep: see `DiffLoss`. head, num_codes: see `models.heads`; by
+    default Diffusion Loss for continuous latents, cross-entropy for num_codes ids.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class MAR(Autoregressive):
         grad_checkpointing=False,
         vlb=True,
         max_timestep=None,
+        head=None,
+        num_codes=None,
     ):
         super().__init__(
             img_size,
@@ -61,6 +64,7 @@ class MAR(Autoregressive):
             class_num,
             label_drop_prob,
             encoder_embed_dim,
+            num_codes,
         )
         if not 0 < mask_ratio_min < 1:
             raise ValueError(f"mask_ratio_min {mask_ratio_min}: expected between 0 and 1")
@@ -77,7 +81,7 @@ class MAR(Autoregressive):
             norm_layer=norm_layer,
         )
 
-        self.z_proj = nn.Linear(self.token_embed_dim, encoder_embed_dim)
+        self.z_proj = self._token_embedding(encoder_embed_dim)
         self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, encoder_embed_dim))
         self.encoder_blocks = nn.ModuleList(
@@ -96,19 +100,24 @@ class MAR(Autoregressive):
         self.diffusion_pos_embed_learned = nn.Parameter(
             torch.zeros(1, self.seq_len, decoder_embed_dim)
         )
-        self._initialize()
+        initialize(self)
 
-        self.diffloss = DiffLoss(
-            self.token_embed_dim,
+        self._add_head(
+            head,
             decoder_embed_dim,
-            diffloss_d,
-            diffloss_w,
-            num_sampling_steps,
-            grad_checkpointing,
-            diffusion_batch_mul,
-            vlb,
-            max_timestep,
+            depth=diffloss_d,
+            width=diffloss_w,
+            num_sampling_steps=num_sampling_steps,
+            grad_checkpointing=grad_checkpointing,
+            diffusion_batch_mul=diffusion_batch_mul,
+            vlb=vlb,
+            max_timestep=max_timestep,
         )
+
+    def teach(self, tokens, orders, classes, generator=None):
+        """In one training step: the asked positions (N, A) and z (N, A, D) there."""
+        known, asked = self.split(orders, generator)
+        return asked, self.predict(tokens, known, asked, classes)
 
     def split(self, orders, generator=None):
         """The first ceil(ratio·L) positions of each order are asked for, one ratio a step."""
@@ -121,7 +130,7 @@ class MAR(Autoregressive):
         u = low + (0.5 - low) * rand((), generator).cpu()
         return min(1.0, float(1 + MASK_RATIO_STD * torch.special.ndtri(u)))
 
-    def predict(self, tokens, known, asked, classes):
+    def predict(self, tokens, known, asked, classes, cache=None):
         """z (N, A, D) at positions asked (N, A), from tokens (N, L, C·p²) at known (N, V)."""
         x = self.encode(take(tokens, known), known, classes)  # (N, B + V, D)
         z = self.decode(x, known)  # (N, L, D)
@@ -131,7 +140,7 @@ class MAR(Autoregressive):
         """Tokens (N, V, C·p²) at positions known (N, V), behind B class tokens: (N, B+V, D)."""
         buffer = classes.unsqueeze(1).expand(-1, self.buffer_size, -1)
         positions = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
-        x = self.z_proj(tokens.to(self.z_proj.weight.dtype))
+        x = embed_tokens(self.z_proj, tokens)
         x = torch.cat([buffer.to(x.dtype), x], dim=1)
         x = x + torch.cat(
             [
@@ -159,25 +168,11 @@ class MAR(Autoregressive):
                 x = block(x)
         return x
 
-    def _initialize(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for table in (
-            self.class_emb.weight,
-            self.fake_latent,
-            self.mask_token,
-            self.encoder_pos_embed_learned,
-            self.decoder_pos_embed_learned,
-            self.diffusion_pos_embed_learned,
-        ):
-            nn.init.normal_(table, std=0.02)
 
-
-def _mar(width, depth, heads, **kwargs):
-    """A MAR of this width with `depth` blocks, half of them in the encoder."""
-    return MAR(
+def _size(width, depth, heads):
+    """MAR of this width with `depth` blocks, half of them in the encoder."""
+    return partial(
+        MAR,
         encoder_embed_dim=width,
         encoder_depth=depth // 2,
         encoder_num_heads=heads,
@@ -185,11 +180,10 @@ def _mar(width, depth, heads, **kwargs):
         decoder_depth=depth // 2,
         decoder_num_heads=heads,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
-        **kwargs,
     )
 
 
-mar_tiny = partial(_mar, 64, 4, 4)  # for small data and tests
-mar_base = partial(_mar, 768, 24, 12)
-mar_large = partial(_mar, 1024, 32, 16)
-mar_huge = partial(_mar, 1280, 40, 16)
+mar_tiny = _size(64, 4, 4)  # for small data and tests
+mar_base = _size(768, 24, 12)
+mar_large = _size(1024, 32, 16)
+mar_huge = _size(1280, 40, 16)

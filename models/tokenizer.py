@@ -23,6 +23,8 @@ class KLTokenizer(nn.Module):
     Raises ValueError where the file is missing or holds another network.
     """
 
+    num_codes = None  # latents are continuous
+
     def __init__(self, vae_path, embed_dim, ch_mult, scale, patch_size=1):
         super().__init__()
         self.vae = AutoencoderKL.from_file(vae_path, embed_dim=embed_dim, ch_mult=ch_mult)
@@ -50,6 +52,7 @@ class PixelTokenizer(nn.Module):
     """Pixels themselves, to be grouped into patches: nothing is lost and nothing drawn."""
 
     stride = 1
+    num_codes = None
 
     def __init__(self, channels=3, scale=1.0, patch_size=4):
         super().__init__()

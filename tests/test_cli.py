@@ -167,6 +167,9 @@ DIGITS = ("--preset", "digits", "--device", "cpu")
         ((*DIGITS, "--vae_stride", "16"), "--vae_stride 16: the tokenizer pixels has 1"),
         ((*DIGITS, "--evaluate"), "--resume '': expected a checkpoint, found none"),
         ((*DIGITS, "--resume", GOLDEN / "diffusion_tables.npz"), "diffusion_tables.npz"),
+        ((*DIGITS, "--model", "ar_tiny", "--num_iter", "4"), "--num_iter 4: ar_tiny generates one"),
+        ((*DIGITS, "--model", "ar_tiny", "--buffer_size", "4"), "ar_tiny has no such argument"),
+        ((*DIGITS, "--head", "ce"), "head 'ce': the tokenizer is continuous, expected diffloss"),
         ((*DIGITS, "--epochs", "0"), "--epochs: 0: expected a whole number, at least 1"),
     ],
 )
@@ -287,6 +290,20 @@ def test_published_checkpoint_evaluates_and_resumes(tmp_path, vae_path, capsys):
     assert after["epoch"] == 4
     # 20 steps were there, an epoch of 2 came on top
     assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {22}
+
+
+@pytest.mark.parametrize("backbone", ["ar_tiny", "ar_tiny --order random", "dit_tiny"])
+def test_other_backbones_train_resume_and_sample(tmp_path, backbone):
+    """The same scripts serve them all; the checkpoint says which it is."""
+    flags = f"--preset digits --device cpu --model {backbone} --batch_size 512"
+    flags += f" --num_sampling_steps 3 --save_last_freq 1 --output_dir {tmp_path}"
+    main_mar.main(shlex.split(f"{flags} --epochs 1"))
+    plain = f"--resume {tmp_path} --data_path digits --output_dir {tmp_path} --device cpu"
+    main_mar.main(shlex.split(f"{plain} --epochs 2 --batch_size 512 --num_workers 0"))
+    assert load_checkpoint(tmp_path / LAST)["epoch"] == 1
+    out = tmp_path / "samples.npz"
+    sample.main(["--ckpt", str(tmp_path), "--device", "cpu", "--cfg", "2", "--out", str(out)])
+    assert np.load(out)["arr_0"].shape == (80, 8, 8, 3)
 
 
 def test_images_to_cache_to_training_to_samples(tmp_path, images, vae_path):

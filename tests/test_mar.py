@@ -11,8 +11,9 @@ import torch
 from rule import GOLDEN, by_rule, rule_input
 
 import models.diffloss
-from models.autoregressive import take, token_counts
+from models.autoregressive import take
 from models.mar import mar_base, mar_huge, mar_large, mar_tiny
+from models.order import token_counts
 from util.rng import image_generators
 
 TAGS = {"p1": {"img_size": 64, "patch_size": 1}, "p2": {"img_size": 128, "patch_size": 2}}

@@ -25,7 +25,7 @@ def init(device, dist_on_itp=False, dist_url="env://"):
             raise ValueError(f"--device {device}: with {world} processes, expected cuda or auto")
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
-    if world > 1:
+    if world > 1 and not dist.is_initialized():
         cuda = device.type == "cuda"
         dist.init_process_group(
             "nccl" if cuda else "gloo",

@@ -142,7 +142,13 @@ def add_sampling_flags(parser, **defaults):
         "guidance over the steps: 1 to --cfg as tokens become known, or --cfg throughout",
         choices=("linear", "constant"),
     )
-    add("temperature", "of the diffusion noise", type=amount, metavar="T")
+    group.add_argument(
+        "--order",
+        choices=("random", "raster", "confidence"),
+        help="in which tokens are generated, and a causal model is trained; confidence needs "
+        "cross-entropy (default: the model's, random, but raster for a new causal one)",
+    )
+    add("temperature", "of the diffusion noise, or of the logits", type=amount, metavar="T")
     group.add_argument(
         "--max_timestep",
         type=natural,

@@ -41,6 +41,96 @@ PRESETS = {
 }
 
 
+# ---- the rows of the paper's tables ---------------------------------------------------------
+# Batches of 64 are those of each of 32 processes: 2,048 in all. Where the paper gives no value, as
+# for the guidance of the ablations, none is set.
+
+RECIPE = {
+    "img_size": 256,
+    "epochs": 400,
+    "warmup_epochs": 100,
+    "batch_size": 64,
+    "blr": 1e-4,
+    "diffusion_batch_mul": 4,
+    "diffloss_d": 3,
+    "diffloss_w": 1024,
+    "num_sampling_steps": "100",
+}
+VAE = "pretrained_models/vae"
+KL16 = {"tokenizer": "kl16", "vae_path": f"{VAE}/ldm_kl16.ckpt"}  # LDM's, of OpenImages
+KL16_RETRAINED = {"tokenizer": "kl16", "vae_path": f"{VAE}/kl16.ckpt"}  # on ImageNet
+VQ16 = {"tokenizer": "vq16", "vae_path": f"{VAE}/ldm_vq16.ckpt"}
+CE = {**RECIPE, **VQ16, "head": "ce", "lr_schedule": "cosine"}
+DIFF = {**RECIPE, **KL16, "head": "diffloss"}
+
+RASTER = {"model": "ar_large", "order": "raster"}
+RANDOM = {"model": "ar_large", "order": "random"}
+ONE = {"model": "mar_large", "num_iter": 256}  # one token a step
+MAR = {"model": "mar_large", "num_iter": 64}
+
+SYSTEM = {**RECIPE, **KL16_RETRAINED, "epochs": 800, "num_iter": 256, "cfg_schedule": "linear"}
+BASE = {"model": "mar_base", "diffloss_d": 6, "diffloss_w": 1024, "cfg": 2.9}
+LARGE = {"model": "mar_large", "diffloss_d": 8, "diffloss_w": 1280, "cfg": 3.0}
+HUGE = {"model": "mar_huge", "diffloss_d": 12, "diffloss_w": 1536, "cfg": 3.2}
+
+# name -> (flags, the paper's FID/IS without guidance → with guidance)
+PAPER = {
+    "table1-ar-raster-ce": ({**CE, **RASTER}, "19.58/60.8 → 4.92/227.3"),
+    "table1-ar-raster-diff": ({**DIFF, **RASTER}, "19.23/62.3 → 4.69/244.6"),
+    "table1-ar-random-ce": ({**CE, **RANDOM}, "16.22/81.3 → 4.36/222.7"),
+    "table1-ar-random-diff": ({**DIFF, **RANDOM}, "13.07/91.4 → 4.07/232.4"),
+    "table1-mar-one-ce": ({**CE, **ONE}, "8.75/149.6 → 3.50/280.9"),
+    "table1-mar-one-diff": ({**DIFF, **ONE}, "3.43/203.1 → 1.84/292.7"),
+    "table1-mar-ce": ({**CE, **MAR}, "8.79/146.1 → 3.69/278.4"),
+    "table1-mar-diff": ({**DIFF, **MAR}, "3.50/201.4 → 1.98/290.3"),
+    "table1-mar-l2": ({**DIFF, **MAR, "head": "l2"}, "above 100"),
+    # the latent before quantization; its scale is not published: measure it (main_tokenizer.py)
+    "table2-vq16": ({**DIFF, **MAR, **VQ16, "tokenizer": "vq16_latent"}, "7.82/151.7 → 3.64/258.5"),
+    "table2-kl16": ({**DIFF, **MAR}, "3.50/201.4 → 1.98/290.3"),
+    "table2-kl8": (
+        {**DIFF, **MAR, "tokenizer": "kl8", "vae_path": f"{VAE}/kl8.safetensors", "patch_size": 2},
+        "4.33/180.0 → 2.05/283.9",
+    ),
+    "table2-consistency": (
+        {**DIFF, **MAR, "tokenizer": "consistency", "vae_path": f"{VAE}/consistency"}
+        | {"patch_size": 2},
+        "5.76/170.6 → 3.23/271.0",
+    ),
+    "table2-kl16-retrained": ({**DIFF, **MAR, **KL16_RETRAINED}, "2.85/214.0 → 1.97/291.2"),
+    "table3-w256": (
+        {**DIFF, **MAR, **KL16_RETRAINED, "diffloss_w": 256},
+        "3.47/195.3 → 2.45/274.0",
+    ),
+    "table3-w512": (
+        {**DIFF, **MAR, **KL16_RETRAINED, "diffloss_w": 512},
+        "3.24/199.1 → 2.11/281.0",
+    ),
+    "table3-w1024": ({**DIFF, **MAR, **KL16_RETRAINED}, "2.85/214.0 → 1.97/291.2"),
+    "table3-w1536": (
+        {**DIFF, **MAR, **KL16_RETRAINED, "diffloss_w": 1536},
+        "2.93/207.6 → 1.91/289.3",
+    ),
+    "table4-base": ({**SYSTEM, **BASE}, "3.48/192.4 → 2.31/281.7"),
+    "table4-large": ({**SYSTEM, **LARGE}, "2.60/221.4 → 1.78/296.0"),
+    "table4-huge": ({**SYSTEM, **HUGE}, "2.35/227.8 → 1.55/303.7"),
+    "table5-512": ({**SYSTEM, **LARGE, "img_size": 512, "cfg": 4.0}, "2.74/205.2 → 1.73/279.9"),
+    "table6-confidence-ce": ({**CE, **MAR, "order": "confidence"}, "8.72/145.6"),
+    "table6-random-ce": ({**CE, **MAR, "order": "random"}, "8.79/146.1"),
+    "table6-random-diff": ({**DIFF, **MAR, "order": "random"}, "3.50/201.4"),
+}
+PRESETS |= {name: flags for name, (flags, _) in PAPER.items()}
+
+
+def listing():
+    """Every preset with its flags and the paper's figures, as text."""
+    lines = ["FID/IS without guidance → with guidance are the paper's, on ImageNet."]
+    for name, flags in PRESETS.items():
+        figures = f"  ({PAPER[name][1]})" if name in PAPER else ""
+        lines.append(f"{name}{figures}")
+        lines.append("    " + " ".join(f"--{flag} {value}" for flag, value in flags.items()))
+    return "\n".join(lines)
+
+
 def apply(parser, argv):
     """Parse argv with the defaults that its --preset and --data_path bring."""
     first, given = parser.parse_given(argv)

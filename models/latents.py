@@ -1,0 +1,103 @@
+"""What every class-conditional model of latents shares: tokens from latents, and labels."""
+
+import torch
+from torch import nn
+
+from util.rng import rand
+
+
+class LatentModel(nn.Module):
+    """Latents as a sequence of tokens, p×p of them each, and a class for each image.
+
+    num_codes: of a discrete tokenizer, whose latents are ids as numbers (N, 1, h, w); None for
+    continuous latents. Raises ValueError for sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        img_size,
+        vae_stride,
+        patch_size,
+        vae_embed_dim,
+        class_num,
+        label_drop_prob,
+        width,
+        num_codes=None,
+    ):
+        super().__init__()
+        if img_size % (vae_stride * patch_size):
+            raise ValueError(
+                f"img_size {img_size}: expected a multiple of vae_stride × patch_size, "
+                f"{vae_stride} × {patch_size}"
+            )
+        if num_codes and (vae_embed_dim, patch_size) != (1, 1):
+            raise ValueError(
+                f"patch_size {patch_size}, vae_embed_dim {vae_embed_dim}: expected 1 and 1 for a "
+                "discrete tokenizer, an id is one token"
+            )
+        self.patch_size = patch_size
+        self.vae_embed_dim = vae_embed_dim
+        self.num_codes = num_codes
+        self.seq_h = self.seq_w = img_size // vae_stride // patch_size
+        self.seq_len = self.seq_h * self.seq_w
+        self.token_embed_dim = vae_embed_dim * patch_size**2
+        self.class_num = class_num
+        self.label_drop_prob = label_drop_prob
+        self.class_emb = nn.Embedding(class_num, width)
+        self.fake_latent = nn.Parameter(torch.zeros(1, width))  # the class embedding of no class
+
+    def patchify(self, latents):
+        """(N, C, h, w) to (N, L, C·p²), rows first. Raises ValueError for another shape."""
+        p, h, w = self.patch_size, self.seq_h, self.seq_w
+        if latents.shape[1:] != (self.vae_embed_dim, h * p, w * p):
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)}: "
+                f"expected (N, {self.vae_embed_dim}, {h * p}, {w * p})"
+            )
+        x = latents.reshape(-1, self.vae_embed_dim, h, p, w, p)
+        return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, h * w, self.token_embed_dim)
+
+    def unpatchify(self, tokens):
+        """(N, L, C·p²) to (N, C, h, w): the inverse of `patchify`."""
+        p, h, w = self.patch_size, self.seq_h, self.seq_w
+        x = tokens.reshape(-1, h, w, self.vae_embed_dim, p, p)
+        return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.vae_embed_dim, h * p, w * p)
+
+    def embed_labels(self, labels, bsz, generator=None):
+        """Class embeddings (bsz, D). None is no class; in training some labels become that."""
+        if labels is None:
+            return self.fake_latent.expand(bsz, -1)
+        if labels.shape != (bsz,):
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: expected ({bsz},)")
+        classes = self.class_emb(labels)
+        if self.training:
+            dropped = rand((bsz, 1), generator, classes.device) < self.label_drop_prob
+            classes = torch.where(dropped, self.fake_latent, classes)
+        return classes
+
+
+class TokenEmbedding(nn.Embedding):
+    """Ids as numbers (N, n, 1) to embeddings (N, n, D)."""
+
+    def forward(self, ids):
+        return super().forward(ids.squeeze(-1).long())
+
+
+def embed_tokens(embedding, tokens):
+    """Tokens (N, n, C) through a linear layer or a TokenEmbedding: (N, n, D)."""
+    if isinstance(embedding, nn.Linear):
+        tokens = tokens.to(embedding.weight.dtype)  # ids stay in float32, which is exact for them
+    return embedding(tokens)
+
+
+def initialize(model):
+    """Linears Xavier-uniform with zero bias; tables, which are parameters of the model itself, and
+    embeddings, from a normal of deviation 0.02, as published."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+    for table in model.parameters(recurse=False):
+        nn.init.normal_(table, std=0.02)
