@@ -1,8 +1,9 @@
 """The loops: train an epoch, generate images, cache latents. Scripts own flags and files."""
 
+import hashlib
 import math
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -25,6 +26,7 @@ from util.weights import digest
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 UNKNOWN_RANGE = 10.0  # latents have about unit deviation; used where training left no range
+DECODED_AT_ONCE = 32  # images
 PAIRS = 8  # images shown with their decodings
 
 
@@ -118,7 +120,7 @@ def train_one_epoch(
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if not scaler.is_enabled():  # which skips such steps itself
-            window.note_finite(norm)
+            window.note_gradient(norm)
         ema.update(unwrap(model))
         if progress:
             progress.update(1, window.note)
@@ -140,35 +142,42 @@ class Window:
     def __init__(self, device, accum_iter):
         self.accum_iter = accum_iter
         self.never = torch.iinfo(torch.int64).max
-        self.first_bad = torch.tensor(self.never, device=device)  # step·processes + rank
+        self.bad_loss = torch.tensor(self.never, device=device)  # its batch·processes + rank
+        self.bad_gradient = torch.tensor(self.never, device=device)  # its batch
         self.loss = torch.zeros((), device=device)
         self.batches, self.note, self.waiting = 0, "", Stopwatch()
         self._restart()
 
     def add(self, loss, images):
         loss = loss.detach()
-        self.note_finite(loss)
+        place = self.batches * dist.world_size() + dist.rank()
+        self.bad_loss = self._first(self.bad_loss, loss, place)
         self.loss += loss
         self.batches += 1
         self.count += 1
         self.images += images
 
-    def note_finite(self, value):
-        """Remember where a loss, or the norm of a gradient, was not finite for the first time."""
-        place = self.batches * dist.world_size() + dist.rank()
-        bad = torch.where(value.isfinite(), self.never, place)
-        self.first_bad = torch.minimum(self.first_bad, bad)
+    def note_gradient(self, norm):
+        """Remember when the norm of a gradient, the same everywhere, was first not finite."""
+        self.bad_gradient = self._first(self.bad_gradient, norm, self.batches - 1)
+
+    def _first(self, place, value, here):
+        return torch.minimum(place, torch.where(value.isfinite(), self.never, here))
 
     def check(self, epoch):
         """Stop every process if a loss or a gradient of any of them was not finite."""
-        first = dist.all_reduce(self.first_bad.clone(), "min").item()
-        if first != self.never:
-            batch, rank = divmod(first, dist.world_size())
-            raise FloatingPointError(
-                f"the loss or its gradient is not finite at epoch {epoch}, "
-                f"step {batch // self.accum_iter}, rank {rank}; the last "
-                "checkpoint is from before. Try --precision bf16 or fp32, or a lower --lr"
-            )
+        places = torch.stack([self.bad_loss, self.bad_gradient])
+        loss, gradient = dist.all_reduce(places, "min").tolist()
+        batch, rank = divmod(loss, dist.world_size())
+        if min(loss, gradient) == self.never:
+            return
+        what, where = f"loss is not finite at epoch {epoch}", f", rank {rank}"
+        if gradient < batch:  # a loss that is not finite spoils the gradient of the same step
+            what, where, batch = what.replace("loss", "gradient"), "", gradient
+        raise FloatingPointError(
+            f"the {what}, step {batch // self.accum_iter}{where}; the last checkpoint is from "
+            "before. Try --precision bf16 or fp32, or a lower --lr"
+        )
 
     def pop(self, epoch, norm, lr):
         """Figures since the last time, of all processes: name -> float."""
@@ -254,14 +263,18 @@ def generate_images(
 @torch.no_grad()
 def _generate(model, tokenizer, labels, indices, seed, device, precision, sampling):
     """Latents and images of one batch."""
+    generators = image_generators(seed, indices)
     with autocast(device, precision):
         latents = model.sample_tokens(
             len(indices),
             labels=None if labels[0] is None else torch.tensor(labels, device=device),
-            generator=image_generators(seed, indices),
+            generator=generators,
             **sampling,
         )
-    return latents, to_uint8(tokenizer.decode(latents))
+    # a decoder needs 0.2 GB an image at 256 pixels
+    parts = [slice(i, i + DECODED_AT_ONCE) for i in range(0, len(indices), DECODED_AT_ONCE)]
+    images = [to_uint8(tokenizer.decode(latents[p], generators[p])) for p in parts]
+    return latents, np.concatenate(images)
 
 
 def _say_diverged(bad, worst, limit, count, advice):
@@ -339,12 +352,12 @@ def deliver(batches, writers):
                 writer.add(indices, images)
             yield indices, images
 
-    for indices, images in gathered(to_folders()) if files else to_folders():
-        for writer in files:
-            writer.add(indices, images)
-    if dist.is_main():
-        for writer in files:
-            writer.close()
+    with ExitStack() as stack:
+        for writer in files if dist.is_main() else ():
+            stack.enter_context(writer)
+        for indices, images in gathered(to_folders()) if files else to_folders():
+            for writer in files:
+                writer.add(indices, images)
     dist.barrier()
 
 
@@ -378,12 +391,22 @@ def evaluate(
     deliver(measured(), writers)
     summary = accumulator.summary()
     slowest = dist.all_reduce(torch.tensor(clock.seconds, device=kwargs["device"]), "max").item()
-    measurement = {
-        "seconds_per_image": slowest / len(labels),
-        "processes": dist.world_size(),
-        "weights_sha256": digest(model.state_dict()),
-    }
+    measurement = {"seconds_per_image": slowest / len(labels)}
+    measurement |= identify(model, tokenizer, labels, kwargs["batch_size"])
     return judge.report(summary, {**measurement, **settings}, output_dir, logger, step)
+
+
+def identify(model, tokenizer, labels, batch_size):
+    """What samples and their speed depend on besides the settings of sampling, for a report."""
+    return {
+        "weights_sha256": digest(model.state_dict()),
+        "tokenizer": type(tokenizer).__name__,
+        "tokenizer_sha256": digest(tokenizer.state_dict()),
+        "tokenizer_scale": tokenizer.scale,
+        "labels_sha256": hashlib.sha256(repr(list(labels)).encode()).hexdigest(),
+        "batch_size": batch_size,
+        "processes": dist.world_size(),
+    }
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def get_parser():
     group.add_argument("--cached_path", required=True, metavar="DIR", help="where the latents go")
     group.add_argument("--batch_size", type=count, default=128, help="images at once, a process")
     add_tokenizer_flags(parser, [name for name in TOKENIZERS if name != "pixels"])
-    add_machine_flags(parser, num_workers=10)
+    add_machine_flags(parser, num_workers=10, precision=False)
     return parser
 
 

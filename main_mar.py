@@ -56,6 +56,7 @@ TRAINING = (
     "num_sampling_steps",
     "max_timestep",
 )
+WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 RECIPE = (
     "epochs",
     "batch_size",
@@ -233,7 +234,7 @@ def main(argv=None):
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
     precision = dist.pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
-    if not path and (args.evaluate or Path(args.resume).suffix):
+    if not path and (args.evaluate or Path(args.resume).suffix in WEIGHT_FILES):
         raise ValueError(f"--resume {args.resume!r}: expected a checkpoint, found none")
     if args.resume and not path:
         print0(f"--resume {args.resume}: no {LAST} there, starting anew")
@@ -254,9 +255,8 @@ def main(argv=None):
     judge = get_judge(args, config, device)
     if args.evaluate:
         logger = Logger(args.log_dir or args.output_dir, goes_on=True)
-        common |= {"logger": logger, "writers": open_writers(args.out, args.num_images)}
-        step = checkpoint.get("epoch", 0)
-        evaluate(args, ema.module, judge, name="ema", step=step, **common)
+        common |= {"logger": logger, "writers": open_writers(args.out, labels_of(args, config))}
+        evaluate(args, ema.module, judge, name="ema", step=steps_done(checkpoint), **common)
         logger.close()
     else:
         train(args, model, ema, checkpoint, judge, **common)
@@ -364,7 +364,7 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
         print0(f"resumed {args.resume}: goes on with epoch {start}")
-        if changed := list(changes(args, checkpoint["args"])):
+        if changed := list(changes({**vars(args), "lr": lr}, checkpoint["args"])):
             print0(f"NOTE: not as before: {', '.join(changed)}")
 
     parallel = model
@@ -448,11 +448,11 @@ def misfits(args, steps):
         )
 
 
-def changes(args, before):
+def changes(now, before):
     """Flags of the recipe that differ from those that a checkpoint was trained with."""
     for name in (*RECIPE, *TRAINING):
-        if name in before and before[name] != getattr(args, name):
-            yield f"--{name} {getattr(args, name)} (was {before[name]})"
+        if before.get(name) is not None and before[name] != now[name]:
+            yield f"--{name} {now[name]} (was {before[name]})"
 
 
 def sampling_settings(args):
@@ -495,15 +495,25 @@ def get_judge(args, config, device):
     )
 
 
+def labels_of(args, config):
+    """As many of each class, the classes in turn: splits of the IS take consecutive images."""
+    return [i % config["model"]["class_num"] for i in range(args.num_images)]
+
+
+def steps_done(checkpoint):
+    """Steps of the optimiser, if the checkpoint has it, else epochs: where a plot puts figures."""
+    states = checkpoint.get("optimizer", {}).get("state", {})
+    return int(next(iter(states.values()))["step"]) if states else checkpoint.get("epoch", 0)
+
+
 def evaluate(args, model, judge, *, config, tokenizer, device, precision, name, **kwargs):
     """Measure num_images samples, as many of each class. name: of the weights, ema or raw."""
-    count = config["model"]["class_num"]
     settings = {"weights": name, **sampling_settings(args), "seed": args.seed}
     settings |= {key: config["model"][key] for key in ("num_sampling_steps", "max_timestep")}
     engine.evaluate(
         model,
         tokenizer,
-        [i * count // args.num_images for i in range(args.num_images)],
+        labels_of(args, config),
         judge,
         settings={**settings, "dtype": precision, "model": config["model"]["name"]},
         output_dir=args.output_dir,

@@ -14,13 +14,12 @@ from util.flags import (
     add_evaluation_flags,
     add_machine_flags,
     add_sampling_flags,
-    amount,
     count,
+    positive,
     run,
 )
 from util.images import open_writers
 from util.sweep import find_result, parse_grid, write_sweep
-from util.weights import digest
 
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
 STATED = ("checkpoint", "weights", "num_sampling_steps", "max_timestep", *SAMPLING)
@@ -54,7 +53,7 @@ def get_parser():
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vae_path", metavar="FILE", help="its weights (default: as in training)")
     group.add_argument(
-        "--vae_scale", type=amount, metavar="X", help="its scale (default: as in training)"
+        "--vae_scale", type=positive, metavar="X", help="its scale (default: as in training)"
     )
     add_sampling_flags(parser)
     add_evaluation_flags(parser, standalone=True)
@@ -102,7 +101,8 @@ def main(argv=None):
     if args.num_iter is None:
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)
     labels = parse_labels(args.labels, config["model"]["class_num"])
-    labels = [label for label in labels for _ in range(args.per_class)]
+    # the classes in turn: splits of the Inception Score take consecutive images
+    labels = labels * args.per_class
     points = parse_grid(args.sweep)
     writers = check(args, points, labels, model)
     judge = get_judge(args, config, len(labels), device) if args.reference else None
@@ -122,6 +122,7 @@ def main(argv=None):
         folder = Path(args.output_dir or Path(args.ckpt).parent)
         settings = {"checkpoint": args.ckpt, "weights": args.weights, **config["model"], **sampling}
         settings = {name: settings.get(name) for name in STATED}
+        settings |= {"labels": args.labels, "per_class": args.per_class}
         settings |= {"seed": args.seed, "dtype": generation["precision"]}
         measure(points, model, tokenizer, labels, judge, writers, folder, settings, generation)
     else:
@@ -146,7 +147,7 @@ def check(args, points, labels, model):
             )
     if args.out is None:
         args.out = [] if args.reference else ["samples.png"]
-    return open_writers(args.out, len(labels), args.per_class if args.per_class > 1 else None)
+    return open_writers(args.out, labels, args.per_class if args.per_class > 1 else None)
 
 
 def get_judge(args, config, num_images, device):
@@ -166,9 +167,12 @@ def get_judge(args, config, num_images, device):
 
 def measure(points, model, tokenizer, labels, judge, writers, folder, settings, generation):
     """Measure the model at each of the points, {} being the settings as they are."""
-    # where the file lies does not matter, what is in it does
-    identity = {**judge.stated(len(labels)), "weights_sha256": digest(model.state_dict())}
-    identity |= {k: v for k, v in settings.items() if k not in ("checkpoint", "weights")}
+    identity = judge.stated(len(labels))
+    identity |= engine.identify(model, tokenizer, labels, generation["batch_size"])
+    # what is in a file matters, not where it lies; and the labels' hash says what they are
+    named = ("checkpoint", "weights", "labels", "per_class")
+    identity |= {k: v for k, v in settings.items() if k not in named}
+    del identity["reference"]
     results = folder / "results.jsonl"
     for point in points:
         here = {**settings, **point}

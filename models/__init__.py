@@ -48,6 +48,8 @@ def load_model(path, weights="ema", **overrides):
     config = checkpoint_config(checkpoint, path)
     settings = {**config["model"], **{k: v for k, v in overrides.items() if v is not None}}
     model = build_model(**settings)
+    if weights == "raw" and checkpoint["model"] is checkpoint["model_ema"]:
+        raise ValueError(f"{path}: holds one set of weights only, expected --weights ema")
     load_strictly(model, checkpoint["model_ema" if weights == "ema" else "model"], path)
     return model.eval(), {**config, "model": settings}
 

@@ -59,7 +59,8 @@ class Diffused(nn.Module):
         if temperature < 0:
             raise ValueError(f"temperature {temperature}: expected 0 or more")
         start = self.max_timestep if max_timestep is None else max_timestep
-        return self.gen_diffusion.p_sample_loop(network, noise[0], noise[1:], temperature, start)
+        careful = without_autocast_at_first(network)
+        return self.gen_diffusion.p_sample_loop(careful, noise[0], noise[1:], temperature, start)
 
     def pop_statistics(self, reduce=lambda sums: sums):
         """Mean training loss by quarter of the timesteps since the last call: name -> float.
@@ -167,7 +168,7 @@ class DenoisingMLP(nn.Module):
 
     def forward(self, x, t, z):
         """x (..., C), t (...), z (..., D), broadcast against each other, give (..., 2C)."""
-        y = self.time_embed(t) + self.cond_embed(z)
+        y = self.time_embed(t) + self.cond_embed(z.to(self.cond_embed.weight.dtype))
         x = self.input_proj(x.to(self.input_proj.weight.dtype))
         for block in self.res_blocks:
             if self.grad_checkpointing and self.training:
@@ -244,6 +245,25 @@ def guided(both, cfg):
     noise, v = cond.chunk(2, dim=-1)
     noise_uncond = uncond.chunk(2, dim=-1)[0]
     return torch.cat([noise_uncond + cfg * (noise - noise_uncond), v], dim=-1)
+
+
+def without_autocast_at_first(network):
+    """A network(x, t) whose first call is in the precision of its weights.
+
+    The first reverse step magnifies the network's error, 316 times from t = 999 in 100 steps, every
+    later one at most 1.6 times.
+    """
+    calls = 0
+
+    def careful(x, t):
+        nonlocal calls
+        calls += 1
+        enabled = torch.is_autocast_enabled(x.device.type) and calls > 1
+        dtype = torch.get_autocast_dtype(x.device.type)
+        with torch.autocast(x.device.type, dtype, enabled=enabled):
+            return network(x, t)
+
+    return careful
 
 
 def modulate(x, shift, scale):

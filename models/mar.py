@@ -141,7 +141,7 @@ class MAR(Autoregressive):
         buffer = classes.unsqueeze(1).expand(-1, self.buffer_size, -1)
         positions = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
         x = embed_tokens(self.z_proj, tokens)
-        x = torch.cat([buffer.to(x.dtype), x], dim=1)
+        x = torch.cat([buffer, x], dim=1)
         x = x + torch.cat(
             [
                 positions[:, : self.buffer_size],

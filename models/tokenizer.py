@@ -43,7 +43,7 @@ class KLTokenizer(nn.Module):
         """Moments (N, 2C, h, w) to one draw of latents (N, C, h, w)."""
         return DiagonalGaussian(moments).sample(generator) * self.scale
 
-    def decode(self, latents):
+    def decode(self, latents, generator=None):
         """Latents (N, C, h, w) to images (N, 3, H, W), about [-1, 1]."""
         return self.vae.decode(latents / self.scale)
 
@@ -68,7 +68,7 @@ class PixelTokenizer(nn.Module):
         """Images times the scale."""
         return moments * self.scale
 
-    def decode(self, latents):
+    def decode(self, latents, generator=None):
         """Latents (N, C, H, W) to images."""
         return latents / self.scale
 

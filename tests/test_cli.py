@@ -18,9 +18,11 @@ import main_cache
 import main_mar
 import main_tokenizer
 import sample
+from models import export
 from util import presets
 from util.checkpoint import LAST, load_checkpoint
 from util.flags import run
+from util.images import GridWriter
 
 ROOT = Path(__file__).parent.parent
 PARSERS = {
@@ -390,6 +392,54 @@ def test_sweep_is_resumed_and_drawn(ckpt, tmp_path, monkeypatch, capsys):
     assert len((tmp_path / "sweep.md").read_text().splitlines()) == 10
     plots = {path.name for path in tmp_path.glob("*.png")}
     assert plots == {f"sweep_{name}.png" for name in ("diffusion_steps", "temperature", "speed")}
+
+
+def test_a_sweep_of_other_labels_is_another(ckpt, tmp_path, capsys):
+    """As many images of other classes, or from other data, are not taken for those there."""
+    flags = ["--ckpt", ckpt, "--device", "cpu", "--reference", "digits", "--output_dir", tmp_path]
+    flags += ["--stats_dir", tmp_path / "stats", "--sweep", "num_iter=2", "--batch_size", "10"]
+    for labels in (("0-9", "1"), ("3", "10"), ("3", "10")):
+        sample.main([str(f) for f in (*flags, "--labels", labels[0], "--per_class", labels[1])])
+        # a run that was killed leaves half a line
+        with (tmp_path / "results.jsonl").open("a") as file:
+            file.write('{"cfg": 1.0, "ima')
+    assert capsys.readouterr().out.count("there already") == 1
+    whole = [line for line in (tmp_path / "results.jsonl").read_text().splitlines() if "}" in line]
+    assert [json.loads(line)["labels"] for line in whole] == ["0-9", "3"]
+
+
+def test_classes_take_turns_but_for_a_grid(ckpt, tmp_path):
+    """ADM's Inception Score splits consecutive images: sorted by class it would be far too low."""
+    args, _ = presets.apply(main_mar.get_parser(), [*DIGITS, "--num_images", "25"])
+    labels = main_mar.labels_of(args, {"model": {"class_num": 10}})
+    assert labels[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    writer = GridWriter(tmp_path / "a.png", [7, 0, 7, 0], columns=2)
+    assert writer.order == [0, 2, 1, 3]
+
+
+def test_a_folder_of_other_pictures_is_refused(capsys, ckpt, tmp_path):
+    """Stale pictures would be measured with the new ones; the same ones again are fine."""
+    flags = ("--ckpt", ckpt, "--device", "cpu", "--num_iter", "2", "--out", tmp_path / "out")
+    for _ in range(2):
+        sample.main([*map(str, flags), "--per_class", "2"])
+    line = complain(capsys, sample.main, *flags, "--per_class", "1")
+    assert "holds 10 other pictures, such as 0000" in line
+
+
+def test_raw_weights_of_an_export_are_refused(capsys, ckpt, tmp_path):
+    """An export holds the averaged weights alone."""
+    out = tmp_path / "ema.safetensors"
+    export.main([str(ckpt), str(out)])
+    line = complain(capsys, sample.main, "--ckpt", out, "--weights", "raw", "--device", "cpu")
+    assert "holds one set of weights only" in line
+
+
+def test_a_folder_to_resume_may_have_a_dot(tmp_path):
+    """The same command serves the first run and the next."""
+    folder = tmp_path / "blr1.0e-4"
+    flags = [*DIGITS, "--epochs", "1", "--batch_size", "512", "--num_sampling_steps", "3"]
+    main_mar.main([*map(str, flags), "--output_dir", str(folder), "--resume", str(folder)])
+    assert (folder / LAST).is_file()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,16 @@ def test_digits_are_split_once_and_for_all():
     assert not both & {tuple(x.flatten().tolist()) for x in test.tensors[0]}
 
 
+def test_a_picture_that_is_gone_is_named(images, tmp_path):
+    """A dangling link is one line, not a traceback."""
+    root = copy(images, tmp_path / "copy")
+    (root / "train/cat/zz.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    with pytest.raises(ValueError, match=r"1 unreadable or truncated images: .*zz.jpg"):
+        training_set(root, 32, 2, record=tmp_path / "record.txt")
+    with pytest.raises(ValueError, match="found 2 classes"):  # said before anything is read
+        training_set(root, 32, 3)
+
+
 def copy(images, path):
     shutil.copytree(images, path)
     return path

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = {"main_mar", "main_cache", "main_tokenizer", "sample", "demo"}
+SCRIPTS = {"main_mar", "main_cache", "main_tokenizer", "sample", "reproduce", "demo", "benchmarks"}
 ALLOWED = {
     "util": {"util"},
     "diffusion": {"diffusion"},

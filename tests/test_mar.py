@@ -308,6 +308,18 @@ def test_bfloat16_weights_work(model):
     assert sample(half.eval()).isfinite().all()
 
 
+def test_the_first_reverse_step_is_in_float32(model, monkeypatch):
+    """Under autocast too: it magnifies the network's error by hundreds, the others hardly do."""
+    dtypes = []
+    linear = model.diffloss.net.final_layer.linear
+    handle = linear.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.diffloss.sample(rule_input("z", (4, 64)))
+    handle.remove()
+    assert dtypes[0] == torch.float32
+    assert len(dtypes) > 5 and set(dtypes[1:]) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -311,6 +311,17 @@ def test_bad_references(tmp_path, make, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_images_of_an_npz_stay_on_the_disk(tmp_path, save):
+    """Where they are not compressed, as ours and ADM's; what is read is the same."""
+    images = pictures(7, 3)
+    save(tmp_path / "a.npz", mu=np.zeros(3), arr_0=images)
+    opened = open_images(tmp_path / "a.npz")
+    assert isinstance(opened.images, np.memmap) == (save is np.savez)
+    assert len(opened) == 7
+    assert all(np.array_equal(opened[i][0], images[i]) for i in range(7))
+
+
 def npz(path, **arrays):
     np.savez(path / "reference.npz", **arrays)
     return path / "reference.npz"

@@ -19,6 +19,7 @@ from torchvision import datasets, transforms
 
 from util.crop import center_crop_arr
 from util.dist import all_gather, is_main, print0, rank, world_size
+from util.files import replacing
 from util.logger import Progress
 
 DIGITS = "digits"
@@ -77,7 +78,7 @@ class CachedFolder(datasets.DatasetFolder):
 
     def _load(self, path):
         name = "moments_flip" if torch.rand(()) < 0.5 else "moments"
-        moments = read_moments(path)[name]
+        moments = read_moments(path, (name,))[name]
         if moments.shape != self.shape:
             raise ValueError(
                 f"{path}: moments of shape {moments.shape}, expected {self.shape} for this "
@@ -86,11 +87,11 @@ class CachedFolder(datasets.DatasetFolder):
         return torch.from_numpy(moments)
 
 
-def read_moments(path):
-    """`moments` and `moments_flip` of one cached image. Raises ValueError for a damaged file."""
+def read_moments(path, names=("moments", "moments_flip")):
+    """The arrays of these names of one cached image. Raises ValueError for a damaged file."""
     try:
         with np.load(path) as file:
-            return {name: file[name] for name in ("moments", "moments_flip")}
+            return {name: file[name] for name in names}
     except Exception as error:
         raise ValueError(
             f"{path}: not a cached latent ({error}); delete it and cache again"
@@ -129,10 +130,10 @@ def training_set(data_path, img_size, class_num, workers=4, record=None):
     if str(data_path) == DIGITS:
         if img_size != 8:
             raise ValueError(f"img_size {img_size}: the digits are 8×8, expected 8")
-        dataset = digits("train")
-    else:
-        dataset = image_folder(data_path, img_size, workers, record)
-    return _checked(dataset, class_num, data_path)
+        return _checked(digits("train"), class_num, data_path)
+    dataset = _checked(ImageFolder(Path(data_path) / "train", img_size), class_num, data_path)
+    check_images(dataset, workers, record)
+    return dataset
 
 
 def image_folder(data_path, img_size, workers=4, record=None, flip=True, split="train"):
@@ -190,15 +191,18 @@ def check_images(dataset, workers=4, record=None):
             f"--img_size {dataset.img_size} (the smallest is {smallest}) and will be enlarged"
         )
     if digest:
-        Path(record).parent.mkdir(parents=True, exist_ok=True)
-        Path(record).write_text(digest)
+        with replacing(record) as beside:
+            beside.write_text(digest)
 
 
 def listing(dataset, workers=4):
     """A hash of the files as they are: paths, sizes, times, and the size asked for."""
 
     def line(sample):
-        status = Path(sample[0]).stat()
+        try:
+            status = Path(sample[0]).stat()
+        except OSError:  # which is said when it is read
+            return f"{sample[0]} missing"
         return f"{sample[0]} {status.st_size} {status.st_mtime_ns}"
 
     with ThreadPool(max(1, workers)) as pool:

@@ -86,6 +86,15 @@ def all_reduce(tensor, op="sum"):
     return tensor
 
 
+def broadcast(value):
+    """The value of rank 0, on every process."""
+    if not dist.is_initialized():
+        return value
+    values = [value if is_main() else None]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def gather(value):
     """The values of all processes, in the order of their ranks; None except on rank 0."""
     if not dist.is_initialized():

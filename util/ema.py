@@ -16,7 +16,8 @@ class EMA:
         if not 0 <= rate < 1:
             raise ValueError(f"ema_rate {rate}: expected at least 0 and below 1")
         self.rate = rate
-        self.module = copy.deepcopy(model).requires_grad_(False).eval()
+        # autocast remembers the casts only of weights that could get a gradient: leave them so
+        self.module = copy.deepcopy(model).eval()
         self._averages = list(self.module.parameters())
 
     @torch.no_grad()

@@ -103,20 +103,21 @@ class Accumulator:
 
 @dataclass
 class Reference:
-    """What generated images are compared with. features: (M, D), where its images are at hand."""
+    """What generated images are compared with. Its arrays are on rank 0 only."""
 
     name: str
-    statistics: dict | None
+    sha256: str  # of mu
     count: int | None  # images behind the statistics, where known
-    features: torch.Tensor | None = field(default=None, repr=False)
+    has_images: bool  # whether there are features of images, for precision and recall
     accuracy: float | None = None  # of the extractor's classifier on them
-    has_images: bool = False  # so there are features, if only on rank 0
+    statistics: dict | None = field(default=None, repr=False)
+    features: torch.Tensor | None = field(default=None, repr=False)  # (M, D)
 
 
 def compare(summary, reference, extractor):
     """Figures of a Summary against a Reference (or None): name -> float. On rank 0."""
     figures = {}
-    if reference and reference.statistics:
+    if reference:
         name = "fid" if extractor.name == INCEPTION else "frechet_distance"
         figures[name] = frechet_distance(summary.statistics, reference.statistics)
     if summary.inception_score:
@@ -151,35 +152,45 @@ def few_images(count, extractor):
 # ---- references -----------------------------------------------------------------------------
 
 
-def load_reference(source, extractor, img_size, cache, batch_size=64, workers=WORKERS):
+def load_reference(source, extractor, img_size, cache, workers=WORKERS, dataset=None):
     """The Reference that `source` names; see the top of this file. Raises ValueError.
 
     img_size: what its images must be, or None for any. cache: a folder for statistics of data
-    sets, which are kept under a name of all that they depend on.
+    sets, which are kept under a name of all that they depend on. dataset: the images of a data set,
+    if they are open already.
     """
     path = Path(source)
-    settings = {"batch_size": batch_size, "workers": workers}
     if is_data_set(source):
-        dataset = real_images(source, img_size, "test" if source == DIGITS else "train")
-        return _data_reference(source, dataset, extractor, cache, settings)
-    if path.is_dir() or path.suffix == ".npz":
-        return _path_reference(path, extractor, img_size, settings)
-    raise ValueError(
-        f"--reference {source}: expected a folder of images, an .npz, a data set (a folder with "
-        f"train/) or {DIGITS}"
-    )
+        dataset = dataset or real_images(source, img_size, "test" if source == DIGITS else "train")
+        held = _data_reference(source, dataset, extractor, cache, workers)
+    elif path.is_dir() or path.suffix == ".npz":
+        held = _path_reference(path, extractor, img_size, workers)
+    else:
+        raise ValueError(
+            f"--reference {source}: expected a folder of images, an .npz, a data set (a folder "
+            f"with train/) or {DIGITS}"
+        )
+    if not dist.is_main():
+        held = {}
+    arrays = {name: held.pop(name, None) for name in ("statistics", "features")}
+    if arrays["statistics"]:
+        held["sha256"] = hashlib.sha256(arrays["statistics"]["mu"].tobytes()).hexdigest()
+        held["has_images"] = arrays["features"] is not None
+    return Reference(name=str(source), **dist.broadcast(held), **arrays)
 
 
-def _path_reference(path, extractor, img_size, settings):
+def _path_reference(path, extractor, img_size, workers):
     held = open_npz(path) if path.suffix == ".npz" else {}
     statistics, features, count = None, None, None
     if "mu" in held and "sigma" in held:
-        statistics = {"mu": held["mu"].reshape(-1), "sigma": held["sigma"]}
+        mu = np.asarray(held["mu"], np.float64).reshape(-1)
+        statistics = {"mu": mu, "sigma": held["sigma"]}
         _check_statistics(path, statistics, held, extractor)
         count = int(held["count"]) if "count" in held else None
     if path.is_dir() or "arr_0" in held:
         images = open_images(path, img_size)
-        summary = summarize(images, extractor, f"features of {path.name}", True, **settings)
+        label = f"features of {path.name}"
+        summary = summarize(images, extractor, label, True, workers=workers)
         features = summary.features
         if statistics is None:
             statistics, count = summary.statistics, summary.count
@@ -188,8 +199,7 @@ def _path_reference(path, extractor, img_size, settings):
             f"{path}: expected arrays mu and sigma, or images in arr_0; found "
             f"{', '.join(held) or 'nothing'}"
         )
-    has_images = path.is_dir() or "arr_0" in held
-    return Reference(str(path), statistics, count, features, has_images=has_images)
+    return {"statistics": statistics, "features": features, "count": count}
 
 
 def _check_statistics(path, statistics, held, extractor):
@@ -206,16 +216,16 @@ def _check_statistics(path, statistics, held, extractor):
         )
 
 
-def _data_reference(source, dataset, extractor, cache, settings):
+def _data_reference(source, dataset, extractor, cache, workers):
     """Statistics of a data set, from the cache or put there, with features of some images."""
     depends = f"{dataset.description}|{extractor.name}|{extractor.sha256}"
     key = hashlib.sha256(depends.encode()).hexdigest()[:16]
     path = Path(cache) / f"{Path(source).name or 'data'}-{extractor.name}-{key}.npz"
-    if not all(dist.all_gather(path.is_file())):
+    if not dist.broadcast(path.is_file()):
         step = max(1, len(dataset) // MANIFOLD_IMAGES)
-        every = summarize(dataset, extractor, f"statistics of {source}", False, **settings)
+        every = summarize(dataset, extractor, f"statistics of {source}", False, workers=workers)
         some = Subset(dataset, range(0, len(dataset), step))
-        few = summarize(some, extractor, f"features of {source}", True, **settings)
+        few = summarize(some, extractor, f"features of {source}", True, workers=workers)
         if dist.is_main():
             arrays = {**every.statistics, "features": few.features.numpy()}
             arrays |= {"sha256": extractor.sha256, "depends": depends}
@@ -223,12 +233,15 @@ def _data_reference(source, dataset, extractor, cache, settings):
                 arrays["accuracy"] = few.accuracy
             with replacing(path) as beside, open(beside, "wb") as file:
                 np.savez(file, **arrays)
-        dist.barrier()
+    if not dist.is_main():
+        return {}
     with np.load(path) as file:
-        statistics = {"mu": file["mu"], "sigma": file["sigma"]}
-        features = torch.from_numpy(file["features"])
-        accuracy = float(file["accuracy"]) if "accuracy" in file else None
-        return Reference(str(source), statistics, int(file["count"]), features, accuracy, True)
+        return {
+            "statistics": {"mu": file["mu"], "sigma": file["sigma"]},
+            "features": torch.from_numpy(file["features"]),
+            "count": int(file["count"]),
+            "accuracy": float(file["accuracy"]) if "accuracy" in file else None,
+        }
 
 
 def summarize(
@@ -252,19 +265,17 @@ def summarize(
     return accumulator.summary()
 
 
-def real_floor(source, reference, extractor, img_size, count, splits, cache):
+def real_floor(source, dataset, reference, extractor, count, splits, cache):
     """The same figures for `count` real training images: what a perfect model would have.
 
-    They are drawn at random without repeats; fewer where there are fewer. Returns (figures, count),
-    kept in `cache` for the next time.
+    dataset: of `real_images`; they are drawn from it at random without repeats, fewer where there
+    are fewer. Returns (figures, count), kept in `cache` for the next time.
     """
-    dataset = real_images(source, img_size, "train")
     count = min(count, len(dataset))
     depends = f"{dataset.description}|{count}|{extractor.name}|{extractor.sha256}|{splits}|"
-    depends += hashlib.sha256(np.ascontiguousarray(reference.statistics["mu"])).hexdigest()
-    key = hashlib.sha256(depends.encode()).hexdigest()[:16]
+    key = hashlib.sha256((depends + reference.sha256).encode()).hexdigest()[:16]
     path = Path(cache) / f"{Path(source).name or 'data'}-real-{key}.json"
-    if not all(dist.all_gather(path.is_file())):
+    if not dist.broadcast(path.is_file()):
         chosen = np.random.default_rng(0).permutation(len(dataset))[:count].tolist()
         summary = summarize(
             Subset(dataset, chosen),
@@ -281,8 +292,7 @@ def real_floor(source, reference, extractor, img_size, count, splits, cache):
                 figures["accuracy"] = reference.accuracy
             with replacing(path) as beside:
                 beside.write_text(json.dumps(figures))
-        dist.barrier()
-    return json.loads(path.read_text()), count
+    return dist.broadcast(json.loads(path.read_text()) if dist.is_main() else None), count
 
 
 # ---- judging --------------------------------------------------------------------------------
@@ -308,6 +318,7 @@ class Judge:
             "images": images,
             "reference": self.reference.name if self.reference else None,
             "reference_images": self.reference.count if self.reference else None,
+            "reference_sha256": self.reference.sha256 if self.reference else None,
             "extractor": self.extractor.name,
             "extractor_sha256": self.extractor.sha256,
             "isc_splits": self.splits,
@@ -356,13 +367,15 @@ def open_judge(
     if source == "none":
         print0("no --reference: only figures that need none")
         return Judge(extractor, None, None, splits)
-    reference = load_reference(source, extractor, img_size, cache)
+    data_path = str(data_path or source)
+    real = real_images(data_path, img_size, "train") if is_data_set(data_path) else None
+    dataset = real if source == data_path != DIGITS else None
+    reference = load_reference(source, extractor, img_size, cache, dataset=dataset)
     if reference.has_images and num_images <= NEIGHBOURS:
         raise ValueError(f"{num_images} images: expected more than {NEIGHBOURS}, the neighbours")
     floor = None
-    data_path = data_path or source
-    if is_data_set(data_path):
-        floor = real_floor(data_path, reference, extractor, img_size, num_images, splits, cache)
+    if real:
+        floor = real_floor(data_path, real, reference, extractor, num_images, splits, cache)
     return Judge(extractor, reference, floor, splits)
 
 
@@ -389,8 +402,10 @@ def report(figures, settings, notes=(), floor=None, output_dir=None, logger=None
     print0(json.dumps(record))
     if output_dir:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with (Path(output_dir) / "results.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        path = Path(output_dir) / "results.jsonl"
+        cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" * cut_off + json.dumps(record) + "\n")
     if logger:
         group = f"eval_{settings.get('weights', 'images')}"
         logger.scalars({f"{group}/{name}": value for name, value in figures.items()}, step)

@@ -28,6 +28,7 @@ count = _number(int, "a whole number, at least 1", lambda n: n >= 1)
 natural = _number(int, "a whole number, at least 0", lambda n: n >= 0)
 amount = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
 number = _number(float, "a number", math.isfinite)
+positive = _number(float, "a number above 0", lambda x: 0 < x < float("inf"))
 share = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
@@ -38,7 +39,15 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30)
 
     def _get_default_metavar_for_optional(self, action):
-        metavars = {int: "N", count: "N", natural: "N", number: "X", amount: "X", share: "X"}
+        metavars = {
+            int: "N",
+            count: "N",
+            natural: "N",
+            number: "X",
+            positive: "X",
+            amount: "X",
+            share: "X",
+        }
         return metavars.get(action.type, action.dest.upper())
 
     def _get_help_string(self, action):
@@ -113,7 +122,7 @@ def add_tokenizer_flags(parser, tokenizers):
     )
     group.add_argument(
         "--vae_scale",
-        type=amount,
+        type=positive,
         metavar="X",
         help="one over the deviation of the latents (default: the tokenizer's: kl16 0.2325, "
         "kl8 0.18215, pixels 1)",
@@ -208,16 +217,17 @@ def add_device_flag(group):
     )
 
 
-def add_machine_flags(parser, num_workers):
+def add_machine_flags(parser, num_workers, precision=True):
     group = parser.add_argument_group("machine")
     add_device_flag(group)
-    group.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="auto",
-        help="of the networks; auto: bf16 where the GPU has it, else fp16 (with a loss scaler in "
-        "training), fp32 on a CPU. The diffusion arithmetic is float32 in every case",
-    )
+    if precision:
+        group.add_argument(
+            "--precision",
+            choices=("auto", "bf16", "fp16", "fp32"),
+            default="auto",
+            help="of the networks; auto: bf16 where the GPU has it, else fp16 (with a loss scaler "
+            "in training), fp32 on a CPU. The diffusion arithmetic is float32 in every case",
+        )
     group.add_argument("--seed", type=natural, default=1, help="of everything that is drawn")
     if num_workers is not None:
         group.add_argument(

@@ -3,6 +3,7 @@
 Each gives (uint8 (H, W, 3), label), as models' images come; the label is -1 where there is none.
 """
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import DIGITS, ImageFolder, digits, listing, read_image
+from util.dist import broadcast, is_main
 from util.images import to_uint8
 
 
@@ -26,7 +28,8 @@ def real_images(source, img_size, split):
     if source == DIGITS:
         return Bytes(digits(split), f"digits {split}")
     dataset = ImageFolder(Path(source) / split, img_size, flip=False)
-    return Bytes(dataset, f"{listing(dataset)} ADM centre crop {img_size}")
+    listed = broadcast(listing(dataset) if is_main() else None)
+    return Bytes(dataset, f"{listed} ADM centre crop {img_size}")
 
 
 class Bytes(Dataset):
@@ -69,7 +72,7 @@ class Array(Dataset):
     """The `arr_0` (N, H, W, 3) uint8 of an .npz: (uint8 (H, W, 3), -1)."""
 
     def __init__(self, path, img_size):
-        self.images = np.load(path)["arr_0"]
+        self.images = _mapped(path, "arr_0")
         shape, side = self.images.shape, img_size or self.images.shape[1]
         if shape[1:] != (side, side, 3) or self.images.dtype != np.uint8:
             raise ValueError(
@@ -81,7 +84,22 @@ class Array(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        return self.images[index], -1
+        return np.array(self.images[index]), -1
+
+
+def _mapped(path, name):
+    """An array of an .npz, left on the disk if it is not compressed: it may have 10 GB."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        info = archive.getinfo(f"{name}.npy")
+        np.lib.format.read_magic(member)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+        header = member.tell()
+    if info.compress_type != zipfile.ZIP_STORED or fortran:
+        return np.load(path)[name]
+    with open(path, "rb") as file:  # behind a local header, whose length only it knows
+        file.seek(info.header_offset + 26)
+        lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+    return np.memmap(path, dtype, "r", info.header_offset + 30 + lengths + header, shape)
 
 
 def open_images(path, img_size=None):

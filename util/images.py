@@ -2,6 +2,7 @@
 
 import math
 import zipfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -48,18 +49,25 @@ def save_image(path, image):
 
 
 class GridWriter:
-    """All images in one PNG."""
+    """All images in one PNG, class by class."""
 
     per_process = False
 
-    def __init__(self, path, columns=None):
+    def __init__(self, path, labels, columns=None):
         self.path, self.columns, self.images = path, columns, []
+        shown = list(dict.fromkeys(labels))  # classes in the order in which they were asked for
+        self.order = sorted(range(len(labels)), key=lambda i: shown.index(labels[i]))
 
     def add(self, indices, images):
         self.images.extend(images)
 
-    def close(self):
-        save_image(self.path, grid(np.stack(self.images), self.columns, min_side=64))
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *rest):
+        if kind is None:
+            images = np.stack(self.images)[self.order]
+            save_image(self.path, grid(images, self.columns, min_side=64))
 
 
 class FolderWriter:
@@ -88,34 +96,47 @@ class NpzWriter:
 
     def add(self, indices, images):
         if self.file is None:
-            self._replacing = replacing(self.path)
-            self._archive = zipfile.ZipFile(self._replacing.__enter__(), "w")
-            self.file = self._archive.open("arr_0.npy", "w", force_zip64=True)
+            archive = self.opened.enter_context(zipfile.ZipFile(self.beside, "w"))
+            self.file = archive.open("arr_0.npy", "w", force_zip64=True)
+            self.opened.enter_context(self.file)
             header = {"descr": "|u1", "fortran_order": False}
             header["shape"] = (self.count, *images.shape[1:])
             np.lib.format.write_array_header_1_0(self.file, header)
         self.file.write(np.ascontiguousarray(images).tobytes())
 
-    def close(self):
-        self.file.close()
-        self._archive.close()
-        self._replacing.__exit__(None, None, None)
+    def __enter__(self):
+        self.opened = ExitStack()
+        self.beside = self.opened.enter_context(replacing(self.path))
+        return self
+
+    def __exit__(self, *error):
+        return self.opened.__exit__(*error)
 
 
-def open_writers(paths, count, columns=None):
-    """Writers of `count` images: .png is a grid, .npz one file, any other name a folder of PNGs.
+def open_writers(paths, labels, columns=None):
+    """Writers of an image for each of the labels: context managers with `add(indices, images)`.
 
-    columns: of the grid. Raises ValueError for a grid of too many images.
+    .png is a grid, .npz one file, any other name a folder of PNGs. columns: of the grid. Raises
+    ValueError for a grid of too many images, and for a folder that holds other PNGs.
     """
     writers = []
     for path in map(Path, paths):
-        if path.suffix == ".png" and count > MAX_GRID:
+        if path.suffix == ".png" and len(labels) > MAX_GRID:
             raise ValueError(
-                f"--out {path}: a grid of {count} images, expected at most {MAX_GRID}; "
+                f"--out {path}: a grid of {len(labels)} images, expected at most {MAX_GRID}; "
                 "name a folder or an .npz"
             )
         if path.suffix == ".png":
-            writers.append(GridWriter(path, columns))
+            writers.append(GridWriter(path, labels, columns))
+        elif path.suffix == ".npz":
+            writers.append(NpzWriter(path, len(labels)))
         else:
-            writers.append(NpzWriter(path, count) if path.suffix == ".npz" else FolderWriter(path))
+            ours = {f"{i:06d}.png" for i in range(len(labels))}
+            others = [p.name for p in path.glob("*.png") if p.name not in ours]
+            if others:
+                raise ValueError(
+                    f"--out {path}: holds {len(others)} other pictures, such as {others[0]}, which "
+                    "would be measured with these; expected an empty folder"
+                )
+            writers.append(FolderWriter(path))
     return writers

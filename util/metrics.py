@@ -129,7 +129,7 @@ def precision_recall(*, generated, real, neighbours=NEIGHBOURS):
         generated.float(),
         real.float(),
         prc_neighborhood=neighbours,
-        save_cpu_ram=len(generated) * len(real) > 10**8,
+        save_cpu_ram=max(len(generated), len(real)) ** 2 > 10**8,
         verbose=False,
     )
     return figures["precision"], figures["recall"]

@@ -67,7 +67,10 @@ def find_result(path, identity):
         return None
     found = None
     for line in Path(path).read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:  # cut off when a run was killed
+            continue
         if all(record.get(name) == value for name, value in identity.items()):
             found = record
     return found
