@@ -230,6 +230,19 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+def check_images(images, channels, stride):
+    """Raises ValueError for what cannot be encoded to latents of this stride."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images must be (N, {channels}, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
+    height, width = images.shape[2:]
+    if not height or not width or height % stride or width % stride:
+        raise ValueError(
+            f"image sides must be multiples of the stride {stride}, got {height}x{width}"
+        )
+
+
 class Autoencoder(nn.Module):
     """What the KL and the VQ autoencoder share: their files, their stride and their inputs' checks.
 
@@ -259,16 +272,7 @@ class Autoencoder(nn.Module):
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
     def _check_images(self, images):
-        channels = self.config["in_channels"]
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images must be (N, {channels}, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
-        height, width = images.shape[2:]
-        if not height or not width or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of the stride {self.stride}, got {height}x{width}"
-            )
+        check_images(images, self.config["in_channels"], self.stride)
 
     def _check_latents(self, latents):
         channels = self.config["embed_dim"]
