@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from util.rng import randn
 from util.weights import load_strictly, read_weights
 
+KL_WEIGHT = 1e-6  # of the KL in nats against the absolute error, both summed over an image: LDM's
+
 
 class DiagonalGaussian:
     """A Gaussian over latents, independent in every element.
@@ -312,6 +314,8 @@ class AutoencoderKL(Autoencoder):
     Attributes: `config`, these arguments but `ckpt_path`; `AutoencoderKL(**config)` is its like.
     """
 
+    num_codes = None
+
     def __init__(
         self,
         embed_dim=16,
@@ -369,6 +373,22 @@ class AutoencoderKL(Autoencoder):
         """For training: images -> (the decoding of one draw, the posterior)."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(generator)), posterior
+
+    def losses(self, images, output):
+        """Name -> scalar, which add up to the training loss of `output = model(images)`.
+
+        LDM's recipe: |error| + KL_WEIGHT · KL(posterior || N(0, I)), both summed over an image.
+        Here both are divided by the image's number of elements: l1 is a mean, the balance stays,
+        and the loss's size does not depend on the resolution. The recipe has a perceptual and an
+        adversarial loss beside these, which are not here.
+        """
+        decoded, posterior = output
+        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / images[0].numel()
+        return {"l1": F.l1_loss(decoded.float(), images), "kl": KL_WEIGHT * kl}
+
+    def latents(self, images, generator=None):
+        """Images -> unscaled latents (N,C,h,w) as the tokenizer samples them."""
+        return self.encode(images).sample(generator)
 
 
 def load_kl_weights(path):

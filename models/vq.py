@@ -11,10 +11,14 @@ of the encoder and of the decoder.
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from models.vae import CODEBOOK, Autoencoder, Decoder, Encoder, load_first_stage, read_variant
+from util import dist
 
 MAX_DISTANCES = 2**24  # held at once by `nearest`: 64 MiB, whatever the number of latents
+COMMITMENT = 0.25  # of the encoder to its codes, against the codes to the encoder's latents
+PATIENCE = 20  # latents a code, to one of which at least a code in use is nearest
 
 
 def nearest(points, codes):
@@ -134,8 +138,77 @@ class VQModel(Autoencoder):
         self._check_latents(latents)
         return self.decoder(self.post_quant_conv(latents))
 
+    def forward(self, images, generator=None):
+        """For training: images -> (their decoding, latents (N,C,h,w), ids (N,h,w)).
+
+        The decoder sees the codes, and its gradient passes them by to the latents: straight-through
+        (Bengio et al. 2013, van den Oord et al. 2017). Nothing is drawn.
+        """
+        latents = self.encode(images).float()
+        ids = self.quantize(latents)
+        codes = latents + (self._codes(ids) - latents).detach()
+        return self.decode(codes), latents, ids
+
+    def losses(self, images, output):
+        """Name -> scalar, which add up to the training loss of `output = model(images)`.
+
+        The mean absolute error; codes towards their latents; latents towards their codes
+        (van den Oord et al. 2017, eq. 3). LDM's recipe has a perceptual and an adversarial loss
+        beside these, which are not here.
+        """
+        decoded, latents, ids = output
+        codes = self._codes(ids)
+        return {
+            "l1": F.l1_loss(decoded.float(), images),
+            "codebook": F.mse_loss(codes, latents.detach()),
+            "commitment": COMMITMENT * F.mse_loss(latents, codes.detach()),
+        }
+
+    def latents(self, images, generator=None):
+        """Images -> unscaled latents (N,C,h,w), before quantization. Nothing is drawn."""
+        return self.encode(images)
+
     def _codes(self, ids):
         return self.quantize.embedding(ids).permute(0, 3, 1, 2)
+
+
+class Reviver:
+    """Gives codes that are not in use a new place: a latent of the batch, drawn at random.
+
+    A code that is nearest to no latent gets no gradient and would stay where it is; most codes
+    start like that. Not in use is what was nearest to none of PATIENCE latents a code. The first
+    call revives at once, so that the codes start among the latents.
+
+    `revived` counts those that were, a tensor.
+    """
+
+    def __init__(self, model, generator):
+        self.codes, self.generator = model.quantize.embedding.weight, generator
+        self.uses = torch.zeros(len(self.codes), dtype=torch.int64, device=self.codes.device)
+        self.waiting = 0  # for so many more latents
+        self.revived = torch.zeros_like(self.uses[0])
+
+    @torch.no_grad()
+    def step(self, latents, ids):
+        """After each step of the optimiser: the latents (N,C,h,w) and ids (N,h,w) of its batch."""
+        self.uses += torch.bincount(ids.flatten(), minlength=len(self.codes))
+        self.waiting -= ids.numel() * dist.world_size()
+        if self.waiting > 0:
+            return
+        dead = dist.all_reduce(self.uses) == 0
+        self.codes.copy_(torch.where(dead[:, None], self._places(latents), self.codes))
+        self.revived += dead.sum()
+        self.uses.zero_()
+        self.waiting = PATIENCE * len(self.codes)
+
+    def _places(self, latents):
+        """A latent (K, C) for each code, no latent twice before all were taken: those of rank 0."""
+        points = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).float()
+        device = self.generator.device
+        order = torch.randperm(len(points), generator=self.generator, device=device)
+        turns = torch.arange(len(self.codes), device=device) % len(points)
+        places = points[order[turns].to(points.device)]
+        return dist.all_reduce(places if dist.is_main() else torch.zeros_like(places))
 
 
 def vq_variant(state):

@@ -136,6 +136,18 @@ def test_sample_has_the_posterior_s_mean_and_std():
     assert abs(sample.std() - 0.5) < 0.01
 
 
+def test_losses_are_ldm_s_divided_by_the_elements():
+    """|error| and 1e-6 KL, both summed over an image in LDM's recipe, divided by its elements."""
+    model = tiny()
+    images = rule_input("image", (2, 3, 8, 16))
+    output = decoded, posterior = model(images, torch.Generator().manual_seed(0))
+    whole = (decoded - images).abs().sum(dim=(1, 2, 3)) + 1e-6 * posterior.kl()
+    losses = model.losses(images, output)
+    assert set(losses) == {"l1", "kl"}
+    torch.testing.assert_close(sum(losses.values()), whole.mean() / (3 * 8 * 16))
+    assert losses["kl"].item() == pytest.approx(1e-6 * posterior.kl().mean().item() / 384)
+
+
 def test_log_variance_is_clamped():
     """A log-variance of -1e9 acts as -30, so that the draw is the mean; one of 1e9 acts as 20."""
     mean = rule_input("mean", (1, 4, 2, 2))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from models import vq
 from models.vae import AutoencoderKL
-from models.vq import VQModel, nearest, vq_variant
+from models.vq import PATIENCE, Reviver, VQModel, nearest, vq_variant
 
 TINY = {"embed_dim": 2, "num_codes": 16, "ch_mult": (1, 2), "ch": 8}
 VARIANTS = {
@@ -117,6 +117,67 @@ def test_other_shapes_are_refused():
         tiny().encode(torch.zeros(1, 3, 7, 8))
     with pytest.raises(ValueError, match=r"\(N, 2, h, w\), got \(1, 8, 2, 2\)"):
         tiny().decode(torch.zeros(1, 8, 2, 2))
+
+
+# Training
+
+
+def test_losses_are_as_stated():
+    """Mean |error|; mean squared distance of codes and latents, once and a quarter of it."""
+    model = tiny()
+    images = rule_input("image", (2, 3, 8, 8))
+    output = decoded, latents, ids = model(images)
+    codes = model.lookup(ids)
+    assert torch.allclose(decoded, model.decode(codes), atol=1e-5)  # what the decoder is given
+    distance = (codes - latents).square().mean().item()
+    expected = {
+        "l1": (decoded - images).abs().mean().item(),
+        "codebook": distance,
+        "commitment": distance / 4,
+    }
+    assert {k: v.item() for k, v in model.losses(images, output).items()} == pytest.approx(expected)
+
+
+def test_gradients_pass_straight_through():
+    """The reconstruction trains the encoder as if nothing were quantized, and no code; the codes
+    are pulled by their own loss alone."""
+    model = tiny()
+    images = rule_input("image", (2, 3, 8, 8))
+    codes = model.quantize.embedding.weight
+    losses = model.losses(images, model(images))
+    grads = {
+        name: torch.autograd.grad(
+            loss, (codes, model.quant_conv.weight), retain_graph=True, allow_unused=True
+        )
+        for name, loss in losses.items()
+    }
+    trained = {name: tuple(g is not None and bool(g.any()) for g in grads[name]) for name in grads}
+    assert trained == {"l1": (False, True), "codebook": (True, False), "commitment": (False, True)}
+
+
+def test_codes_out_of_use_are_revived():
+    """Codes far from every latent move onto different latents, at once and then after PATIENCE
+    latents a code; those in use stay where they are."""
+    model = tiny()
+    weight = model.quantize.embedding.weight
+    weight.data[1:] += 1000
+    in_use = weight[0].clone()
+    reviver = Reviver(model, torch.Generator().manual_seed(0))
+    latents = rule_input("latents", (1, 2, 8, 8))
+    reviver.step(latents, model.quantize(latents))
+    assert reviver.revived == 15
+    assert torch.equal(weight[0], in_use)
+    points = {tuple(p) for p in latents[0].flatten(1).T.tolist()}
+    places = {tuple(p) for p in weight[1:].tolist()}
+    assert places <= points and len(places) == 15
+
+    weight.data[5] += 1000
+    calls = 0
+    while reviver.revived < 16:
+        reviver.step(latents, model.quantize(latents))
+        calls += 1
+    assert calls == PATIENCE * 16 / 64
+    assert tuple(weight[5].tolist()) in points
 
 
 # Files
