@@ -1,4 +1,4 @@
-"""The loops: train an epoch, generate images, cache latents. Scripts own flags and files."""
+"""The loops: train a model, train a tokenizer, generate, cache. Scripts own flags and files."""
 
 import hashlib
 import math
@@ -200,6 +200,85 @@ class Window:
         self.loss.zero_()
         self.count = self.images = 0
         self.start, self.waiting.seconds = time.perf_counter(), 0.0
+
+
+def train_tokenizer(
+    model,
+    loader,
+    reviver=None,
+    *,
+    epochs,
+    lr,
+    device,
+    precision="fp32",
+    seed=0,
+    logger=None,
+    log_every=20,
+):
+    """Train an AutoencoderKL or a VQModel on images (the labels are not used).
+
+    model: in DistributedDataParallel where there are several processes. reviver: of a VQModel's
+    codes, see models/vq.py. Adam, its rate falling from lr to 0 by half a cosine. What is drawn
+    follows from (seed, epoch, rank).
+    Raises FloatingPointError, on every process, for a loss that is not finite.
+    """
+    network = unwrap(model).train()
+    # LDM's (0.5, 0.9) are for its adversarial loss: without one they cost 0.5 dB on the digits
+    optimizer = torch.optim.Adam(network.parameters(), lr, betas=(0.9, 0.99))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    steps = len(loader)
+    progress = Progress(epochs * steps, "training", "step")
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
+        torch.manual_seed(_epoch_seed(seed, epoch, 0))  # the loader's workers
+        generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch, 1))
+        window, parts = Window(device, 1), 0
+        for i, (images, _) in enumerate(window.waiting.timed(loader)):
+            done = (epoch + i / steps) / epochs
+            optimizer.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * done)) / 2
+            images = images.to(device, non_blocking=True)
+            with autocast(device, precision):
+                output = model(images, generator)
+            losses = network.losses(images, output)
+            loss = sum(losses.values())
+
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(network.parameters(), float("inf"))
+            scaler.step(optimizer)
+            scaler.update()
+            if reviver:
+                reviver.step(*output[1:])
+
+            window.add(loss, len(images))
+            parts += torch.stack(list(losses.values())).detach()
+            if (i + 1) % min(log_every, steps) == 0:
+                window.check(epoch)
+                means = (dist.all_reduce(parts / window.count) / dist.world_size()).tolist()
+                figures = dict(zip(losses, means, strict=True))
+                figures |= window.pop(epoch, norm, optimizer.param_groups[0]["lr"])
+                if reviver:
+                    figures["codes_revived"] = reviver.revived.item()
+                if logger:
+                    logger.scalars(figures, epoch * steps + i + 1, epoch=epoch + (i + 1) / steps)
+                parts = 0
+            progress.update(1, window.note)
+        window.check(epoch)
+    progress.close()
+    network.eval()
+
+
+@torch.no_grad()
+def latent_scale(network, dataset, *, batch_size, num_workers, device, seed=0):
+    """One over the deviation of an autoencoder's latents, over all elements of all images."""
+    elements = RunningStatistics(1, device)
+    mine = range(dist.rank(), len(dataset), dist.world_size())
+    generator = torch.Generator(device).manual_seed(_epoch_seed(seed, 0, 2))
+    for images, _ in plain_loader(Subset(dataset, mine), batch_size, num_workers):
+        elements.add(network.latents(images.to(device), generator).reshape(-1, 1))
+    elements.reduce()
+    return float(elements.result()["sigma"].item() ** -0.5)
 
 
 def _epoch_seed(seed, epoch, stream):
@@ -416,11 +495,14 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
     Returns (figures, pairs) on rank 0, else ({}, None). Figures: `rfid` (or `rfd`, in features
     other than Inception's), the Fréchet distance of decoded images to the same images; `psnr` in
     dB and `ssim`, averaged over images; `latent_mean`, `latent_std`, over all elements before
-    scaling; `latent_scale`, one over that deviation. pairs: bytes (2n, H, W, 3), the first images,
-    then their decodings. What is drawn for image i depends on (seed, i) alone.
+    scaling; `latent_scale`, one over that deviation. Of a discrete tokenizer instead of these
+    `codes_used`, the share of the codes that occur, and `code_perplexity`, exp of the entropy of
+    their frequencies. pairs: bytes (2n, H, W, 3), the first images, then their decodings. What is
+    drawn for image i depends on (seed, i) alone.
     """
     real, decoded = (Accumulator(extractor, len(dataset)) for _ in range(2))
     elements = RunningStatistics(1, device)  # of the latents, before scaling
+    uses = torch.zeros(tokenizer.num_codes or 0, dtype=torch.float64, device=device)
     quality = torch.zeros(2, dtype=torch.float64, device=device)  # sums of PSNR and SSIM
     mine = range(dist.rank(), len(dataset), dist.world_size())
     loader = plain_loader(Subset(dataset, mine), batch_size, num_workers)
@@ -428,9 +510,13 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
     for images, _ in loader:
         indices, images = mine[start : start + len(images)], images.to(device)
         start += len(images)
-        latents = tokenizer.sample(tokenizer.encode(images), image_generators(seed, indices))
-        again = tokenizer.decode(latents).clamp(-1, 1)
-        elements.add((latents / tokenizer.scale).reshape(-1, 1))
+        generators = image_generators(seed, indices)
+        latents = tokenizer.sample(tokenizer.encode(images), generators)
+        again = tokenizer.decode(latents, generators).clamp(-1, 1)
+        if tokenizer.num_codes:
+            uses += torch.bincount(latents.long().flatten(), minlength=len(uses))
+        else:
+            elements.add((latents / tokenizer.scale).reshape(-1, 1))
         quality[0] += psnr(images, again).sum()
         if min(images.shape[-2:]) >= SSIM_WINDOW:
             quality[1] += ssim(images, again).sum()
@@ -443,6 +529,7 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
     progress.close()
     elements.reduce()
     dist.all_reduce(quality)
+    dist.all_reduce(uses)
     real, decoded = real.summary(), decoded.summary()
     if not dist.is_main():
         return {}, None
@@ -451,6 +538,17 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
     figures["psnr"], figures["ssim"] = (quality / len(dataset)).tolist()
     if min(dataset[0][0].shape[-2:]) < SSIM_WINDOW:
         del figures["ssim"]
-    latents = elements.result()
-    mean, std = latents["mu"].item(), latents["sigma"].item() ** 0.5
-    return {**figures, "latent_mean": mean, "latent_std": std, "latent_scale": 1 / std}, pairs
+    figures |= _code_figures(uses) if tokenizer.num_codes else _latent_figures(elements.result())
+    return figures, pairs
+
+
+def _latent_figures(statistics):
+    mean, std = statistics["mu"].item(), statistics["sigma"].item() ** 0.5
+    return {"latent_mean": mean, "latent_std": std, "latent_scale": 1 / std}
+
+
+def _code_figures(uses):
+    share = uses / uses.sum()
+    entropy = -torch.special.xlogy(share, share).sum()
+    used = (uses > 0).double().mean()
+    return {"codes_used": used.item(), "code_perplexity": entropy.exp().item()}

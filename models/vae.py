@@ -11,6 +11,8 @@ part of this network: it belongs to the tokenizer.
 | KL-16, as published with MAR | the defaults | 16, 16 |
 | KL-16, as published with LDM | `decoder_attention=True` | 16, 16 |
 | KL-8 | `embed_dim=4, ch_mult=(1, 2, 4, 4), encoder_attention=False` | 8, 4 |
+
+Encoder, decoder and all that concerns files are shared with the VQ autoencoder, models/vq.py.
 """
 
 import math
@@ -23,6 +25,8 @@ import torch.nn.functional as F
 
 from util.rng import randn
 from util.weights import load_strictly, read_weights
+
+KL_WEIGHT = 1e-6  # of the KL in nats against the absolute error, both summed over an image: LDM's
 
 
 class DiagonalGaussian:
@@ -162,17 +166,19 @@ class Mid(nn.Module):
 
 
 class Encoder(nn.Module):
-    """(N,3,H,W) -> (N,out_channels,H/s,W/s), s = 2**(levels - 1).
+    """(N,in_channels,H,W) -> (N,out_channels,H/s,W/s), s = 2**(levels - 1).
 
     `down.0` has the full resolution. `attention` is that of the lowest level; the middle always
     has it.
     """
 
-    def __init__(self, out_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=True):
+    def __init__(
+        self, out_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=True, in_channels=3
+    ):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(pairwise([ch, *widths])):
             level = Level(c_in, c_out, blocks=2, attention=attention and i == last)
@@ -193,13 +199,15 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(N,z_channels,h,w) -> (N,3,s*h,s*w), s = 2**(levels - 1).
+    """(N,z_channels,h,w) -> (N,out_channels,s*h,s*w), s = 2**(levels - 1).
 
     `up.0` has the full resolution, so the levels run from the last to the first. `attention` is
     that of the lowest level; the middle always has it.
     """
 
-    def __init__(self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=False):
+    def __init__(
+        self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=False, out_channels=3
+    ):
         super().__init__()
         widths = [ch * m for m in ch_mult]
         last = len(widths) - 1
@@ -213,7 +221,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(c_out)
             self.up.append(level)
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z):
         h = self.mid(self.conv_in(z))
@@ -224,48 +232,25 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-class AutoencoderKL(nn.Module):
-    """Images to a Gaussian over latents, and latents to images.
+def check_images(images, channels, stride):
+    """Raises ValueError for what cannot be encoded to latents of this stride."""
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images must be (N, {channels}, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
+    height, width = images.shape[2:]
+    if not height or not width or height % stride or width % stride:
+        raise ValueError(
+            f"image sides must be multiples of the stride {stride}, got {height}x{width}"
+        )
 
-    The defaults are KL-16 as published with MAR. Level attention is at the lowest resolution only;
-    that KL-16 has it in its encoder alone, KL-8 in neither.
 
-    Args:
-        embed_dim: channels C of a latent.
-        ch_mult: widths of the levels, full resolution first, in units of `ch`.
-        ckpt_path: a file to load, in any form that `load_kl_weights` reads; it must fit exactly.
-        ch: base width.
-        encoder_attention, decoder_attention: whether the lowest level attends after each block.
+class Autoencoder(nn.Module):
+    """What the KL and the VQ autoencoder share: their files, their stride and their inputs' checks.
 
-    Raises:
-        ValueError: the file is missing, cannot be read or does not fit.
-
-    Attributes: `config`, these arguments but `ckpt_path`; `AutoencoderKL(**config)` is its like.
+    A subclass sets `config`, the keyword arguments that make its like, and says what its file is:
+    `read(path)`, the state dict in LDM's names, and `variant(state)`, the arguments it belongs to.
     """
-
-    def __init__(
-        self,
-        embed_dim=16,
-        ch_mult=(1, 1, 2, 2, 4),
-        ckpt_path=None,
-        ch=128,
-        encoder_attention=True,
-        decoder_attention=False,
-    ):
-        super().__init__()
-        self.config = {
-            "embed_dim": embed_dim,
-            "ch_mult": tuple(ch_mult),
-            "ch": ch,
-            "encoder_attention": encoder_attention,
-            "decoder_attention": decoder_attention,
-        }
-        self.encoder = Encoder(2 * embed_dim, ch, ch_mult, encoder_attention)
-        self.decoder = Decoder(embed_dim, ch, ch_mult, decoder_attention)
-        self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
-        if ckpt_path is not None:
-            self._load(load_kl_weights(ckpt_path), ckpt_path)
 
     @classmethod
     def from_file(cls, path, **expected):
@@ -274,9 +259,9 @@ class AutoencoderKL(nn.Module):
         What is `expected` (arguments of the constructor) is not taken from the file: a file that
         holds something else raises a ValueError that names the first differences.
         """
-        state = load_kl_weights(path)
+        state = cls.read(path)
         try:
-            variant = kl_variant(state)
+            variant = cls.variant(state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         model = cls(**{**variant, **expected})
@@ -288,8 +273,85 @@ class AutoencoderKL(nn.Module):
         """Pixels per latent, along each side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
+    def _check_images(self, images):
+        check_images(images, self.config["in_channels"], self.stride)
+
+    def _check_latents(self, latents):
+        channels = self.config["embed_dim"]
+        if latents.ndim != 4 or latents.shape[1] != channels:
+            raise ValueError(f"latents must be (N, {channels}, h, w), got {tuple(latents.shape)}")
+
+    def _load(self, state, source):
+        load_strictly(self, state, source, hint=self._variant_hint(state))
+
+    def _variant_hint(self, state):
+        """The arguments with which the weights would fit, where they are those of a variant."""
+        try:
+            variant = self.variant(state)
+        except ValueError:
+            return ""
+        other = [f"{k}={v!r}" for k, v in variant.items() if v != self.config[k]]
+        return f"The file's variant is {', '.join(other)}." if other else ""
+
+
+class AutoencoderKL(Autoencoder):
+    """Images to a Gaussian over latents, and latents to images.
+
+    The defaults are KL-16 as published with MAR. Level attention is at the lowest resolution only;
+    that KL-16 has it in its encoder alone, KL-8 in neither.
+
+    Args:
+        embed_dim: channels C of a latent.
+        ch_mult: widths of the levels, full resolution first, in units of `ch`.
+        ckpt_path: a file to load, in any form that `load_kl_weights` reads; it must fit exactly.
+        ch: base width.
+        encoder_attention, decoder_attention: whether the lowest level attends after each block.
+        in_channels: of an image, I below.
+
+    Raises:
+        ValueError: the file is missing, cannot be read or does not fit.
+
+    Attributes: `config`, these arguments but `ckpt_path`; `AutoencoderKL(**config)` is its like.
+    """
+
+    num_codes = None
+
+    def __init__(
+        self,
+        embed_dim=16,
+        ch_mult=(1, 1, 2, 2, 4),
+        ckpt_path=None,
+        ch=128,
+        encoder_attention=True,
+        decoder_attention=False,
+        in_channels=3,
+    ):
+        super().__init__()
+        self.config = {
+            "embed_dim": embed_dim,
+            "ch_mult": tuple(ch_mult),
+            "ch": ch,
+            "encoder_attention": encoder_attention,
+            "decoder_attention": decoder_attention,
+            "in_channels": in_channels,
+        }
+        self.encoder = Encoder(2 * embed_dim, ch, ch_mult, encoder_attention, in_channels)
+        self.decoder = Decoder(embed_dim, ch, ch_mult, decoder_attention, in_channels)
+        self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
+        if ckpt_path is not None:
+            self._load(self.read(ckpt_path), ckpt_path)
+
+    @staticmethod
+    def read(path):
+        return load_kl_weights(path)
+
+    @staticmethod
+    def variant(state):
+        return kl_variant(state)
+
     def encode(self, images):
-        """images (N,3,H,W) in [-1,1] -> `DiagonalGaussian` over latents (N,C,H/stride,W/stride).
+        """images (N,I,H,W) in [-1,1] -> `DiagonalGaussian` over latents (N,C,H/stride,W/stride).
 
         Raises:
             ValueError: another shape or an integer dtype, or a side that is no multiple of the
@@ -299,14 +361,12 @@ class AutoencoderKL(nn.Module):
         return DiagonalGaussian(self.quant_conv(self.encoder(images)))
 
     def decode(self, z):
-        """latents (N,C,h,w), unscaled -> images (N,3,h*stride,w*stride), about [-1,1], unclipped.
+        """latents (N,C,h,w), unscaled -> images (N,I,h*stride,w*stride), about [-1,1], unclipped.
 
         Raises:
             ValueError: another shape.
         """
-        channels = self.config["embed_dim"]
-        if z.ndim != 4 or z.shape[1] != channels:
-            raise ValueError(f"latents must be (N, {channels}, h, w), got {tuple(z.shape)}")
+        self._check_latents(z)
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, images, generator=None):
@@ -314,42 +374,40 @@ class AutoencoderKL(nn.Module):
         posterior = self.encode(images)
         return self.decode(posterior.sample(generator)), posterior
 
-    def _check_images(self, images):
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (N, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}")
-        height, width = images.shape[2:]
-        if not height or not width or height % self.stride or width % self.stride:
-            raise ValueError(
-                f"image sides must be multiples of the stride {self.stride}, got {height}x{width}"
-            )
+    def losses(self, images, output):
+        """Name -> scalar, which add up to the training loss of `output = model(images)`.
 
-    def _load(self, state, source):
-        load_strictly(self, state, source, hint=self._variant_hint(state))
+        LDM's recipe: |error| + KL_WEIGHT · KL(posterior || N(0, I)), both summed over an image.
+        Here both are divided by the image's number of elements: l1 is a mean, the balance stays,
+        and the loss's size does not depend on the resolution. The recipe has a perceptual and an
+        adversarial loss beside these, which are not here.
+        """
+        decoded, posterior = output
+        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / images[0].numel()
+        return {"l1": F.l1_loss(decoded.float(), images), "kl": KL_WEIGHT * kl}
 
-    def _variant_hint(self, state):
-        """The arguments with which the weights would fit, where they are those of a variant."""
-        try:
-            variant = kl_variant(state)
-        except ValueError:
-            return ""
-        other = [f"{k}={v!r}" for k, v in variant.items() if v != self.config[k]]
-        return f"The file's variant is {', '.join(other)}." if other else ""
+    def latents(self, images, generator=None):
+        """Images -> unscaled latents (N,C,h,w) as the tokenizer samples them."""
+        return self.encode(images).sample(generator)
 
 
 def load_kl_weights(path):
-    """The weights in a KL autoencoder's file: a state dict in LDM's names, on the CPU.
+    """The weights in a KL autoencoder's file, as `load_first_stage` reads them. Raises as it."""
+    missing = "For the published KL-16, run: python -m util.download kl16"
+    return load_first_stage(path, missing)
 
-    Reads the published KL-16 (weights under `model`), LDM's own training checkpoints (`state_dict`,
-    without the entries of its losses and its EMA), a whole Stable Diffusion checkpoint (of which
-    only `first_stage_model.` is kept), and the diffusers library's AutoencoderKL; `.safetensors`
-    or `torch.save`.
+
+def load_first_stage(path, missing=""):
+    """The weights in an autoencoder's file: a state dict in LDM's names, on the CPU.
+
+    Reads the published KL-16 and our own (weights under `model`), LDM's training checkpoints
+    (`state_dict`, without the entries of its losses and its EMA), a whole latent diffusion
+    checkpoint (of which only `first_stage_model.` is kept), and the diffusers library's names;
+    `.safetensors` or `torch.save`. missing: advice for where there is no such file.
 
     Raises:
         ValueError: the file is missing, damaged, or holds pickled objects that are refused.
     """
-    missing = "For the published KL-16, run: python -m util.download kl16"
     state = _first_stage(read_weights(path, missing=missing))
     if any(re.match(_DIFFUSERS, name) for name in state):
         state = _from_diffusers(state)
@@ -362,16 +420,29 @@ def kl_variant(state):
     Raises:
         ValueError: it is no KL autoencoder's.
     """
-    for name in ("encoder.conv_in.weight", "post_quant_conv.weight"):
+    variant = read_variant(state, "KL")
+    if CODEBOOK in state:
+        raise ValueError(f"not the weights of a KL autoencoder: with {CODEBOOK} it is a VQ one")
+    return variant
+
+
+CODEBOOK = "quantize.embedding.weight"  # what only a VQ autoencoder has
+
+
+def read_variant(state, kind):
+    """The keyword arguments that both autoencoders have. kind: "KL" or "VQ", for the ValueError."""
+    names = ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight")
+    for name in (*names, "post_quant_conv.weight"):
         if name not in state:
-            raise ValueError(f"not the weights of a KL autoencoder: there is no {name}")
-    ch = state["encoder.conv_in.weight"].shape[0]
+            raise ValueError(f"not the weights of a {kind} autoencoder: there is no {name}")
+    ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
     return {
         "embed_dim": state["post_quant_conv.weight"].shape[1],
         "ch_mult": tuple(width // ch for width in _level_widths(state)),
         "ch": ch,
         "encoder_attention": _lowest_level_attends(state, "encoder.down"),
         "decoder_attention": _lowest_level_attends(state, "decoder.up"),
+        "in_channels": in_channels,
     }
 
 
@@ -380,8 +451,6 @@ def _level_widths(state):
     widths = []
     while (name := f"encoder.down.{len(widths)}.block.0.conv1.weight") in state:
         widths.append(state[name].shape[0])
-    if not widths:
-        raise ValueError(f"not the weights of a KL autoencoder: there is no {name}")
     return widths
 
 
@@ -422,10 +491,10 @@ _RENAMINGS = [
 
 
 def _from_diffusers(state):
-    """diffusers' AutoencoderKL weights in LDM's names and shapes."""
+    """diffusers' autoencoder weights in LDM's names and shapes."""
     ups = [re.match(r"decoder\.up_blocks\.(\d+)\.", name) for name in state]
     last = max((int(up[1]) for up in ups if up), default=0)
-    return {_ldm_name(name, last): _as_convolution(v) for name, v in state.items()}
+    return {_ldm_name(name, last): _as_convolution(name, v) for name, v in state.items()}
 
 
 def _ldm_name(name, last):
@@ -436,6 +505,6 @@ def _ldm_name(name, last):
     return name
 
 
-def _as_convolution(value):
-    """(C,C) -> (C,C,1,1): the only matrices in diffusers' file are attention's linear layers."""
-    return value[:, :, None, None] if value.ndim == 2 else value
+def _as_convolution(name, value):
+    """(C,C) -> (C,C,1,1) for attention's linear layers, which are LDM's 1x1 convolutions."""
+    return value[:, :, None, None] if value.ndim == 2 and ".attentions." in name else value

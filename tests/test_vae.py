@@ -25,6 +25,7 @@ VARIANTS = {
     "no attention": {"encoder_attention": False},
     "decoder only": {"encoder_attention": False, "decoder_attention": True},
     "kl8-like": {"embed_dim": 4, "ch_mult": (1, 2, 4, 4), "encoder_attention": False},
+    "grey, stride 2": {"in_channels": 1, "ch_mult": (1, 2), "encoder_attention": False},
 }
 
 
@@ -107,11 +108,11 @@ def test_kl8_has_no_level_attention():
 def test_shapes_and_gradients(changes):
     """Non-square images there and back: latents are `stride` times smaller; all weights train."""
     model = tiny(**changes)
-    s, c = model.stride, model.config["embed_dim"]
-    images, posterior = model(rule_input("image", (2, 3, 2 * s, 3 * s)), torch.Generator())
+    s, c, colours = model.stride, model.config["embed_dim"], model.config["in_channels"]
+    images, posterior = model(rule_input("image", (2, colours, 2 * s, 3 * s)), torch.Generator())
     assert posterior.moments.shape == (2, 2 * c, 2, 3)
     assert posterior.mode().shape == (2, c, 2, 3)
-    assert images.shape == (2, 3, 2 * s, 3 * s)
+    assert images.shape == (2, colours, 2 * s, 3 * s)
     (images.square().mean() + posterior.kl().mean()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -133,6 +134,18 @@ def test_sample_has_the_posterior_s_mean_and_std():
     sample = DiagonalGaussian(moments).sample(torch.Generator().manual_seed(0))
     assert abs(sample.mean() - 3) < 0.01
     assert abs(sample.std() - 0.5) < 0.01
+
+
+def test_losses_are_ldm_s_divided_by_the_elements():
+    """|error| and 1e-6 KL, both summed over an image in LDM's recipe, divided by its elements."""
+    model = tiny()
+    images = rule_input("image", (2, 3, 8, 16))
+    output = decoded, posterior = model(images, torch.Generator().manual_seed(0))
+    whole = (decoded - images).abs().sum(dim=(1, 2, 3)) + 1e-6 * posterior.kl()
+    losses = model.losses(images, output)
+    assert set(losses) == {"l1", "kl"}
+    torch.testing.assert_close(sum(losses.values()), whole.mean() / (3 * 8 * 16))
+    assert losses["kl"].item() == pytest.approx(1e-6 * posterior.kl().mean().item() / 384)
 
 
 def test_log_variance_is_clamped():
@@ -170,6 +183,12 @@ def test_encode_refuses_what_is_no_image(images, message):
     """A side that is no multiple of the stride (4), or another shape or dtype, is shown."""
     with pytest.raises(ValueError, match=message):
         AutoencoderKL(**TINY).encode(images)
+
+
+def test_colours_must_be_the_network_s():
+    """A network of grey images refuses colour ones, showing both."""
+    with pytest.raises(ValueError, match=r"\(N, 1, H, W\), got \(1, 3, 8, 8\)"):
+        AutoencoderKL(**TINY, in_channels=1).encode(torch.zeros(1, 3, 8, 8))
 
 
 def test_other_latents_are_refused():
@@ -259,7 +278,7 @@ def test_diffusers_there_and_back(save, changes, old, name):
     assert_same_state(load_kl_weights(path), model.state_dict())
     loaded = AutoencoderKL.from_file(path)
     assert loaded.config == model.config
-    images = rule_input("image", (1, 3, 16, 16))
+    images = rule_input("image", (1, model.config["in_channels"], 16, 16))
     assert torch.equal(loaded.encode(images).mean, model.encode(images).mean)
 
 

@@ -103,7 +103,10 @@ def run(main, argv=None):
 def add_tokenizer_flags(parser, tokenizers):
     group = parser.add_argument_group("tokenizer")
     group.add_argument(
-        "--tokenizer", choices=tokenizers, default="kl16", help="what turns images into latents"
+        "--tokenizer",
+        choices=tokenizers,
+        default="kl16",
+        help="what turns images into latents; kl, vq and vq_latent take any network of their kind",
     )
     group.add_argument(
         "--img_size", type=count, default=256, metavar="N", help="side of an image, in pixels"
@@ -112,7 +115,8 @@ def add_tokenizer_flags(parser, tokenizers):
         "--vae_path",
         default="pretrained_models/vae/kl16.ckpt",
         metavar="FILE",
-        help="weights of a KL tokenizer: published, LDM's, Stable Diffusion's or diffusers'",
+        help="weights of the tokenizer: published, LDM's, Stable Diffusion's, diffusers' or what "
+        "main_tokenizer.py trained; of consistency a folder in diffusers' layout",
     )
     group.add_argument(
         "--vae_embed_dim",
@@ -124,8 +128,8 @@ def add_tokenizer_flags(parser, tokenizers):
         "--vae_scale",
         type=positive,
         metavar="X",
-        help="one over the deviation of the latents (default: the tokenizer's: kl16 0.2325, "
-        "kl8 0.18215, pixels 1)",
+        help="one over the deviation of the latents (default: the one in the file, if it was "
+        "trained here; else the tokenizer's: kl16 0.2325, kl8 and consistency 0.18215, pixels 1)",
     )
 
 
