@@ -272,7 +272,8 @@ def configure(args, given, checkpoint, source):
     chosen = {"name": "tokenizer", "vae_path": "vae_path", "scale": "vae_scale"}
     own = {key: getattr(args, flag) for key, flag in chosen.items()}
     if args.tokenizer == "pixels":
-        own = {"name": "pixels", "scale": args.vae_scale, "channels": args.vae_embed_dim}
+        channels = 1 if args.data_path == data.DIGITS else 3
+        own = {"name": "pixels", "scale": args.vae_scale, "channels": channels}
     if stored:
         own = {**stored["tokenizer"], **{k: own[k] for k, flag in chosen.items() if flag in given}}
     tokenizer = build_tokenizer(**own)
@@ -280,7 +281,7 @@ def configure(args, given, checkpoint, source):
 
     derived = {"vae_stride": tokenizer.stride, "vae_embed_dim": tokenizer.channels}
     for name, value in derived.items():
-        if getattr(args, name) not in (None, value):
+        if name in given and getattr(args, name) != value:
             raise ValueError(
                 f"--{name} {getattr(args, name)}: the tokenizer {own['name']} has {value}"
             )

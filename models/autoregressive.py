@@ -138,9 +138,7 @@ class Autoregressive(LatentModel):
                 sampled,
                 unknown,
                 remaining,
-                lambda ids, z=z, scale=scale, z_uncond=z_uncond: self.head.confidence(
-                    ids, z, scale, z_uncond
-                ),
+                lambda ids: self.head.confidence(ids, z, scale, z_uncond),  # noqa: B023 (not kept)
                 (step + 1) / num_iter,
                 generator,
             )

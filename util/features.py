@@ -4,6 +4,8 @@ All are torch-fidelity's, by their names in its registry; two for small images a
 Extractor knows the hash of its weights, so that figures of different networks cannot be mixed.
 """
 
+import copy
+from functools import cache
 from urllib.error import URLError
 
 import torch
@@ -98,14 +100,14 @@ class GreyPixels(FeatureExtractorBase):
 
 
 class DigitsClassifier(FeatureExtractorBase):
-    """A small network fitted on the real training digits, each time anew and always the same.
+    """A small network fitted on the real training digits, once a process and always the same.
 
     For a data set that no published network knows: 64 features and 10 logits.
     """
 
     def __init__(self, name, features_list, **kwargs):
         super().__init__(name, features_list)
-        self.classifier = fit_classifier(*digits("train").tensors, classes=10)
+        self.classifier = copy.deepcopy(_digits_classifier())
 
     @staticmethod
     def get_provided_features_list():
@@ -119,6 +121,11 @@ class DigitsClassifier(FeatureExtractorBase):
         features = self.classifier.features(images[:, :1].float() / 127.5 - 1)
         outputs = {"64": features, "logits": self.classifier.head(features)}
         return tuple(outputs[name] for name in self.features_list)
+
+
+@cache
+def _digits_classifier():
+    return fit_classifier(*digits("train").tensors, classes=10)
 
 
 register_feature_extractor("grey-pixels", GreyPixels)

@@ -6,7 +6,6 @@ DATA = {
         "img_size": 8,
         "class_num": 10,
         "tokenizer": "pixels",
-        "vae_embed_dim": 1,
         "patch_size": 2,
     },
 }
@@ -113,10 +112,10 @@ PAPER = {
     "table4-base": ({**SYSTEM, **BASE}, "3.48/192.4 → 2.31/281.7"),
     "table4-large": ({**SYSTEM, **LARGE}, "2.60/221.4 → 1.78/296.0"),
     "table4-huge": ({**SYSTEM, **HUGE}, "2.35/227.8 → 1.55/303.7"),
-    "table5-512": ({**SYSTEM, **LARGE, "img_size": 512, "cfg": 4.0}, "2.74/205.2 → 1.73/279.9"),
-    "table6-confidence-ce": ({**CE, **MAR, "order": "confidence"}, "8.72/145.6"),
-    "table6-random-ce": ({**CE, **MAR, "order": "random"}, "8.79/146.1"),
-    "table6-random-diff": ({**DIFF, **MAR, "order": "random"}, "3.50/201.4"),
+    "table6-512": ({**SYSTEM, **LARGE, "img_size": 512, "cfg": 4.0}, "2.74/205.2 → 1.73/279.9"),
+    "table5-confidence-ce": ({**CE, **MAR, "order": "confidence"}, "8.72/145.6"),
+    "table5-random-ce": ({**CE, **MAR, "order": "random"}, "8.79/146.1"),
+    "table5-random-diff": ({**DIFF, **MAR, "order": "random"}, "3.50/201.4"),
 }
 PRESETS |= {name: flags for name, (flags, _) in PAPER.items()}
 
@@ -136,5 +135,8 @@ def apply(parser, argv):
     first, given = parser.parse_given(argv)
     preset = PRESETS[first.preset] if first.preset else {}
     data = first.data_path if "data_path" in given else preset.get("data_path", first.data_path)
-    parser.set_defaults(**{**DATA.get(data, {}), **preset})
+    defaults = {**DATA.get(data, {}), **preset}
+    if "tokenizer" in given and first.tokenizer != defaults.get("tokenizer"):
+        defaults.pop("patch_size", None)  # which was for that tokenizer
+    parser.set_defaults(**defaults)
     return parser.parse_given(argv)

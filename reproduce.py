@@ -1,0 +1,381 @@
+"""Reproduce the paper's tables at small scale. `python reproduce.py --help`.
+
+Every row of a table is trained with the same data, steps, batches and learning rate, on models of
+equal size, and evaluated in the same way, several times with different seeds. What is there already
+is not done again. Writes, into --output_dir: TABLE.md, with the paper's figures beside ours,
+TABLE.png, and a grid of samples of each row. Discrete rows need a VQ tokenizer and continuous ones
+a KL tokenizer: both are trained first, with the same network, on the same data.
+"""
+
+import json
+import math
+import shutil
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen is needed
+
+import matplotlib.pyplot as plt
+
+import main_mar
+import main_tokenizer
+import sample
+from util import dist
+from util.data import DIGITS
+from util.files import replacing
+from util.flags import Parser, add_extractor_flags, count, natural, run
+from util.presets import PAPER
+from util.sweep import markdown
+
+GUIDANCE = (1.0, 1.5, 2.0, 3.0)
+
+# what is trained: name -> flags that differ
+KL, VQ = {"tokenizer": "kl"}, {"tokenizer": "vq"}
+DIFF, CE = {**KL, "head": "diffloss"}, {**VQ, "head": "ce"}
+RASTER = {"model": "ar_tiny", "order": "raster"}
+RANDOM = {"model": "ar_tiny", "order": "random"}
+MAR = {"model": "mar_tiny"}
+RUNS = {
+    "ar-raster-ce": {**CE, **RASTER},
+    "ar-raster-diff": {**DIFF, **RASTER},
+    "ar-random-ce": {**CE, **RANDOM},
+    "ar-random-diff": {**DIFF, **RANDOM},
+    "mar-ce": {**CE, **MAR},
+    "mar-diff": {**DIFF, **MAR},
+    "mar-l2": {**KL, **MAR, "head": "l2"},
+    "mar-diff-vq": {**DIFF, **MAR, "tokenizer": "vq_latent"},
+    "mar-diff-pixels": {**DIFF, **MAR, "tokenizer": "pixels"},  # in patches of the same size
+    "mar-diff-w16": {**DIFF, **MAR, "diffloss_w": 16},
+    "mar-diff-w32": {**DIFF, **MAR, "diffloss_w": 32},
+    "mar-diff-w96": {**DIFF, **MAR, "diffloss_w": 96},
+    "mar-diff-d1": {**DIFF, **MAR, "diffloss_d": 1},
+    "mar-diff-d6": {**DIFF, **MAR, "diffloss_d": 6},
+    "dit-diff": {**KL, "model": "dit_tiny"},
+}
+
+
+@dataclass
+class Row:
+    """A row of a table. run: of RUNS. steps: of sampling, as a share of the tokens."""
+
+    label: str
+    run: str
+    steps: float = 0.25
+    order: str | None = None
+    paper: str = "–"  # FID/IS without → with guidance
+
+
+def _paper(label, run, preset, **kwargs):
+    return Row(label, run, paper=PAPER[preset][1], **kwargs)
+
+
+TABLES = {
+    "table1": [
+        _paper("AR, raster, CE", "ar-raster-ce", "table1-ar-raster-ce", steps=1),
+        _paper("AR, raster, Diff", "ar-raster-diff", "table1-ar-raster-diff", steps=1),
+        _paper("AR, random, CE", "ar-random-ce", "table1-ar-random-ce", steps=1),
+        _paper("AR, random, Diff", "ar-random-diff", "table1-ar-random-diff", steps=1),
+        _paper("MAR, one at a time, CE", "mar-ce", "table1-mar-one-ce", steps=1),
+        _paper("MAR, one at a time, Diff", "mar-diff", "table1-mar-one-diff", steps=1),
+        _paper("MAR, CE", "mar-ce", "table1-mar-ce"),
+        _paper("MAR, Diff", "mar-diff", "table1-mar-diff"),
+        _paper("MAR, L2", "mar-l2", "table1-mar-l2"),
+    ],
+    "table2": [
+        _paper("VQ, latents before quantization", "mar-diff-vq", "table2-vq16"),
+        _paper("KL", "mar-diff", "table2-kl16"),
+        Row("pixels", "mar-diff-pixels"),
+    ],
+    "table3": [
+        _paper("width 16", "mar-diff-w16", "table3-w256"),
+        _paper("width 32", "mar-diff-w32", "table3-w512"),
+        _paper("width 64", "mar-diff", "table3-w1024"),
+        _paper("width 96", "mar-diff-w96", "table3-w1536"),
+        Row("depth 1, width 64", "mar-diff-d1"),
+        Row("depth 6, width 64", "mar-diff-d6"),
+    ],
+    "table5": [
+        _paper("confidence, CE", "mar-ce", "table5-confidence-ce", order="confidence"),
+        _paper("random, CE", "mar-ce", "table5-random-ce"),
+        _paper("random, Diff", "mar-diff", "table5-random-diff"),
+        Row("raster, Diff", "mar-diff", order="raster"),
+    ],
+}
+
+
+def get_parser():
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "what",
+        choices=(*TABLES, "figures"),
+        help="1: AR/MAR and loss; 2: tokenizers; 3: head; 5: order; figures: 4, 5 and 6",
+    )
+    parser.add_argument(
+        "--data_path",
+        default=DIGITS,
+        metavar="DIR",
+        help="a folder with train/class/image files, or 'digits'",
+    )
+    parser.add_argument("--img_size", type=count, default=8, metavar="N", help="side of an image")
+    parser.add_argument("--class_num", type=count, default=10, metavar="N", help="classes")
+    parser.add_argument(
+        "--ch_mult", default="1,2", help="levels of the tokenizers: their stride is 2^(levels − 1)"
+    )
+    parser.add_argument("--num_codes", type=count, default=256, metavar="N", help="of the VQ one")
+    parser.add_argument("--tokenizer_epochs", type=count, default=40, help="of its training")
+    parser.add_argument("--epochs", type=count, default=100, help="of each model's training")
+    parser.add_argument(
+        "--seeds", type=natural, nargs="+", default=[1, 2, 3], metavar="S", help="a run for each"
+    )
+    parser.add_argument(
+        "--num_images", type=count, default=1000, metavar="N", help="samples an evaluation"
+    )
+    parser.add_argument("--output_dir", default="./output_dir/reproduce", help="all that is made")
+    parser.add_argument("--device", default="auto", help="cuda, cpu, or auto")
+    add_extractor_flags(parser)
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    if args.num_images % args.class_num:
+        raise ValueError(f"--num_images {args.num_images}: expected as many of each class")
+    train_tokenizers(args)
+    if args.what == "figures":
+        figures(args)
+    else:
+        table(args)
+
+
+def train_tokenizers(args):
+    """A KL and a VQ tokenizer of the same network, once for all seeds."""
+    for name in ("kl", "vq"):
+        folder = Path(args.output_dir) / f"tokenizer-{name}"
+        if (folder / "results.jsonl").is_file():
+            continue
+        flags = {
+            **data_flags(args),
+            "tokenizer": name,
+            "epochs": args.tokenizer_epochs,
+            "batch_size": 32,
+            "lr": 2e-3,
+            "ch_mult": args.ch_mult,
+            "vae_embed_dim": 4,
+            "num_workers": workers(args),
+            "extractor": args.extractor,
+            "inception_weights": args.inception_weights,
+            "output_dir": folder,
+        }
+        if name == "vq":
+            flags["num_codes"] = args.num_codes
+        call(main_tokenizer.main, flags)
+
+
+def train(args, name, seed):
+    """The checkpoint of a run, trained unless it is there whole."""
+    folder = Path(args.output_dir) / name / f"seed{seed}"
+    done = folder / "done.json"
+    flags = {"preset": "digits", **data_flags(args), **RUNS[name], "epochs": args.epochs}
+    if flags["tokenizer"] != "pixels":
+        kind = flags["tokenizer"].removesuffix("_latent")
+        flags["vae_path"] = Path(args.output_dir) / f"tokenizer-{kind}" / "tokenizer.ckpt"
+    else:
+        flags["patch_size"] = math.isqrt(args.img_size**2 // tokens(args))
+    flags |= {"class_num": args.class_num, "num_workers": workers(args), "seed": seed}
+    flags |= {"eval_freq": args.epochs, "output_dir": folder}
+    said = {key: str(value) for key, value in flags.items()}
+    if done.is_file():
+        if json.loads(done.read_text()) != said:
+            raise ValueError(f"{folder}: made with other flags; pass another --output_dir")
+    else:
+        call(main_mar.main, {**flags, "resume": folder})
+        with replacing(done) as beside:
+            beside.write_text(json.dumps(said))
+    return folder / main_mar.LAST
+
+
+def evaluate(args, row, seed, sweep):
+    """The records (results.jsonl) of the points of a sweep over a row's model."""
+    ckpt = train(args, row.run, seed)
+    steps = max(1, round(row.steps * tokens(args)))
+    folder = ckpt.parent / f"steps{steps}-{row.order or 'own'}-{args.num_images}"
+    flags = {
+        "ckpt": ckpt,
+        "labels": "all",
+        "per_class": args.num_images // args.class_num,
+        "num_iter": steps,
+        "order": row.order,
+        "batch_size": 250,
+        "reference": args.data_path,
+        "extractor": args.extractor,
+        "inception_weights": args.inception_weights,
+        "stats_dir": Path(args.output_dir) / "fid_stats",
+        "device": args.device,
+        "output_dir": folder,
+    }
+    call(sample.main, flags, "--sweep", *sweep)
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return lines, flags
+
+
+def tokens(args):
+    """How many tokens an image has, in every run."""
+    levels = len(args.ch_mult.split(","))
+    return (args.img_size // 2 ** (levels - 1)) ** 2
+
+
+def table(args):
+    """Train and evaluate every row, and write the table."""
+    rows, folder = TABLES[args.what], Path(args.output_dir)
+    found = {row.label: [] for row in rows}
+    for seed in args.seeds:  # all rows once, then again: a stopped run is a smaller table
+        for row in rows:
+            lines, flags = evaluate(args, row, seed, [f"cfg={','.join(map(str, GUIDANCE))}"])
+            points = {line["cfg"]: line for line in lines}
+            best = min(points.values(), key=lambda point: point[distance_name(point)])
+            found[row.label].append((points[1.0], best))
+            grid = folder / args.what / f"{row.label.replace(', ', '-').replace(' ', '_')}.png"
+            if not grid.is_file():
+                kept = {k: v for k, v in flags.items() if k not in ("reference", "output_dir")}
+                kept |= {"per_class": 8, "cfg": best["cfg"], "out": grid}
+                call(sample.main, kept)
+            write_table(args, [row for row in rows if found[row.label]], found)
+    print((folder / f"{args.what}.md").read_text())
+    print(f"in {folder}: {args.what}.md, {args.what}.png, {args.what}/*.png")
+
+
+def distance_name(record):
+    return "fid" if "fid" in record else "frechet_distance"
+
+
+def write_table(args, rows, found):
+    """The table so far. found: label -> (record without guidance, with the best) of each seed."""
+    one = found[rows[0].label][0][0]
+    distance, real = distance_name(one), one["real"]
+    lines = []
+    for row in rows:
+        plain, best = zip(*found[row.label], strict=True)
+        cell = {"row": row.label, "paper: FID/IS": row.paper}
+        for words, records in (("no guidance", plain), ("best guidance", best)):
+            for name, short in ((distance, "distance"), ("inception_score", "IS")):
+                cell[f"{short}, {words}"] = spread([record[name] for record in records])
+            if "accuracy" in records[0]:
+                cell[f"accuracy, {words}"] = spread([100 * r["accuracy"] for r in records], 1)
+        cell["guidance"] = "/".join(f"{record['cfg']:g}" for record in best)
+        cell["seeds"] = len(best)
+        lines.append(cell)
+    text = f"# {args.what} at small scale\n\n{markdown(lines)}\n"
+    text += (
+        f"{args.data_path}, {args.epochs} epochs, {one['images']} samples, features of "
+        f"{one['extractor']}. Mean ± deviation over the seeds. As many real training images have "
+        f"a distance of {real[distance]:.2f}, IS {real['inception_score']:.2f}"
+    )
+    text += f", accuracy {100 * real['accuracy']:.1f}" if "accuracy" in real else ""
+    text += f". The best guidance is that of {', '.join(f'{g:g}' for g in GUIDANCE)} with the "
+    text += "smallest distance, for each seed.\n"
+    folder = Path(args.output_dir)
+    with replacing(folder / f"{args.what}.md") as beside:
+        beside.write_text(text)
+    plot(folder / f"{args.what}.png", rows, found, distance, real[distance])
+
+
+def spread(values, digits=2):
+    """Mean ± standard deviation over seeds, as text."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def plot(path, rows, found, distance, floor):
+    """Each seed of each row as a dot, without and with guidance, beside real images."""
+    figure, panels = plt.subplots(
+        1, 2, figsize=(11, 0.8 + 0.45 * len(rows)), sharey=True, sharex=True, layout="constrained"
+    )
+    for panel, which, title in zip(panels, (0, 1), ("no guidance", "best guidance"), strict=True):
+        for y, row in enumerate(rows):
+            values = [pair[which][distance] for pair in found[row.label]]
+            panel.plot(values, [y] * len(values), "o", alpha=0.7)
+        panel.axvline(floor, color="grey", linestyle="--", linewidth=1, label="real images")
+        panel.set(title=title, xlabel="Fréchet distance", xscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    panels[0].set_yticks(range(len(rows)), [row.label for row in rows])
+    panels[0].invert_yaxis()
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")
+    plt.close(figure)
+
+
+def figures(args):
+    """Diffusion steps, temperature, and speed against accuracy, of the first seed."""
+    seed, folder = args.seeds[0], Path(args.output_dir)
+    mar = Row("MAR", "mar-diff")
+    for name, sweep in {
+        "diffusion_steps": ["cfg=1,2", "num_sampling_steps=5,10,25,50,100,250"],
+        "temperature": ["cfg=1,1.5,2,3", "temperature=0.9,0.95,1,1.05"],
+    }.items():
+        _, flags = evaluate(args, mar, seed, sweep)
+        shutil.copy(flags["output_dir"] / f"sweep_{name}.png", folder / f"figure_{name}.png")
+    speed(args, seed, folder)
+    print(f"in {folder}: figure_diffusion_steps.png, figure_temperature.png, figure_speed.png")
+
+
+def speed(args, seed, folder):
+    """Fréchet distance against seconds an image: MAR by its steps, AR, DiT by diffusion steps."""
+    length, lines, rows = tokens(args), {}, []
+    for steps in sorted({1, 2, 4, 8, length // 4, length // 2, length}):
+        row = Row("MAR", "mar-diff", steps / length)
+        lines.setdefault("MAR", []).append((steps, evaluate(args, row, seed, ["cfg=2"])))
+    for name in ("ar-raster-diff", "ar-random-diff"):
+        lines[name] = [(length, evaluate(args, Row(name, name, 1), seed, ["cfg=2"]))]
+    for steps in (5, 10, 25, 50, 100, 250):
+        sweep = ["cfg=2", f"num_sampling_steps={steps}"]
+        row = Row("DiT", "dit-diff", 1 / length)
+        lines.setdefault("DiT", []).append((steps, evaluate(args, row, seed, sweep)))
+    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in lines.items():
+        records = []
+        for steps, (found, _) in points:
+            fitting = [r for r in found if r["cfg"] == 2.0]
+            if name == "DiT":
+                fitting = [r for r in fitting if r["num_sampling_steps"] == str(steps)]
+            records.append(fitting[-1])
+            rows.append({"model": name, "steps": steps, **figures_of(fitting[-1])})
+        xs = [record["seconds_per_image"] for record in records]
+        ys = [record[distance_name(record)] for record in records]
+        panel.plot(xs, ys, marker="o", label=name)
+        for (steps, _), x, y in zip(points, xs, ys, strict=True):
+            panel.annotate(str(steps), (x, y), (3, 3), textcoords="offset points", fontsize=7)
+    panel.set(xlabel="seconds an image", ylabel="Fréchet distance", xscale="log", yscale="log")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    with replacing(folder / "figure_speed.png") as beside:
+        figure.savefig(beside, dpi=150, format="png")
+    plt.close(figure)
+    with replacing(folder / "figure_speed.md") as beside:
+        beside.write_text(markdown(rows))
+
+
+def figures_of(record):
+    return {k: record[k] for k in (distance_name(record), "accuracy", "seconds_per_image")}
+
+
+def data_flags(args):
+    return {"data_path": args.data_path, "img_size": args.img_size, "device": args.device}
+
+
+def workers(args):
+    return 0 if args.data_path == DIGITS else 4
+
+
+def call(main, flags, *more):
+    """Call a script with flags, a dict; None stands for a flag left out."""
+    said = [str(part) for k, v in flags.items() if v is not None for part in (f"--{k}", v)]
+    dist.print0(f"\n$ {main.__module__}.py {' '.join([*said, *more])}")
+    main([*said, *more])
+
+
+if __name__ == "__main__":
+    run(main)
