@@ -122,9 +122,6 @@ def train_one_epoch(
         if not scaler.is_enabled():  # which skips such steps itself
             window.note_gradient(norm)
         ema.update(unwrap(model))
-        if progress:
-            progress.update(1, window.note)
-
         step = (i + 1) // accum_iter
         if step % min(log_every, steps) == 0:
             window.check(epoch)
@@ -132,6 +129,8 @@ def train_one_epoch(
             figures |= unwrap(model).head.pop_statistics(dist.all_reduce)
             if logger:
                 logger.scalars(figures, epoch * steps + step, epoch=epoch + (i + 1) / len(loader))
+        if progress:
+            progress.update(1, window.note)
     window.check(epoch)
     return dist.all_reduce(largest, "max").item()
 
@@ -393,9 +392,15 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     def is_whole(index):
         path = folder / f"{dataset.name(index)}.npz"
         try:
-            return path.is_file() and all(m.shape == shape for m in read_moments(path).values())
+            found = [m.shape for m in read_moments(path).values()] if path.is_file() else []
         except ValueError:
             return False
+        if found and found != [shape, shape]:
+            raise ValueError(
+                f"{path}: holds latents of shape {found[0]}, these are {shape}; pass another "
+                "--cached_path"
+            )
+        return bool(found)
 
     mine = range(dist.rank(), len(dataset), dist.world_size())
     with ThreadPool(max(1, num_workers)) as pool:
@@ -506,7 +511,8 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
     quality = torch.zeros(2, dtype=torch.float64, device=device)  # sums of PSNR and SSIM
     mine = range(dist.rank(), len(dataset), dist.world_size())
     loader = plain_loader(Subset(dataset, mine), batch_size, num_workers)
-    progress, pairs, start = Progress(len(mine), "tokenizing", "img"), None, 0
+    progress, pairs, start = Progress(len(mine), "tokenizing", "img"), [], 0
+    shown = {i * len(dataset) // PAIRS for i in range(PAIRS)}  # of all classes
     for images, _ in loader:
         indices, images = mine[start : start + len(images)], images.to(device)
         start += len(images)
@@ -523,8 +529,7 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
         bytes_of = [to_uint8(x) for x in (images, again)]
         for accumulator, batch in zip((real, decoded), bytes_of, strict=True):
             accumulator.add(indices, batch)
-        if pairs is None:
-            pairs = np.concatenate([batch[:PAIRS] for batch in bytes_of])
+        pairs += [pair for i, *pair in zip(indices, *bytes_of, strict=True) if i in shown]
         progress.update(len(images))
     progress.close()
     elements.reduce()
@@ -539,7 +544,7 @@ def evaluate_tokenizer(tokenizer, dataset, extractor, *, batch_size, num_workers
     if min(dataset[0][0].shape[-2:]) < SSIM_WINDOW:
         del figures["ssim"]
     figures |= _code_figures(uses) if tokenizer.num_codes else _latent_figures(elements.result())
-    return figures, pairs
+    return figures, np.concatenate(list(zip(*pairs, strict=True)))
 
 
 def _latent_figures(statistics):

@@ -11,7 +11,9 @@ import engine_mar as engine
 from models import TOKENIZERS, build_tokenizer
 from util import data, dist
 from util.dist import print0
+from util.files import make_folder
 from util.flags import Parser, add_machine_flags, add_tokenizer_flags, count, run
+from util.weights import digest
 
 
 def get_parser():
@@ -39,6 +41,8 @@ def main(argv=None):
             f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
         )
     folder = Path(args.cached_path)
+    make_folder(args.cached_path, "--cached_path")
+    data.check_cache(folder, digest(tokenizer.state_dict()), args.img_size, write=dist.is_main())
     dataset = data.image_folder(
         args.data_path, args.img_size, args.num_workers, folder / "data_checked.txt", flip=False
     )

@@ -15,6 +15,7 @@ from util.checkpoint import LAST, find_checkpoint, load_checkpoint, save_checkpo
 from util.dist import print0
 from util.ema import EMA
 from util.evaluation import open_judge
+from util.files import make_folder
 from util.flags import (
     Parser,
     add_evaluation_flags,
@@ -30,7 +31,7 @@ from util.flags import (
 from util.images import open_writers, save_image
 from util.logger import Logger, Progress
 from util.lr_sched import learning_rate
-from util.weights import load_strictly
+from util.weights import digest, load_strictly
 
 # arguments of the model that its weights fix, and those that each run chooses
 ARCHITECTURE = (
@@ -232,6 +233,11 @@ def main(argv=None):
         print(presets.listing())
         return
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    make_folder(args.output_dir, "--output_dir")
+    if args.log_dir:
+        make_folder(args.log_dir, "--log_dir")
+    if args.out and not args.evaluate:
+        raise ValueError(f"--out {args.out[0]}: keeps the images of --evaluate, which is not given")
     precision = dist.pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
     if not path and (args.evaluate or Path(args.resume).suffix in WEIGHT_FILES):
@@ -364,9 +370,15 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
         start = checkpoint["epoch"] + 1
         if scaler.is_enabled() and checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
-        print0(f"resumed {args.resume}: goes on with epoch {start}")
+        print0(f"resumed {args.resume}: {start} epochs are done")
         if changed := list(changes({**vars(args), "lr": lr}, checkpoint["args"])):
             print0(f"NOTE: not as before: {', '.join(changed)}")
+
+    elif checkpoint:
+        print0(f"NOTE: {args.resume} holds weights only: training begins with epoch {start}")
+    if start >= args.epochs:
+        print0(f"nothing to train: {start} epochs are done, --epochs is {args.epochs}")
+        return
 
     parallel = model
     if dist.world_size() > 1:
@@ -423,6 +435,7 @@ def get_loader(args, config, tokenizer, device):
     if args.use_cached:
         side = size // tokenizer.stride
         shape = (tokenizer.moment_channels, side, side)
+        data.check_cache(args.cached_path, digest(tokenizer.state_dict()), size)
         dataset = data.cached_set(args.cached_path, shape, classes)
     else:
         record = Path(args.output_dir) / "data_checked.txt"

@@ -26,7 +26,7 @@ from util import data, dist
 from util.dist import print0
 from util.evaluation import few_images, report
 from util.features import Extractor, pick_extractor
-from util.files import replacing
+from util.files import make_folder, replacing
 from util.flags import (
     Parser,
     add_extractor_flags,
@@ -100,6 +100,7 @@ def main(argv=None):
     args, given = get_parser().parse_given(argv)
     check(args, given)
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    make_folder(args.output_dir, "--output_dir")
     dataset = get_images(args)
     channels, _, side = dataset[0][0].shape
     name = pick_extractor(args.extractor, args.data_path)
@@ -145,6 +146,8 @@ def check(args, given):
             f"--epochs {args.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can be "
             f"trained: {', '.join(TRAINABLE)}"
         )
+    if args.data_path == data.DIGITS and "img_size" in given and args.img_size != 8:
+        raise ValueError(f"--img_size {args.img_size}: the digits are 8×8, expected 8")
     for name in ("vae_path", "vae_scale"):
         if args.epochs and name in given:
             raise ValueError(

@@ -9,6 +9,7 @@ from util import dist
 from util.checkpoint import find_checkpoint
 from util.dist import print0
 from util.evaluation import open_judge
+from util.files import make_folder
 from util.flags import (
     Parser,
     add_evaluation_flags,
@@ -18,6 +19,7 @@ from util.flags import (
     positive,
     run,
 )
+from util.image_sets import is_data_set
 from util.images import open_writers
 from util.sweep import find_result, parse_grid, write_sweep
 
@@ -36,8 +38,8 @@ def get_parser():
     )
     group.add_argument(
         "--labels",
-        default="0-9",
-        help="class numbers and ranges such as 207,360,980-989; all; or none: of no class",
+        help="class numbers and ranges such as 207,360,980-989; all; or none: of no class "
+        "(default: the first ten)",
     )
     group.add_argument(
         "--per_class", type=count, default=8, metavar="N", help="images of each of the labels"
@@ -100,6 +102,7 @@ def main(argv=None):
             sampling[name] = getattr(args, name)
     if args.num_iter is None:
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)
+    args.labels = args.labels or f"0-{min(10, config['model']['class_num']) - 1}"
     labels = parse_labels(args.labels, config["model"]["class_num"])
     # the classes in turn: splits of the Inception Score take consecutive images
     labels = labels * args.per_class
@@ -136,6 +139,10 @@ def check(args, points, labels, model):
     """Refuse what cannot be done before any of it is; returns writers. Raises ValueError."""
     if args.sweep and not args.reference:
         raise ValueError("--sweep: expected a --reference to measure against")
+    if args.data_path and not is_data_set(args.data_path):
+        raise ValueError(f"--data_path {args.data_path}: expected a folder with train/ or 'digits'")
+    if args.output_dir:
+        make_folder(args.output_dir, "--output_dir")
     if args.sweep and args.out:
         raise ValueError("--sweep keeps no images: expected no --out")
     for point in points:

@@ -19,6 +19,7 @@ matplotlib.use("Agg")  # no screen is needed
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.ticker import ScalarFormatter
 
 import engine_mar as engine
 from models import build_tokenizer, load_model
@@ -57,19 +58,21 @@ def main(argv=None):
     }
     labels = [i * CLASSES // args.num_images for i in range(args.num_images)]
     sampling = {**config["sampling"], "latent_range": config["latent_range"], "seed": args.seed}
+    real = {name: judge.floor[0]["frechet_distance"] for name, judge in judges.items()}
+    real["accuracy"] = judges["frechet_distance"].floor[0]["accuracy"]
     points, records = [], []
     for cfg, temperature in itertools.product(GUIDANCE, TEMPERATURE):
         points.append({"cfg": cfg, "temperature": temperature})
         images, seconds = sample(model, tokenizer, labels, **{**sampling, **points[-1]})
         figures = measure(images, labels, judges)
-        records.append({**points[-1], **figures, "images": len(images)})
+        records.append({**points[-1], **figures, "images": len(images), "real": real})
         records[-1]["seconds_per_image"] = seconds / len(images)
         if all(config["sampling"][name] == value for name, value in points[-1].items()):
             write_samples(folder / "samples.png", images, labels)
     files = write_sweep(records, points, folder)
     write_strip(folder / "strip.png", model, tokenizer, config["sampling"], args.seed)
     write_loss(folder / "loss.png", folder / "log.jsonl")
-    table = describe(records, judges)
+    table = describe(records, judges, real)
     with replacing(folder / "table.md") as beside:
         beside.write_text(table)
     names = ["samples.png", "strip.png", "loss.png", "table.md", *(file.name for file in files)]
@@ -141,6 +144,8 @@ def write_loss(path, log):
     figure, axes = plt.subplots(figsize=(6, 3.5))
     axes.plot(losses.keys(), losses.values(), linewidth=1)
     axes.set(xlabel="step", ylabel="Diffusion Loss", yscale="log", title="Training on the digits")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatter(ScalarFormatter())
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with replacing(path) as beside:
@@ -148,7 +153,7 @@ def write_loss(path, log):
     plt.close(figure)
 
 
-def describe(records, judges):
+def describe(records, judges, real):
     """A table in Markdown: samples at several guidance values, beside real training images."""
     lines = [
         "| images | number | accuracy | Fréchet, features | Fréchet, pixels |",
@@ -159,10 +164,7 @@ def describe(records, judges):
         distances = f"{frechet_distance:.2f} | {pixel_distance:.2f}"
         lines.append(f"| {name} | {images} | {accuracy:.1%} | {distances} |")
 
-    floors = {name: judge.floor[0] for name, judge in judges.items()}
-    distances = {name: floor["frechet_distance"] for name, floor in floors.items()}
-    accuracy, number = floors["frechet_distance"]["accuracy"], judges["frechet_distance"].floor[1]
-    row("real, for training", number, accuracy, **distances)
+    row("real, for training", judges["frechet_distance"].floor[1], **real)
     for record in records:
         if record["temperature"] == 1.0:
             row(f"sampled, guidance {record['cfg']:g}", **record)

@@ -6,6 +6,7 @@ a published one it is read off the weights and the stored flags.
 """
 
 import math
+from inspect import signature
 
 from models.ar import ar_base, ar_huge, ar_large, ar_tiny
 from models.dit import dit_tiny, dit_xl
@@ -36,7 +37,10 @@ def build_model(name, **kwargs):
 def build_tokenizer(name, vae_path=None, **kwargs):
     """A tokenizer, its weights read from vae_path if it has any. Raises ValueError."""
     kwargs = {k: v for k, v in {"vae_path": vae_path, **kwargs}.items() if v is not None}
-    return _look_up(TOKENIZERS, "tokenizer", name)(**kwargs)
+    build = _look_up(TOKENIZERS, "tokenizer", name)
+    if "vae_path" in kwargs and "vae_path" not in signature(build).parameters:
+        raise ValueError(f"vae_path {vae_path}: the tokenizer {name} has no weights")
+    return build(**kwargs)
 
 
 def load_model(path, weights="ema", **overrides):

@@ -171,6 +171,10 @@ DIGITS = ("--preset", "digits", "--device", "cpu")
         ((*DIGITS, "--resume", GOLDEN / "diffusion_tables.npz"), "diffusion_tables.npz"),
         ((*DIGITS, "--model", "ar_tiny", "--num_iter", "4"), "--num_iter 4: ar_tiny generates one"),
         ((*DIGITS, "--model", "ar_tiny", "--buffer_size", "4"), "ar_tiny has no such argument"),
+        ((*DIGITS, "--device", "banana"), "--device banana: expected cuda, cpu or auto"),
+        ((*DIGITS, "--log_dir", ROOT / "LICENSE"), "LICENSE: not a folder to write to"),
+        ((*DIGITS, "--out", "a.png"), "--out a.png: keeps the images of --evaluate"),
+        ((*DIGITS, "--max_timestep", "1000"), "--max_timestep: 1000: expected a whole number from"),
         ((*DIGITS, "--head", "ce"), "head 'ce': the tokenizer is continuous, expected diffloss"),
         ((*DIGITS, "--epochs", "0"), "--epochs: 0: expected a whole number, at least 1"),
     ],
@@ -221,6 +225,12 @@ def ckpt(tmp_path_factory):
         (("--num_iter", "40"), "num_iter 40: expected 1 to 16"),
         (("--num_sampling_steps", "ddim7,8"), "'ddim7,8'"),
         (("--temperature", "-1"), "--temperature: -1: expected a number, at least 0"),
+        (("--out", "a.jpg"), "--out a.jpg: expected a name in .png or .npz, or a folder"),
+        (("--out", ""), "expected a name in .png or .npz, or a folder"),
+        (("--out", ROOT / "LICENSE"), "LICENSE: not a folder to write to"),
+        (("--vae_path", "x.ckpt"), "vae_path x.ckpt: the tokenizer pixels has no weights"),
+        (("--reference", "none.npz"), "none.npz: no such file"),
+        (("--data_path", "/nope"), "--data_path /nope: expected a folder with train/"),
     ],
 )
 def test_wrong_flags_of_sampling(capsys, tmp_path, ckpt, flags, message):
@@ -287,7 +297,7 @@ def test_published_checkpoint_evaluates_and_resumes(tmp_path, vae_path, capsys):
     images = write_images(tmp_path / "data", classes="abcdefghij", count=1, size=(64, 64))
     flags = f"{common} --data_path {images} --epochs 5 --batch_size 5 --num_workers 0 --lr 1e-4"
     main_mar.main([*shlex.split(flags), "--output_dir", str(tmp_path / "on")])
-    assert "goes on with epoch 4" in capsys.readouterr().out
+    assert "4 epochs are done" in capsys.readouterr().out
     after = load_checkpoint(tmp_path / "on" / LAST)
     assert after["epoch"] == 4
     # 20 steps were there, an epoch of 2 came on top

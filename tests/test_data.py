@@ -63,6 +63,18 @@ def test_a_picture_that_is_gone_is_named(images, tmp_path):
         training_set(root, 32, 3)
 
 
+def test_a_cache_knows_its_tokenizer_and_size(tmp_path):
+    """Latents of two tokenizers are not mixed; a cache that says nothing is taken as it is."""
+    data.check_cache(tmp_path, "a" * 64, 32)
+    assert not list(tmp_path.iterdir())
+    data.check_cache(tmp_path, "a" * 64, 32, write=True)
+    data.check_cache(tmp_path, "a" * 64, 32)
+    with pytest.raises(ValueError, match="latents of tokenizer aaaaaaaaaaaa, here it is bbbb"):
+        data.check_cache(tmp_path, "b" * 64, 32)
+    with pytest.raises(ValueError, match="latents of img_size 32, here it is 64; pass another"):
+        data.check_cache(tmp_path, "a" * 64, 64, write=True)
+
+
 def copy(images, path):
     shutil.copytree(images, path)
     return path

@@ -359,7 +359,8 @@ def test_too_few_images_for_k_and_for_a_covariance():
 def test_fewer_images_than_features_is_said(tmp_path):
     """The figure is given, with what it then means."""
     images, extractor = pictures(11, 6), Extractor("tiny")
-    notes = list(evaluation.caveats(summary(images, extractor), None, extractor))
+    reference = load_reference("digits", Extractor("tiny"), 8, tmp_path, workers=0)
+    notes = list(evaluation.caveats(summary(images, extractor), reference, extractor))
     assert notes[0].startswith("11 images for 12 features: the covariance is singular")
 
 

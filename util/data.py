@@ -5,6 +5,7 @@ latent. What is wrong with the data is said before any training, in one line.
 """
 
 import hashlib
+import json
 import os
 from functools import partial
 from itertools import chain
@@ -72,7 +73,9 @@ class CachedFolder(datasets.DatasetFolder):
         try:
             super().__init__(str(root), loader=self._load, extensions=(".npz",))
         except FileNotFoundError as error:
-            raise ValueError(f"{root}: expected a folder of latents a class. {error}") from None
+            raise ValueError(
+                f"--cached_path {str(root)!r}: expected a folder of latents a class ({error})"
+            ) from None
         self.shape = tuple(shape)
         self._load(self.samples[0][0])
 
@@ -85,6 +88,29 @@ class CachedFolder(datasets.DatasetFolder):
                 "tokenizer and --img_size"
             )
         return torch.from_numpy(moments)
+
+
+MANIFEST = "cache.json"
+
+
+def check_cache(folder, tokenizer_sha256, img_size, write=False):
+    """Compare what made the latents in `folder`, if it says so, with what would use them.
+
+    write: say it from now on. A cache of the published code says nothing. Raises ValueError where
+    they differ: latents of two tokenizers or sizes must not be mixed.
+    """
+    path, ours = Path(folder) / MANIFEST, {"tokenizer": tokenizer_sha256, "img_size": img_size}
+    if path.is_file():
+        theirs = json.loads(path.read_text())
+        for name, value in ours.items():
+            if theirs.get(name) != value:
+                raise ValueError(
+                    f"{folder}: latents of {name} {str(theirs.get(name))[:12]}, here it is "
+                    f"{str(value)[:12]}; pass another --cached_path"
+                )
+    elif write:
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(ours))
 
 
 def read_moments(path, names=("moments", "moments_flip")):

@@ -18,8 +18,10 @@ def init(device, dist_on_itp=False, dist_url="env://"):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if dist_on_itp:
         names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+    if dist_on_itp and names[1] not in os.environ:
+        raise ValueError(f"--dist_on_itp: expected Open MPI to have set {names[1]}; it has not")
     rank, world, local = (int(os.environ.get(name, 0)) for name in names)
-    device = torch.device(_pick(device))
+    device = _pick(device)
     if device.type == "cuda":
         if device.index is not None and world > 1:
             raise ValueError(f"--device {device}: with {world} processes, expected cuda or auto")
@@ -38,11 +40,15 @@ def init(device, dist_on_itp=False, dist_url="env://"):
     return device
 
 
-def _pick(device):
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no such device here; expected cpu or auto")
+def _pick(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: expected cuda, cpu or auto") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: no such device here; expected cpu or auto")
     return device
 
 

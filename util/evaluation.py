@@ -21,7 +21,7 @@ from util import dist
 from util.data import DIGITS, plain_loader
 from util.dist import print0
 from util.features import INCEPTION, Extractor, pick_extractor
-from util.files import replacing
+from util.files import make_folder, replacing
 from util.flags import Parser, add_device_flag, add_evaluation_flags, count, run
 from util.image_sets import is_data_set, open_images, open_npz, real_images
 from util.logger import Progress
@@ -133,7 +133,8 @@ def compare(summary, reference, extractor):
 
 def caveats(summary, reference, extractor):
     """What a reader of the figures should know."""
-    yield from few_images(summary.count, extractor)
+    if reference:
+        yield from few_images(summary.count, extractor)
     if reference and reference.count is not None and reference.count <= extractor.width:
         yield f"the reference has only {reference.count} images for {extractor.width} features"
     if reference and not reference.has_images:
@@ -160,16 +161,12 @@ def load_reference(source, extractor, img_size, cache, workers=WORKERS, dataset=
     if they are open already.
     """
     path = Path(source)
+    check_reference(source)
     if is_data_set(source):
         dataset = dataset or real_images(source, img_size, "test" if source == DIGITS else "train")
         held = _data_reference(source, dataset, extractor, cache, workers)
-    elif path.is_dir() or path.suffix == ".npz":
-        held = _path_reference(path, extractor, img_size, workers)
     else:
-        raise ValueError(
-            f"--reference {source}: expected a folder of images, an .npz, a data set (a folder "
-            f"with train/) or {DIGITS}"
-        )
+        held = _path_reference(path, extractor, img_size, workers)
     if not dist.is_main():
         held = {}
     arrays = {name: held.pop(name, None) for name in ("statistics", "features")}
@@ -177,6 +174,23 @@ def load_reference(source, extractor, img_size, cache, workers=WORKERS, dataset=
         held["sha256"] = hashlib.sha256(arrays["statistics"]["mu"].tobytes()).hexdigest()
         held["has_images"] = arrays["features"] is not None
     return Reference(name=str(source), **dist.broadcast(held), **arrays)
+
+
+def check_reference(source):
+    """Raises ValueError for a --reference that cannot be one."""
+    path = Path(source)
+    if path.suffix == ".npz":
+        held = open_npz(path)
+        if not {"mu", "sigma"} <= set(held) and "arr_0" not in held:
+            raise ValueError(
+                f"{path}: expected arrays mu and sigma, or images in arr_0; found "
+                f"{', '.join(held) or 'nothing'}"
+            )
+    elif not (is_data_set(source) or path.is_dir()):
+        raise ValueError(
+            f"--reference {source}: expected a folder of images, an .npz, a data set (a folder "
+            f"with train/) or {DIGITS}"
+        )
 
 
 def _path_reference(path, extractor, img_size, workers):
@@ -194,11 +208,6 @@ def _path_reference(path, extractor, img_size, workers):
         features = summary.features
         if statistics is None:
             statistics, count = summary.statistics, summary.count
-    if statistics is None:
-        raise ValueError(
-            f"{path}: expected arrays mu and sigma, or images in arr_0; found "
-            f"{', '.join(held) or 'nothing'}"
-        )
     return {"statistics": statistics, "features": features, "count": count}
 
 
@@ -356,6 +365,8 @@ def open_judge(
     images are the floor; that of the reference if not given, and none where neither is one.
     extractor: Inception if not given, for the digits their classifier.
     """
+    if source not in ("auto", "none"):
+        check_reference(source)  # which is quick, before weights are fetched
     extractor = Extractor(pick_extractor(extractor, source, data_path), weights, device, img_size)
     if extractor.classes and splits == "torch-fidelity" and num_images < 10:
         raise ValueError(f"{num_images} images: expected at least 10, for an Inception Score")
@@ -448,6 +459,8 @@ def main(argv=None):
     add_evaluation_flags(parser, standalone=True)
     args = parser.parse_args(argv)
     device = dist.init(args.device)
+    if args.output_dir:
+        make_folder(args.output_dir, "--output_dir")
     images = open_images(args.images, args.img_size)
     judge = open_judge(
         args.reference or "none",

@@ -6,7 +6,6 @@ Extractor knows the hash of its weights, so that figures of different networks c
 
 import copy
 from functools import cache
-from urllib.error import URLError
 
 import torch
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
@@ -68,16 +67,15 @@ def _create(name, layers, weights):
         return create_feature_extractor(
             name, layers, False, feature_extractor_weights_path=weights, verbose=False
         )
-    except (URLError, OSError) as error:
+    except Exception as error:  # what a hub raises without a network is anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if weights is not None:
+            raise ValueError(f"{weights}: not the weights of {name} ({reason})") from error
+        advice = f"download {INCEPTION_URL} elsewhere and pass it as --inception_weights FILE"
+        if name != INCEPTION:
+            advice = "torch-fidelity fetches them where there is a network"
         raise ValueError(
-            f"the weights of {name} could not be fetched ({error}). For Inception, download "
-            f"{INCEPTION_URL} elsewhere and pass it as --inception_weights FILE"
-        ) from error
-    except RuntimeError as error:
-        if weights is None:
-            raise
-        raise ValueError(
-            f"{weights}: not the weights of {name} ({str(error).splitlines()[0]})"
+            f"the weights of {name} could not be fetched ({reason}); {advice}"
         ) from error
 
 
@@ -118,6 +116,11 @@ class DigitsClassifier(FeatureExtractorBase):
         return "logits" if metric == "isc" else "64"
 
     def forward(self, images):
+        if images.shape[-2:] != (8, 8):
+            raise ValueError(
+                f"images of {images.shape[-1]}×{images.shape[-2]} pixels: the digits-classifier "
+                "expects 8×8, pass another --extractor"
+            )
         features = self.classifier.features(images[:, :1].float() / 127.5 - 1)
         outputs = {"64": features, "logits": self.classifier.head(features)}
         return tuple(outputs[name] for name in self.features_list)

@@ -5,6 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def make_folder(path, flag):
+    """Make a folder for what is to come, before any work. Raises ValueError where that fails."""
+    if not str(path):
+        raise ValueError(f"{flag} '': expected the name of a folder")
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: not a folder to write to ({error.strerror})") from None
+
+
 @contextmanager
 def replacing(path):
     """A path beside `path` to write to; it takes the place of `path` when all went well."""

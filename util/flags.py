@@ -53,9 +53,9 @@ class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
         if isinstance(action, argparse._StoreTrueAction):
             return f"{action.help} (default: off)"
-        if not action.option_strings or action.default in (None, argparse.SUPPRESS):
+        if not action.option_strings or action.default in (None, "", [], argparse.SUPPRESS):
             return action.help
-        if isinstance(action, argparse._StoreFalseAction | argparse._HelpAction):
+        if isinstance(action, argparse._StoreConstAction | argparse._HelpAction):
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -85,7 +85,7 @@ def run(main, argv=None):
     """Run a script's main: what a user got wrong is one line and exit status 2, no traceback."""
     try:
         main(argv)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # an error from a loader's worker carries a traceback in its message: its last line counts
         lines = str(error).strip().splitlines()
         print(f"error: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
@@ -97,6 +97,9 @@ def run(main, argv=None):
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         cleanup()
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     cleanup()
 
 
@@ -164,7 +167,7 @@ def add_sampling_flags(parser, **defaults):
     add("temperature", "of the diffusion noise, or of the logits", type=amount, metavar="T")
     group.add_argument(
         "--max_timestep",
-        type=natural,
+        type=_number(int, "a whole number from 0 to 999", lambda n: 0 <= n <= 999),
         metavar="T",
         help="start the reverse process at this timestep instead of 999; 950 keeps a model that "
         "is small or not trained for long from diverging (default: the checkpoint's, else 999)",
@@ -245,7 +248,7 @@ def add_machine_flags(parser, num_workers, precision=True):
             action="store_const",
             const=True,
             default=True,
-            help="page-locked batches, faster to a GPU",
+            help="page-locked batches, faster to a GPU (default: on)",
         )
         group.add_argument(
             "--no_pin_mem",

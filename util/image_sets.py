@@ -74,6 +74,8 @@ class Array(Dataset):
     def __init__(self, path, img_size):
         self.images = _mapped(path, "arr_0")
         shape, side = self.images.shape, img_size or self.images.shape[1]
+        if not len(self.images):
+            raise ValueError(f"{path}: arr_0 holds no images")
         if shape[1:] != (side, side, 3) or self.images.dtype != np.uint8:
             raise ValueError(
                 f"{path}: arr_0 is {self.images.dtype} {shape}, expected uint8 "

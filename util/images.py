@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.files import replacing
+from util.files import make_folder, replacing
 
 MAX_GRID = 1024  # images
+GAP = (80, 110, 170)  # between the images of a grid: neither their black nor their white
 
 
 def to_uint8(images):
@@ -35,7 +36,8 @@ def grid(images, columns=None, padding=2, min_side=0):
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     height, width = height + padding, width + padding
-    canvas = np.full((rows * height + padding, columns * width + padding, channels), 255, np.uint8)
+    canvas = np.empty((rows * height + padding, columns * width + padding, channels), np.uint8)
+    canvas[:] = GAP
     for i, image in enumerate(images):
         top, left = i // columns * height + padding, i % columns * width + padding
         canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
@@ -121,6 +123,12 @@ def open_writers(paths, labels, columns=None):
     """
     writers = []
     for path in map(Path, paths):
+        make_folder(path.parent, "--out")
+        others = set(Image.registered_extensions()) - {".png"}
+        if path.is_file() != path.exists() and path.suffix in (".png", ".npz"):
+            raise ValueError(f"--out {path}: is a folder, expected a name for a file")
+        if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
+            raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
         if path.suffix == ".png" and len(labels) > MAX_GRID:
             raise ValueError(
                 f"--out {path}: a grid of {len(labels)} images, expected at most {MAX_GRID}; "
@@ -131,6 +139,7 @@ def open_writers(paths, labels, columns=None):
         elif path.suffix == ".npz":
             writers.append(NpzWriter(path, len(labels)))
         else:
+            make_folder(path, "--out")
             ours = {f"{i:06d}.png" for i in range(len(labels))}
             others = [p.name for p in path.glob("*.png") if p.name not in ours]
             if others:

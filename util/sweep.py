@@ -52,6 +52,8 @@ def parse_grid(texts):
     axes = {}
     for text in texts:
         name, _, values = text.partition("=")
+        if name in axes:
+            raise ValueError(f"--sweep {text}: {name} is there twice, expected {name}=A,B")
         if name not in AXES or not values:
             raise ValueError(f"--sweep {text}: expected NAME=VALUE,… with {', '.join(AXES)}")
         try:
@@ -95,6 +97,7 @@ def write_sweep(records, points, folder):
     with replacing(folder / "sweep.md") as beside:
         beside.write_text(markdown(rows))
     files = [folder / "sweep.csv", folder / "sweep.md"]
+    rows = [{**row, "real": record.get("real")} for row, record in zip(rows, records, strict=True)]
     for name, (axis, x) in PLOTS.items():
         if axis in axes and len({row[axis] for row in rows}) > 1:
             files.append(folder / f"sweep_{name}.png")
@@ -123,7 +126,7 @@ def _plot(rows, axis, x, others, metrics, path):
         1, len(metrics), figsize=(4 * len(metrics), 3.4), squeeze=False, layout="constrained"
     )
     for panel, metric in zip(panels[0], metrics, strict=True):
-        for setting, line in sorted(lines.items()):
+        for setting, line in sorted(lines.items(), key=lambda item: list(map(_position, item[0]))):
             label = ", ".join(f"{LABELS[n]} {v}" for n, v in zip(others, setting, strict=True))
             xs, ys = [_position(row[x]) for row in line], [row[metric] for row in line]
             panel.plot(xs, ys, marker="o", markersize=4, label=label)
@@ -138,10 +141,11 @@ def _plot(rows, axis, x, others, metrics, path):
         if x == axis:
             ticks = {_position(row[x]): str(row[x]) for row in rows}
             panel.set_xticks(list(ticks), ticks.values())
+        if metric in (real := rows[0].get("real") or {}):
+            panel.axhline(real[metric], color="grey", linestyle="--", linewidth=1, label="real")
         panel.set(xlabel=LABELS[x], ylabel=LABELS.get(metric, metric))
         panel.grid(alpha=0.3)
-    if others:
-        figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right", fontsize=7)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right", fontsize=9)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150, format="png")
     plt.close(figure)
