@@ -261,6 +261,8 @@ def write_table(args, rows, found):
         cell = {"row": row.label, "paper: FID/IS": row.paper}
         for words, records in (("no guidance", plain), ("best guidance", best)):
             for name, short in ((distance, "distance"), ("inception_score", "IS")):
+                if name not in records[0]:  # of an extractor without classes
+                    continue
                 cell[f"{short}, {words}"] = spread([record[name] for record in records])
             if "accuracy" in records[0]:
                 cell[f"accuracy, {words}"] = spread([100 * r["accuracy"] for r in records], 1)
@@ -271,8 +273,9 @@ def write_table(args, rows, found):
     text += (
         f"{args.data_path}, {args.epochs} epochs, {one['images']} samples, features of "
         f"{one['extractor']}. Mean ± deviation over the seeds. As many real training images have "
-        f"a distance of {real[distance]:.2f}, IS {real['inception_score']:.2f}"
+        f"a distance of {real[distance]:.2f}"
     )
+    text += f", IS {real['inception_score']:.2f}" if "inception_score" in real else ""
     text += f", accuracy {100 * real['accuracy']:.1f}" if "accuracy" in real else ""
     text += f". The best guidance is that of {', '.join(f'{g:g}' for g in GUIDANCE)} with the "
     text += "smallest distance, for each seed.\n"
