@@ -26,7 +26,7 @@ import sample
 from util import dist
 from util.data import DIGITS
 from util.files import replacing
-from util.flags import Parser, add_extractor_flags, count, natural, run
+from util.flags import Parser, add_device_flag, add_extractor_flags, count, natural, run
 from util.presets import PAPER
 from util.sweep import markdown
 
@@ -134,7 +134,7 @@ def get_parser():
         "--num_images", type=count, default=1000, metavar="N", help="samples an evaluation"
     )
     parser.add_argument("--output_dir", default="./output_dir/reproduce", help="all that is made")
-    parser.add_argument("--device", default="auto", help="cuda, cpu, or auto")
+    add_device_flag(parser)
     add_extractor_flags(parser)
     return parser
 

@@ -17,6 +17,7 @@ import engine_mar
 import main_cache
 import main_mar
 import main_tokenizer
+import reproduce
 import sample
 from models import export
 from util import presets
@@ -29,6 +30,7 @@ PARSERS = {
     "main_mar": main_mar,
     "main_cache": main_cache,
     "main_tokenizer": main_tokenizer,
+    "reproduce": reproduce,
     "sample": sample,
 }
 
