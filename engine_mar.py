@@ -73,18 +73,22 @@ def train_one_epoch(
     logger=None,
     progress=None,
     log_every=20,
+    shared_mask_ratio=True,
 ):
     """Train on every batch of `loader` once; returns the largest |latent| seen, a float.
 
     learning_rate: of a fractional epoch. cached: the loader gives moments, not images. accum_iter:
-    batches a step of the optimiser. All that is drawn follows from (seed, epoch, rank), so a run
-    that is resumed at an epoch draws what the uninterrupted one would have.
+    batches a step of the optimiser. shared_mask_ratio: all processes mask as many tokens at a step,
+    so that none waits for another; else each its own. All that is drawn follows from (seed, epoch,
+    rank), so a run that is resumed at an epoch draws what the uninterrupted one would have.
     Raises FloatingPointError, on every process, for a loss that is not finite.
     """
     model.train()
     loader.sampler.set_epoch(epoch)
     torch.manual_seed(_epoch_seed(seed, epoch, 0))  # dropout, and the loader's workers
     generator = torch.Generator(device).manual_seed(_epoch_seed(seed, epoch, 1))
+    rank = 0 if shared_mask_ratio else dist.rank()
+    step_generator = torch.Generator().manual_seed(_epoch_seed(seed, epoch, 3, rank))
     window = Window(device, accum_iter)
     steps = len(loader) // accum_iter
     largest = torch.zeros((), device=device)
@@ -108,7 +112,7 @@ def train_one_epoch(
         hold = nullcontext() if last or model is unwrap(model) else model.no_sync()
         with hold:
             with autocast(device, precision):
-                loss = model(latents, labels, generator)
+                loss = model(latents, labels, generator, step_generator)
             scaler.scale(loss / accum_iter).backward()
         window.add(loss, len(latents))
         if not last:
@@ -280,9 +284,9 @@ def latent_scale(network, dataset, *, batch_size, num_workers, device, seed=0):
     return float(elements.result()["sigma"].item() ** -0.5)
 
 
-def _epoch_seed(seed, epoch, stream):
-    """A seed for one epoch of one process, and one of its streams of randomness."""
-    keys = [seed, epoch, dist.rank(), stream]
+def _epoch_seed(seed, epoch, stream, rank=None):
+    """A seed for one epoch of one process (this one), and one of its streams of randomness."""
+    keys = [seed, epoch, dist.rank() if rank is None else rank, stream]
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 

@@ -108,6 +108,12 @@ def get_parser():
         "--mask_ratio_min", type=share, default=0.7, help="least share of unknown tokens"
     )
     group.add_argument(
+        "--mask_ratio_per_rank",
+        action="store_true",
+        help="each process draws its own ratio, as in the published code; they then wait for one "
+        "another",
+    )
+    group.add_argument(
         "--label_drop_prob", type=share, default=0.1, help="share of labels dropped, for guidance"
     )
     group.add_argument(
@@ -360,11 +366,13 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
         print0(f"NOTE: {line}")
 
     optimizer = torch.optim.AdamW(
-        engine.parameter_groups(model, args.weight_decay), lr=lr, betas=(0.9, 0.95)
+        engine.parameter_groups(model, args.weight_decay), lr=lr, betas=(0.9, 0.95), fused=True
     )
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     start = args.start_epoch
     if checkpoint and "optimizer" in checkpoint:
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group |= {"fused": True, "foreach": None}  # how, not what: whoever wrote the file
         optimizer.load_state_dict(checkpoint["optimizer"])
         optimizer.param_groups[1]["weight_decay"] = args.weight_decay
         start = checkpoint["epoch"] + 1
@@ -405,6 +413,7 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
             seed=args.seed,
             logger=logger,
             progress=progress,
+            shared_mask_ratio=not args.mask_ratio_per_rank,
         )
         config["latent_range"] = max(config["latent_range"], largest)
         last = epoch + 1 == args.epochs

@@ -7,10 +7,35 @@ float32, whatever precision the network runs in; the tables are made in float64.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from diffusion.schedule import spaced_timesteps
+
+
+@dataclass(frozen=True)
+class ReverseStep:
+    """One step of a reverse process in closed form; all numbers are the host's.
+
+    x ← from_x·x − from_noise·ε + τ·exp(log_deviation + v·log_deviation_v)·δ, the last term only if
+    `random`. `timestep` is what the network is told, `index` which of the draws δ is.
+    """
+
+    timestep: int
+    index: int
+    from_x: float
+    from_noise: float
+    random: bool
+    log_deviation: float = 0.0
+    log_deviation_v: float = 0.0
+
+    def __call__(self, x, predicted, v, noise=None, temperature=1.0):
+        """x, ε, v and δ, each (..., C), to the next x, in float32. noise: not needed at τ = 0."""
+        x = self.from_x * x - self.from_noise * predicted
+        if not self.random or temperature == 0:
+            return x
+        return x + temperature * (self.log_deviation + self.log_deviation_v * v).exp() * noise
 
 
 class GaussianDiffusion:
@@ -63,7 +88,7 @@ class GaussianDiffusion:
         """
         x_start, noise = x_start.float(), noise.float()
         x = self.q_sample(x_start, t, noise)
-        predicted, v = network(x, self._table("timesteps", t.device)[t]).float().chunk(2, dim=-1)
+        predicted, v = network(x, self._on("timesteps", t.device)[t]).float().chunk(2, dim=-1)
         losses = {"mse": (noise - predicted).square().mean(-1)}
         losses["loss"] = losses["mse"]
         if vlb:
@@ -76,12 +101,7 @@ class GaussianDiffusion:
 
         x_{i−1} = mean + τ·σ_i·δ with δ = `noise` (paper, section 3.2); none at the last step, i=0.
         """
-        t = self._table("timesteps", x.device)[i].expand(x.shape[:-1])
-        predicted, v = network(x, t).float().chunk(2, dim=-1)
-        mean = self._at("mean_from_x", i, x) * x - self._at("mean_from_noise", i, x) * predicted
-        if noise is None or i == 0:
-            return mean
-        return mean + temperature * (0.5 * self._log_variance(v, i)).exp() * noise
+        return self._take(self.step(i), network, x, noise, 0.0 if noise is None else temperature)
 
     def p_sample_loop(self, network, x, noise=None, temperature=1.0, max_timestep=None):
         """The reverse process from x (..., C), standard normal, to x_0.
@@ -93,9 +113,35 @@ class GaussianDiffusion:
         if temperature and noise is None:
             raise ValueError(f"temperature {temperature} needs noise; without it expected 0")
         x = x.float()
-        for i in reversed(range(self.first_step(max_timestep))):
-            x = self.p_sample(network, x, i, noise[i] if temperature else None, temperature)
+        for step in self.steps(max_timestep):
+            x = self._take(
+                step, network, x, noise[step.index] if temperature else None, temperature
+            )
         return x
+
+    def step(self, i):
+        """The ancestral step from x_i: a `ReverseStep`."""
+        log_high = self.betas[i].log().item()
+        log_low = self.posterior_log_variance_clipped[i].item()
+        return ReverseStep(
+            timestep=int(self.timesteps[i]),
+            index=i,
+            from_x=self.mean_from_x[i].item(),
+            from_noise=self.mean_from_noise[i].item(),
+            random=i > 0,
+            # half of log σ² for v in [−1, 1] (Nichol and Dhariwal 2021, eq. 15)
+            log_deviation=(log_low + log_high) / 4,
+            log_deviation_v=(log_high - log_low) / 4,
+        )
+
+    def steps(self, max_timestep=None):
+        """All steps of the reverse process, in the order in which they are taken."""
+        return [self.step(i) for i in reversed(range(self.first_step(max_timestep)))]
+
+    def _take(self, step, network, x, noise, temperature):
+        t = self._on("timesteps", x.device)[step.index].expand(x.shape[:-1])
+        predicted, v = network(x, t).float().chunk(2, dim=-1)
+        return step(x, predicted, v, noise, temperature)
 
     def first_step(self, max_timestep=None):
         """How many steps the reverse process has when started at `max_timestep` (None: all)."""
@@ -130,9 +176,9 @@ class GaussianDiffusion:
 
     def _at(self, table, t, like):
         """A table at steps t: a host integer gives (1,), a tensor (...) gives (..., 1)."""
-        return self._table(table, like.device)[t].unsqueeze(-1)
+        return self._on(table, like.device)[t].unsqueeze(-1)
 
-    def _table(self, name, device):
+    def _on(self, name, device):
         """A table on a device, floats in float32; copied there once."""
         if (name, device) not in self._on_device:
             table = getattr(self, name)

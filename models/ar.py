@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.autoregressive import Autoregressive, take
+from models.autoregressive import Autoregressive
 from models.latents import embed_tokens, initialize
-from models.layers import CausalBlock, KVCache
+from models.layers import Block, KVCache
 
 
 class AR(Autoregressive):
@@ -75,7 +76,7 @@ class AR(Autoregressive):
             self.target_pos_embed_learned = nn.Parameter(torch.zeros(1, self.seq_len, embed_dim))
         self.z_proj_ln = nn.LayerNorm(embed_dim, eps=1e-6)
         self.blocks = nn.ModuleList(
-            CausalBlock(embed_dim, num_heads, mlp_ratio, norm_layer, attn_dropout, proj_dropout)
+            Block(embed_dim, num_heads, mlp_ratio, norm_layer, attn_dropout, proj_dropout, True)
             for _ in range(depth)
         )
         self.norm = norm_layer(embed_dim)
@@ -92,43 +93,46 @@ class AR(Autoregressive):
             max_timestep=max_timestep,
         )
 
-    def teach(self, tokens, orders, classes, generator=None):
-        """Every place is asked for, in the order of generation: (N, L) and z (N, L, D)."""
-        places = orders.flip(1)
-        return places, self.run(tokens, places[:, :-1], places, classes)
+    def teach(self, tokens, orders, classes, generator=None, step_generator=None):
+        """Every token, in the order of generation: (N, L, C·p²) and z (N, L, D)."""
+        tokens, places = tokens.flip(1), orders.flip(1)
+        return tokens, self.run(tokens[:, :-1], places[:, :-1], places, classes)
 
-    def predict(self, tokens, known, asked, classes, cache=None):
-        """z (N, 1, D) at the one place asked (N, 1), from tokens (N, L, C·p²) at known (N, V)."""
-        places = known.flip(1)
-        return self.run(tokens, places, torch.cat([places, asked], 1), classes, cache)[:, -1:]
+    def predict(self, tokens, orders, asked, classes, cache=None):
+        """z (S·N, 1, D) of the one token asked; see `Autoregressive.predict`."""
+        known = slice(asked.stop, None)
+        places = orders[:, asked.start :].flip(1)
+        return self.run(tokens[:, known].flip(1), places[:, :-1], places, classes, cache)[:, -1:]
 
     def start_cache(self):
         """Room for the keys and values of the start token and all tokens but the last."""
         return KVCache(len(self.blocks), self.seq_len)
 
     def run(self, tokens, places, targets, classes, cache=None):
-        """z (N, 1 + V, D): after the start token and after each token at `places` (N, V).
+        """z (S·N, 1 + V, D): after the start token and after each of tokens (N, V, C·p²).
 
-        targets: (N, 1 + V), the place that each of them predicts. With a cache, z after those alone
-        that are not in it yet.
+        places: (N, V), where these lie. targets: (N, 1 + V), the place that each predicts. classes:
+        (S·N, D), S streams of the same tokens. With a cache, z after those alone that are not in it
+        yet.
         """
+        streams = len(classes) // len(tokens)
         seen = cache.length if cache else 0
-        places = places[:, max(0, seen - 1) :]
-        x = embed_tokens(self.z_proj, take(tokens, places))
-        positions = self.pos_embed_learned.expand(len(tokens), -1, -1)
-        x = x + take(positions[:, 1:], places)
+        new = slice(max(0, seen - 1), None)
+        first, others = self.pos_embed_learned[0].split([1, self.seq_len])
+        x = embed_tokens(self.z_proj, tokens[:, new]) + F.embedding(places[:, new], others)
+        x = x.repeat(streams, 1, 1)
         if not seen:
-            start = classes.unsqueeze(1) + positions[:, :1]
+            start = (classes + first).unsqueeze(1)
             x = torch.cat([start.to(x.dtype), x], dim=1)
         if self.order == "random":
-            table = self.target_pos_embed_learned.expand(len(tokens), -1, -1)
-            x = x + take(table, targets[:, seen:])
+            asked = F.embedding(targets[:, seen:], self.target_pos_embed_learned[0])
+            x = x + asked.repeat(streams, 1, 1)
         x = self.z_proj_ln(x)
         for i, block in enumerate(self.blocks):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, i, cache)
+                x = block(x, block=i, cache=cache)
         return self.norm(x)
 
     def check_orders(self, orders, name):

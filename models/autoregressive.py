@@ -31,22 +31,32 @@ class Autoregressive(LatentModel):
     one_at_a_time = False
     order = "random"
 
-    def forward(self, latents, labels, generator=None):
-        """The training loss, a scalar, of latents (N, C, h, w) with labels (N,)."""
+    def forward(self, latents, labels, generator=None, step_generator=None):
+        """The training loss, a scalar, of latents (N, C, h, w) with labels (N,).
+
+        step_generator: on the CPU, of what is drawn once for the whole step, so that processes can
+        share it; `generator` if not given.
+        """
         tokens = self.patchify(latents)  # (N, L, C·p²)
         orders = self.sample_orders(len(tokens), generator)  # (N, L)
         classes = self.embed_labels(labels, len(tokens), generator)  # (N, D)
-        asked, z = self.teach(tokens, orders, classes, generator)  # (N, A), (N, A, D)
-        return self.head(take(tokens, asked), z, generator=generator)
+        tokens = take(tokens, orders)
+        target, z = self.teach(tokens, orders, classes, generator, step_generator)
+        return self.head(target, z, generator=generator)
 
-    def teach(self, tokens, orders, classes, generator=None):
-        """In one training step: the asked positions (N, A) and z (N, A, D) there."""
+    def teach(self, tokens, orders, classes, generator=None, step_generator=None):
+        """In one training step: the tokens asked for (N, A, C·p²) and z (N, A, D) for them.
+
+        tokens: (N, L, C·p²), in the order of orders (N, L).
+        """
         raise NotImplementedError
 
-    def predict(self, tokens, known, asked, classes, cache=None):
-        """z (N, A, D) at positions asked (N, A), from tokens (N, L, C·p²) at known (N, V).
+    def predict(self, tokens, orders, asked, classes, cache=None):
+        """z (S·N, A, D) of the tokens asked, a slice of the orders (N, L).
 
-        cache: of `start_cache`, holding what was computed for the last ones of the known.
+        tokens: (N, L, C·p²) in the same order, known after the slice. classes: (S·N, D), for S
+        streams of the same tokens (with and without class, under guidance). cache: of
+        `start_cache`, holding what was computed for the last ones of the known.
         """
         raise NotImplementedError
 
@@ -116,23 +126,15 @@ class Autoregressive(LatentModel):
         classes = self.embed_labels(labels, bsz)
         if cfg != 1.0:
             classes = torch.cat([classes, self.embed_labels(None, bsz)])
-        streams = 1 if cfg == 1.0 else 2
         cache = self.start_cache()
+        draw = self.head.start_sampling(temperature, max_timestep=max_timestep)
 
         for step, remaining in enumerate(token_counts(unknown, num_iter)):
-            known, asked = orders[:, unknown:], orders[:, policy.first_asked(remaining) : unknown]
+            asked = slice(policy.first_asked(remaining), unknown)
             scale = CFG_SCHEDULES[cfg_schedule](cfg, remaining, self.seq_len)
-            z = self.predict(
-                tokens.repeat(streams, 1, 1),
-                known.repeat(streams, 1),
-                asked.repeat(streams, 1),
-                classes,
-                cache,
-            )
+            z = self.predict(tokens, orders, asked, classes, cache)
             z, z_uncond = (z, None) if cfg == 1.0 else z.chunk(2)
-            sampled = self.head.sample(z, temperature, scale, z_uncond, generator, max_timestep).to(
-                tokens.dtype
-            )
+            sampled = draw(z, scale, z_uncond, generator).to(tokens.dtype)
             orders, sampled = policy.settle(
                 orders,
                 sampled,
@@ -142,13 +144,14 @@ class Autoregressive(LatentModel):
                 (step + 1) / num_iter,
                 generator,
             )
-            tokens = tokens.scatter(1, columns(orders[:, remaining:unknown], sampled), sampled)
+            tokens[:, remaining:unknown] = sampled
             unknown = remaining
+            places = torch.zeros_like(tokens).scatter(1, columns(orders, tokens), tokens)
             still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :unknown], 1.0)
-            yield self.unpatchify(tokens), still
+            yield self.unpatchify(places), still
 
     def _start(self, bsz, policy, orders, generator, latents, mask):
-        """Orders, tokens to begin with, and how many tokens of each image are unknown."""
+        """Orders, tokens in them to begin with, and how many tokens of each image are unknown."""
         device = self.fake_latent.device
         if orders is None:
             orders = policy.start(bsz, self.seq_len, generator, device)
@@ -165,8 +168,9 @@ class Autoregressive(LatentModel):
             )
         # known tokens go to the end of the order, where those already generated are
         unknown_first = (~mask).gather(1, orders).byte().argsort(dim=1, stable=True)
+        orders = orders.gather(1, unknown_first)
         tokens = self.patchify(latents).float().masked_fill(mask.unsqueeze(-1), 0.0)
-        return orders.gather(1, unknown_first), tokens, int(unknown[0])
+        return orders, take(tokens, orders), int(unknown[0])
 
     def _pick_order(self, name):
         name = name or self.order

@@ -4,9 +4,13 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import create_diffusion
+from models.denoiser import Denoiser
+from models.linear import speed_up
+from util.graphs import Graphs, padded
 from util.rng import rand, randn
 
 QUARTERS = 4
@@ -112,6 +116,7 @@ class DiffLoss(Diffused):
         self.net = DenoisingMLP(target_channels, width, z_channels, depth, grad_checkpointing)
         self.diffusion_batch_mul = diffusion_batch_mul
         self.start_diffusion(num_sampling_steps, vlb, max_timestep)
+        self.graphs, self.arranged = Graphs(), None
 
     def forward(self, target, z, mask=None, generator=None):
         """Mean loss over tokens: target (..., C), z (..., D), mask (...) with 1 = counts."""
@@ -141,16 +146,67 @@ class DiffLoss(Diffused):
         stacked = cfg != 1.0 and z_uncond is None
         if stacked:
             z, z_uncond = z.chunk(2)
-        if noise is None:
-            noise = self.draw_noise((*z.shape[:-1], self.in_channels), generator, z.device)
-
-        def network(x, t):
-            if cfg == 1.0:
-                return self.net(x, t, z)
-            return self.net.with_cfg(x, t, z, z_uncond, cfg)
-
-        x = self.denoise(network, noise, temperature, max_timestep)
+        draw = self.start_sampling(temperature, max_timestep)
+        x = draw(z, cfg, z_uncond, generator, noise=noise)
         return torch.cat([x, x]) if stacked else x
+
+    @torch.no_grad()
+    def start_sampling(self, temperature=1.0, max_timestep=None):
+        """`sample` for many z of the same weights, which are arranged once.
+
+        Returns draw(z, cfg=1.0, z_uncond=None, generator=None, noise=None).
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature {temperature}: expected 0 or more")
+        start = self.max_timestep if max_timestep is None else max_timestep
+        steps = self.gen_diffusion.steps(start)
+        weight = self.net.input_proj.weight
+        kind = weight.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            denoiser = self._arrange(dtype)
+            times = denoiser.embed_times(steps)
+
+        def draw(z, cfg=1.0, z_uncond=None, generator=None, noise=None):
+            if noise is None:
+                noise = self.draw_noise((*z.shape[:-1], self.in_channels), generator, z.device)
+            noise = noise.reshape(len(noise), -1, self.in_channels)
+            both = [z.flatten(0, -2)] if cfg == 1.0 else [z.flatten(0, -2), z_uncond.flatten(0, -2)]
+            x = self._denoise(denoiser, steps, times, both, noise, cfg, temperature)
+            return x.view(*z.shape[:-1], self.in_channels)
+
+        return draw
+
+    @torch.no_grad()
+    def _denoise(self, denoiser, steps, times, both, noise, cfg, temperature):
+        """Tokens (R, C) for z of one stream or both, each (R, D), from noise (S + 1, R, C)."""
+        rows, guided = noise.shape[1], len(both) > 1
+
+        def run(times, z, noise, *cfg):
+            return denoiser.run(steps, times, z, noise, *(cfg or (None,)), temperature)
+
+        inputs = [times, torch.cat(both), noise]
+        if self.graphs.usable(noise.device):
+            more = padded(rows) - rows
+            z = torch.cat([F.pad(z, (0, 0, 0, more)) for z in both])
+            inputs = [times, z, F.pad(noise, (0, 0, 0, more))]
+        inputs += [torch.full((), cfg, device=noise.device)] if guided else []
+        with torch.autocast(noise.device.type, enabled=False):
+            return self.graphs((tuple(steps), temperature), run, *inputs)[:rows]
+
+    def _arrange(self, dtype):
+        """The weights as they are now, in this type, where recordings of them can be replayed."""
+        weight, fresh = self.net.input_proj.weight, Denoiser(self.net, dtype)
+        if not self.graphs.usable(weight.device):
+            return fresh
+        # recordings read the weights where they were
+        places = (dtype, *(p.data_ptr() for p in self.net.parameters()))
+        if self.arranged and self.arranged[0] == places:
+            self.arranged[1].take_over(fresh)
+        else:
+            self.arranged, self.graphs = (places, fresh), Graphs()
+        return self.arranged[1]
 
 
 class DenoisingMLP(nn.Module):
@@ -165,6 +221,7 @@ class DenoisingMLP(nn.Module):
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
         self.final_layer = FinalLayer(width, 2 * in_channels)
         self._initialize()
+        speed_up(self)
 
     def forward(self, x, t, z):
         """x (..., C), t (...), z (..., D), broadcast against each other, give (..., 2C)."""

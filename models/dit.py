@@ -65,7 +65,7 @@ class DiT(LatentModel, Diffused):
         """What holds the diffusion: the model itself."""
         return self
 
-    def forward(self, latents, labels, generator=None):
+    def forward(self, latents, labels, generator=None, step_generator=None):
         """The training loss, a scalar, of latents (N, C, h, w) with labels (N,)."""
         tokens = self.patchify(latents)
         classes = self.embed_labels(labels, len(tokens), generator)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.diffloss import DiffLoss
+from models.linear import speed_up
 from util.rng import rand
 
 
@@ -21,6 +22,15 @@ class Head(nn.Module):
         self.linear = nn.Linear(z_channels, out_channels)
         nn.init.xavier_uniform_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
+        speed_up(self)
+
+    def start_sampling(self, temperature=1.0, **settings):
+        """`sample` as the sampling loop calls it. There are no settings of a diffusion to heed."""
+
+        def draw(z, cfg=1.0, z_uncond=None, generator=None, progress=0.0):
+            return self.sample(z, temperature, cfg, z_uncond, generator)
+
+        return draw
 
     def respace(self, num_sampling_steps):
         """There are no diffusion steps to change."""
@@ -55,7 +65,7 @@ class CrossEntropy(Head):
         return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
 
     @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None, max_timestep=None):
+    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
         """Ids (..., 1) drawn from softmax(logits / τ) for z (..., D); at τ = 0 the likeliest.
 
         One uniform number a token is drawn, and looked up in the cumulated probabilities.
@@ -88,7 +98,7 @@ class L2(Head):
         return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
 
     @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None, max_timestep=None):
+    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
         """The mean of the token, (..., C), for z (..., D)."""
         return self.guided(z, cfg, z_uncond)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models.linear import speed_up
 from util.rng import rand
 
 
@@ -93,6 +94,7 @@ def embed_tokens(embedding, tokens):
 def initialize(model):
     """Linears Xavier-uniform with zero bias; tables, which are parameters of the model itself, and
     embeddings, from a normal of deviation 0.02, as published."""
+    speed_up(model)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,9 +1,11 @@
-"""Transformer blocks with causal attention, and the cache that saves their keys and values."""
+"""Transformer blocks, and the cache that saves keys and values of causal ones."""
 
 import torch
 from timm.layers import Mlp
 from torch import nn
 from torch.nn import functional as F
+
+from models.linear import linear
 
 
 class KVCache:
@@ -31,44 +33,79 @@ class KVCache:
             self.length = end
         return self.held[0, block, :, :, :end], self.held[1, block, :, :, :end]
 
+    def keep(self, count):
+        """Forget all but the first `count` sequences."""
+        if self.held is not None:
+            self.held = self.held[:, :, :count]
 
-class CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and those before it."""
 
-    def __init__(self, width, heads, attn_dropout=0.0, proj_dropout=0.0):
+class Attention(nn.Module):
+    """Self-attention. causal: a token sees itself and those before it."""
+
+    def __init__(self, width, heads, attn_dropout=0.0, proj_dropout=0.0, causal=False):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width}: expected a multiple of the {heads} heads")
-        self.heads, self.attn_dropout = heads, attn_dropout
+        self.heads, self.attn_dropout, self.causal = heads, attn_dropout, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.proj_drop = nn.Dropout(proj_dropout)
 
-    def forward(self, x, block=0, cache=None):
-        """x (N, n, D), the tokens that are new where there is a cache: (N, n, D)."""
-        bsz, new, width = x.shape
-        q, k, v = self.qkv(x).view(bsz, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+    def forward(self, x, rows=None, mask=None, block=0, cache=None):
+        """x (N, n, D) to (N, n, D), or of the tokens that the slice `rows` takes alone.
+
+        mask: of the keys, 1 = seen, broadcast to (N, heads, n, n). cache: holds the tokens before
+        x, of a causal model; block: this one's number in it.
+        """
+        q, k, v = self.project(x, rows)
         if cache is not None:
             k, v = cache.append(block, k, v)
-        seen, mask = k.shape[2], None
-        if 1 < new < seen:
+        new, seen = q.shape[2], k.shape[2]
+        if self.causal and 1 < new < seen:
             mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+        return self.attend(q, k, v, mask, causal=self.causal and 1 < new == seen)
+
+    def project(self, x, rows=None):
+        """Queries, keys and values, each (N, heads, n, D), the queries of `rows` alone."""
+        if rows is None:
+            return self._split(self.qkv(x), 3)
+        width = x.shape[-1]
+        weight, bias = self.qkv.weight, self.qkv.bias
+        (q,) = self._split(linear(x[:, rows], weight[:width], bias[:width]), 1)
+        return q, *self._split(linear(x, weight[width:], bias[width:]), 2)
+
+    def attend(self, q, k, v, mask=None, causal=False):
+        """What the queries (N, heads, n, D) find, projected: (N, n, heads·D)."""
         dropout = self.attn_dropout if self.training else 0.0
-        causal = 1 < new == seen
         x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(bsz, new, width)))
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def _split(self, x, parts):
+        """(N, n, parts·D) to `parts` of (N, heads, n, D / heads)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-class CausalBlock(nn.Module):
-    """A pre-norm block: x + attention(LN(x)), then x + MLP(LN(x))."""
+class Block(nn.Module):
+    """A pre-norm block: x + attention(LN(x)), then x + MLP(LN(x)). Named as timm's."""
 
-    def __init__(self, width, heads, mlp_ratio, norm_layer, attn_dropout=0.0, proj_dropout=0.0):
+    def __init__(
+        self,
+        width,
+        heads,
+        mlp_ratio,
+        norm_layer,
+        attn_dropout=0.0,
+        proj_dropout=0.0,
+        causal=False,
+    ):
         super().__init__()
         self.norm1 = norm_layer(width)
-        self.attn = CausalAttention(width, heads, attn_dropout, proj_dropout)
+        self.attn = Attention(width, heads, attn_dropout, proj_dropout, causal)
         self.norm2 = norm_layer(width)
         self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_dropout)
 
-    def forward(self, x, block=0, cache=None):
-        x = x + self.attn(self.norm1(x), block, cache)
+    def forward(self, x, rows=None, mask=None, block=0, cache=None):
+        """x (N, n, D) to (N, n, D), of `rows` alone where they are given. See `Attention`."""
+        attended = self.attn(self.norm1(x), rows, mask, block, cache)
+        x = (x if rows is None else x[:, rows]) + attended
         return x + self.mlp(self.norm2(x))

@@ -4,12 +4,13 @@ import math
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from models.autoregressive import Autoregressive, columns, take
+from models.autoregressive import Autoregressive
 from models.latents import embed_tokens, initialize
+from models.layers import Block
 from util.rng import rand
 
 MASK_RATIO_STD = 0.25
@@ -75,10 +76,9 @@ class MAR(Autoregressive):
         block = partial(
             Block,
             mlp_ratio=mlp_ratio,
-            qkv_bias=True,
-            proj_drop=proj_dropout,
-            attn_drop=attn_dropout,
             norm_layer=norm_layer,
+            attn_dropout=attn_dropout,
+            proj_dropout=proj_dropout,
         )
 
         self.z_proj = self._token_embedding(encoder_embed_dim)
@@ -114,15 +114,11 @@ class MAR(Autoregressive):
             max_timestep=max_timestep,
         )
 
-    def teach(self, tokens, orders, classes, generator=None):
-        """In one training step: the asked positions (N, A) and z (N, A, D) there."""
-        known, asked = self.split(orders, generator)
-        return asked, self.predict(tokens, known, asked, classes)
-
-    def split(self, orders, generator=None):
-        """The first ceil(ratio·L) positions of each order are asked for, one ratio a step."""
-        unknown = math.ceil(self.sample_mask_ratio(generator) * self.seq_len)
-        return orders[:, unknown:], orders[:, :unknown]
+    def teach(self, tokens, orders, classes, generator=None, step_generator=None):
+        """In one training step: the first ceil(ratio·L) tokens of each order, (N, A, C·p²), z."""
+        ratio = self.sample_mask_ratio(step_generator or generator)
+        asked = slice(0, math.ceil(ratio * self.seq_len))
+        return tokens[:, asked], self.predict(tokens, orders, asked, classes)
 
     def sample_mask_ratio(self, generator=None):
         """A draw from N(1, 0.25²) truncated to [mask_ratio_min, 1] (paper, appendix B)."""
@@ -130,42 +126,59 @@ class MAR(Autoregressive):
         u = low + (0.5 - low) * rand((), generator).cpu()
         return min(1.0, float(1 + MASK_RATIO_STD * torch.special.ndtri(u)))
 
-    def predict(self, tokens, known, asked, classes, cache=None):
-        """z (N, A, D) at positions asked (N, A), from tokens (N, L, C·p²) at known (N, V)."""
-        x = self.encode(take(tokens, known), known, classes)  # (N, B + V, D)
-        z = self.decode(x, known)  # (N, L, D)
-        return take(z, asked)  # (N, A, D)
+    def predict(self, tokens, orders, asked, classes, cache=None):
+        """z (S·N, A, D) of the tokens asked; see `Autoregressive.predict`."""
+        known = slice(asked.stop, None)
+        x = self.encode(tokens[:, known], orders[:, known], classes)  # (S·N, B + V, D)
+        return self.decode(x, orders, asked)
 
-    def encode(self, tokens, known, classes):
-        """Tokens (N, V, C·p²) at positions known (N, V), behind B class tokens: (N, B+V, D)."""
-        buffer = classes.unsqueeze(1).expand(-1, self.buffer_size, -1)
-        positions = self.encoder_pos_embed_learned.expand(len(tokens), -1, -1)
-        x = embed_tokens(self.z_proj, tokens)
-        x = torch.cat([buffer, x], dim=1)
-        x = x + torch.cat(
+    def encode(self, tokens, places, classes):
+        """Tokens (N, V, C·p²) at places (N, V), behind B class tokens: (S·N, B + V, D).
+
+        classes: (S·N, D), S streams of the same tokens.
+        """
+        streams = len(classes) // len(tokens)
+        of_buffer, of_tokens = self._positions(self.encoder_pos_embed_learned)
+        buffer = classes.unsqueeze(1) + of_buffer
+        x = embed_tokens(self.z_proj, tokens) + F.embedding(places, of_tokens)
+        x = self.z_proj_ln(torch.cat([buffer, x.repeat(streams, 1, 1)], dim=1))
+        return self.encoder_norm(self._run(self.encoder_blocks, x))
+
+    def decode(self, x, orders, asked):
+        """z (S·N, A, D) at orders[:, asked] (N, L), from what `encode` gave for those after it.
+
+        Tokens stay in the order of generation: unknown ones, each a mask token, then known ones.
+        """
+        streams, buffer = len(x) // len(orders), self.buffer_size
+        of_buffer, of_tokens = self._positions(self.decoder_pos_embed_learned)
+        places = F.embedding(orders, of_tokens)
+        masked = self.mask_token + places[:, : asked.stop]
+        x = self.decoder_embed(x)
+        x = torch.cat(
             [
-                positions[:, : self.buffer_size],
-                take(positions[:, self.buffer_size :], known),
+                x[:, :buffer] + of_buffer,
+                masked.repeat(streams, 1, 1),
+                x[:, buffer:] + places[:, asked.stop :].repeat(streams, 1, 1),
             ],
             dim=1,
         )
-        return self.encoder_norm(self._run(self.encoder_blocks, self.z_proj_ln(x)))
+        rows = slice(buffer + asked.start, buffer + asked.stop)
+        x = self.decoder_norm(self._run(self.decoder_blocks, x, rows))
+        last = F.embedding(orders[:, asked], self.diffusion_pos_embed_learned[0])
+        return x + last.repeat(streams, 1, 1)
 
-    def decode(self, x, known):
-        """Encoded tokens (N, B+V, D) and mask tokens at all other positions give z (N, L, D)."""
-        x = self.decoder_embed(x)
-        buffer, x = x[:, : self.buffer_size], x[:, self.buffer_size :]
-        masked = self.mask_token.to(x.dtype).expand(len(x), self.seq_len, -1)
-        x = torch.cat([buffer, masked.scatter(1, columns(known, x), x)], dim=1)
-        x = self._run(self.decoder_blocks, x + self.decoder_pos_embed_learned)
-        return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
+    def _positions(self, table):
+        """A table of positions, of the class tokens (B, D) and of the others (L, D)."""
+        return table[0].split([self.buffer_size, self.seq_len])
 
-    def _run(self, blocks, x):
+    def _run(self, blocks, x, rows=None):
+        """x through all blocks; of the last one only the `rows`."""
         for block in blocks:
+            wanted = rows if block is blocks[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, wanted, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, wanted)
         return x
 
 

@@ -12,6 +12,7 @@ from rule import GOLDEN, by_rule, rule_input
 
 import models.diffloss
 from models.autoregressive import take
+from models.denoiser import Denoiser
 from models.mar import mar_base, mar_huge, mar_large, mar_tiny
 from models.order import token_counts
 from util.rng import image_generators
@@ -84,17 +85,19 @@ def test_encoder_and_z(golden, masked):
     """Encoder output and z with the first tokens of each order unknown."""
     model, latents, values = golden
     tokens, orders = model.patchify(latents), values["orders"]
-    known = orders[:, masked:].sort(1).values
+    orders = torch.cat([orders[:, :masked], orders[:, masked:].sort(1).values], dim=1)
+    tokens, asked = take(tokens, orders), slice(0, masked)
     with torch.no_grad():
         classes = model.embed_labels(LABELS, 3)
-        encoded = model.encode(take(tokens, known), known, classes)
+        encoded = model.encode(tokens[:, masked:], orders[:, masked:], classes)
         close(encoded, values[f"masked{masked}/encoder"])
-        close(model.decode(encoded, known), values[f"masked{masked}/z"])
+        z = model.decode(encoded, orders, asked)
+        close(z, take(values[f"masked{masked}/z"], orders[:, asked]))
         if masked == 12:
-            z = model.decode(
-                model.encode(take(tokens, known), known, model.embed_labels(None, 3)), known
-            )
-            close(z, values["masked12/z_uncond"])
+            both = torch.cat([classes, model.embed_labels(None, 3)])
+            z, z_uncond = model.predict(tokens, orders, asked, both).chunk(2)
+            close(z, take(values["masked12/z"], orders[:, asked]))
+            close(z_uncond, take(values["masked12/z_uncond"], orders[:, asked]))
 
 
 @pytest.mark.parametrize("num_iter", [1, 4, 16])
@@ -150,16 +153,16 @@ def generator(seed=0):
 
 def test_unknown_tokens_do_not_leak(model):
     """Changing tokens that are not known leaves z alone; changing a known one does not."""
-    tokens = rule_input("tokens", (2, 16, 16))
-    orders = model.sample_orders(2, generator())
-    known, asked = orders[:, 10:], orders[:, :10]
-    changed_unknown = tokens.scatter(1, asked.unsqueeze(-1).expand(-1, -1, 16), 99.0)
-    changed_known = tokens.scatter(1, known[:, :1].unsqueeze(-1).expand(-1, -1, 16), 99.0)
+    tokens = rule_input("tokens", (2, 16, 16))  # in the order of generation
+    orders, asked = model.sample_orders(2, generator()), slice(4, 10)
+    changed_unknown, changed_known = tokens.clone(), tokens.clone()
+    changed_unknown[:, :10] = 99.0
+    changed_known[:, 10] = 99.0
     with torch.no_grad():
         classes = model.embed_labels(torch.tensor([3, 5]), 2)
-        z = model.predict(tokens, known, asked, classes)
-        assert torch.equal(z, model.predict(changed_unknown, known, asked, classes))
-        assert not torch.allclose(z, model.predict(changed_known, known, asked, classes))
+        z = model.predict(tokens, orders, asked, classes)
+        assert torch.equal(z, model.predict(changed_unknown, orders, asked, classes))
+        assert not torch.allclose(z, model.predict(changed_known, orders, asked, classes))
 
 
 def test_every_parameter_gets_a_gradient():
@@ -310,14 +313,27 @@ def test_bfloat16_weights_work(model):
 
 def test_the_first_reverse_step_is_in_float32(model, monkeypatch):
     """Under autocast too: it magnifies the network's error by hundreds, the others hardly do."""
-    dtypes = []
-    linear = model.diffloss.net.final_layer.linear
-    handle = linear.register_forward_hook(lambda module, x, y: dtypes.append(y.dtype))
+    used = []
+    first, rest = Denoiser._first, Denoiser._network
+
+    def noted(name, function):
+        def call(self, *args, **kwargs):
+            x = function(self, *args, **kwargs)
+            used.append((name, x.dtype))
+            return x
+
+        return call
+
+    head = model.diffloss
+    monkeypatch.setattr(Denoiser, "_first", noted("first", first))
+    monkeypatch.setattr(Denoiser, "_network", noted("rest", rest))
+    head.net.final_layer.linear.register_forward_hook(
+        lambda module, x, y: used.append(("linear", y.dtype))
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        model.diffloss.sample(rule_input("z", (4, 64)))
-    handle.remove()
-    assert dtypes[0] == torch.float32
-    assert len(dtypes) > 5 and set(dtypes[1:]) == {torch.bfloat16}
+        head.sample(rule_input("z", (4, 64)))
+    assert used[:2] == [("linear", torch.float32), ("first", torch.float32)]
+    assert len(used) > 5 and set(used[2:]) == {("rest", torch.bfloat16)}
 
 
 @pytest.mark.parametrize(

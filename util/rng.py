@@ -34,7 +34,10 @@ def _draw(function, shape, generator, device):
             raise ValueError(
                 f"{len(generator)} generators for a batch of {shape[0]}: expected one each"
             )
-        draws = [function(shape[1:], generator=g, device=g.device) for g in generator]
-        return torch.stack(draws).to(device)
+        draws = torch.stack([function(shape[1:], generator=g, device=g.device) for g in generator])
+        if draws.device == torch.device(device or "cpu"):
+            return draws
+        # from page-locked memory, so that the next draws are made while the device works
+        return draws.pin_memory().to(device, non_blocking=True)
     source = device if generator is None else generator.device
     return function(shape, generator=generator, device=source).to(device)

@@ -1,0 +1,89 @@
+"""Linear layers in float32 on a CPU, by oneDNN.
+
+Torch asks MKL for them, whose kernels are slow on processors that are not Intel's, and for few rows
+on any: `benchmarks/RESULTS.md` has the ratio. Elsewhere all here is torch's own. Results differ by
+rounding.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+SMALLEST = 128 * 128  # below it the call costs more than the product
+AVAILABLE = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)
+enabled = True  # the benchmark turns it off, to tell what else is fast
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with `linear` for its product."""
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+
+def speed_up(model):
+    """Make the linear layers of a model those of this file; parameters and names stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+
+
+def linear(x, weight, bias=None):
+    """x (..., I) with weight (O, I) and bias (O,) gives (..., O); differentiable once."""
+    if not _fits(x, weight):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def pack(weight):
+    """A weight as `packed_linear` takes it: in oneDNN's own layout where that is used, a copy."""
+    if _fits(weight, weight):
+        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+    return weight.detach()
+
+
+def packed_linear(x, weight, bias=None):
+    """`linear` without a gradient, for a weight of `pack`."""
+    return _product(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)
+
+
+def _fits(x, weight):
+    return (
+        enabled
+        and AVAILABLE
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and weight.numel() >= SMALLEST
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _product(x, weight, bias=None):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _product(grads, weight.t()).view_as(x)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _product(grads.t().contiguous(), rows.t())
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            grad_bias = grads.sum(0)
+        return grad_x, grad_weight, grad_bias

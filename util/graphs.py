@@ -1,0 +1,61 @@
+"""Many small kernels as one launch, where the device can."""
+
+import torch
+
+from util.dist import print0
+
+
+class Graphs:
+    """Records what functions of tensors do on a CUDA device, and replays it; elsewhere calls them.
+
+    A function is recorded once for each key and shapes of its inputs. It must not wait for the
+    device, and what else it reads must stay where it is. A copy of this object, or one that was
+    written to a file, begins with no recordings.
+    """
+
+    def __init__(self):
+        self.recorded, self.pool, self.possible = {}, None, True
+
+    def __reduce__(self):
+        return Graphs, ()
+
+    def usable(self, device):
+        """Whether recordings are made on this device."""
+        return self.possible and device.type == "cuda"
+
+    def __call__(self, key, function, *inputs):
+        """function(*inputs), a tensor. key: names the function and all else that it depends on."""
+        if not self.usable(inputs[0].device):
+            return function(*inputs)
+        key = (key, *((x.shape, x.dtype) for x in inputs))
+        if key not in self.recorded:
+            try:
+                self.recorded[key] = self._record(function, inputs)
+            except RuntimeError as error:
+                self.possible = False
+                reason = str(error).strip().splitlines()[0]
+                print0(f"NOTE: no CUDA graphs here ({reason}): sampling is slower at small batches")
+                return function(*inputs)
+        graph, held, output = self.recorded[key]
+        torch._foreach_copy_(held, list(inputs))
+        graph.replay()
+        return output.clone()  # the next replay, of any graph of the pool, writes over it
+
+    def _record(self, function, inputs):
+        held = [x.clone() for x in inputs]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries set themselves up at the first call
+            function(*held)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            output = function(*held)
+        self.pool = graph.pool()
+        return graph, held, output
+
+
+def padded(count):
+    """`count` rounded up to one of few sizes, at most a quarter above it beyond 32."""
+    step = max(8, 1 << max(0, count.bit_length() - 3))
+    return -(-count // step) * step
