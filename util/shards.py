@@ -15,6 +15,7 @@ may go on with another number of processes.
 
 import hashlib
 import json
+import math
 import os
 from contextlib import ExitStack
 from itertools import chain
@@ -238,8 +239,10 @@ class ShardedCache(Dataset):
                 "tokenizer and --img_size"
             )
         self.shards, self.shard_size = manifest["shards"], manifest["shard_size"]
-        self.dtype, self.labels = np.dtype(manifest["dtype"]), self._read("labels")
-        self.views = [self._map("moments"), self._map("flips")]
+        self.labels = self._read("labels")
+        self.dtype = np.dtype(manifest["dtype"])
+        self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.maps = [self._map("moments"), self._map("flips")]
 
     def __reduce__(self):  # to a worker that is spawned go the names of the files, not the data
         return ShardedCache, (self.folder, self.shape)
@@ -253,16 +256,20 @@ class ShardedCache(Dataset):
 
     def __getitems__(self, indices):
         flips = (torch.rand(len(indices)) < 0.5).tolist()
-        moments = np.empty((len(indices), *self.shape), self.dtype)
-        for row, index, flip in zip(moments, indices, flips, strict=True):
-            shard, place = divmod(index, self.shard_size)
-            row[...] = self.views[flip][shard][place]
+        # joining bytes takes two thirds of the time of copying rows of arrays one by one
+        rows = bytearray().join([self._row(i, f) for i, f in zip(indices, flips, strict=True)])
+        moments = np.frombuffer(rows, self.dtype).reshape(len(indices), *self.shape)
         return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
 
     def pair(self, index):
         """Moments of an image and of its mirror image, arrays (C, h, w)."""
+        rows = [self._row(index, flip) for flip in (False, True)]
+        return [np.frombuffer(row, self.dtype).reshape(self.shape) for row in rows]
+
+    def _row(self, index, flip):
         shard, place = divmod(index, self.shard_size)
-        return tuple(views[shard][place] for views in self.views)
+        start = place * self.row_bytes
+        return self.maps[flip][shard][start : start + self.row_bytes]
 
     def names(self):
         """class/name.ext of all images."""
@@ -272,8 +279,9 @@ class ShardedCache(Dataset):
         return np.concatenate([self._load(shard, part) for shard in self.shards])
 
     def _map(self, part):
-        # plain views of the maps: np.memmap's own indexing takes longer than the copy of a row
-        return [np.asarray(self._load(shard, part, (*self.shape,), "r")) for shard in self.shards]
+        """The bytes of the rows of each shard, which are read when they are needed."""
+        arrays = [self._load(shard, part, self.shape, "r") for shard in self.shards]
+        return [memoryview(array.reshape(-1).view(np.uint8)) for array in arrays]
 
     def _load(self, shard, part, shape=(), mode=None):
         path, expected = self.folder / f"{shard['file']}.{part}.npy", (shard["count"], *shape)
