@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils.data import Subset
 
 from models.diffloss import Diffused
-from util import dist
-from util.data import plain_loader, read_moments
+from util import dist, shards
+from util.data import batch_loader, plain_loader, read_moments, write_moments
 from util.dist import print0
 from util.evaluation import Accumulator
 from util.features import INCEPTION
-from util.files import replacing
 from util.images import grid, to_uint8
 from util.logger import Progress, Stopwatch
 from util.metrics import SSIM_WINDOW, RunningStatistics, frechet_distance, psnr, ssim
@@ -104,7 +103,7 @@ def train_one_epoch(
         batch = batch.to(device, non_blocking=True)
         labels = labels.to(device, non_blocking=True)
         with torch.no_grad():
-            moments = batch if cached else tokenizer.encode(batch)
+            moments = batch.float() if cached else tokenizer.encode(batch)  # shards are float16
             latents = tokenizer.sample(moments, generator)
             largest = torch.maximum(largest, latents.abs().max())
 
@@ -414,19 +413,40 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     loader = plain_loader(Subset(dataset, todo), batch_size, num_workers)
     progress = Progress(max(1, len(todo)), "caching", "img")
     for start, (images, _) in zip(range(0, len(todo), batch_size), loader, strict=True):
-        images = images.to(device)
-        with torch.no_grad():
-            moments = tokenizer.encode(images).float().cpu().numpy()
-            flipped = tokenizer.encode(images.flip(-1)).float().cpu().numpy()
-        for index, one, other in zip(todo[start:], moments, flipped, strict=False):
-            # numpy adds .npz to a name that lacks it, so it is given an open file
-            path = folder / f"{dataset.name(index)}.npz"
-            with replacing(path) as beside, open(beside, "wb") as file:
-                np.savez(file, moments=one, moments_flip=other)
+        moments = moments_and_flips(tokenizer, images.to(device))
+        for index, one, other in zip(todo[start:], *moments, strict=False):
+            write_moments(folder / f"{dataset.name(index)}.npz", one, other)
         progress.update(len(images))
     progress.close()
     written = sum(dist.all_gather(len(todo)))
     return written, len(dataset) - written
+
+
+def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, device):
+    """The same as `cache_latents` in a few large files, for which see util/shards.py.
+
+    facts: what made the latents, for the manifest.
+    """
+    side = dataset.img_size // tokenizer.stride
+    facts = {
+        **facts,
+        "shape": [tokenizer.moment_channels, side, side],
+        "dtype": "int32" if tokenizer.num_codes else "float16",  # 16,384 codes are too many for it
+        "classes": dataset.classes,
+    }
+
+    def read(batches):
+        for images, _ in batch_loader(dataset, batches, num_workers):
+            yield moments_and_flips(tokenizer, images.to(device))
+
+    names = [dataset.name(i) for i in range(len(dataset))]
+    return shards.write(folder, facts, names, dataset.targets, read, batch_size)
+
+
+@torch.no_grad()
+def moments_and_flips(tokenizer, images):
+    """Moments of images (N, I, H, W) and of their mirror images, arrays (N, 2C, h, w), float32."""
+    return [tokenizer.encode(x).float().cpu().numpy() for x in (images, images.flip(-1))]
 
 
 def deliver(batches, writers):

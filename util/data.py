@@ -5,7 +5,6 @@ latent. What is wrong with the data is said before any training, in one line.
 """
 
 import hashlib
-import json
 import os
 from functools import partial
 from itertools import chain
@@ -22,6 +21,7 @@ from util.crop import center_crop_arr
 from util.dist import all_gather, is_main, print0, rank, world_size
 from util.files import replacing
 from util.logger import Progress
+from util.shards import ShardedCache, read_manifest, write_manifest
 
 DIGITS = "digits"
 SHOWN = 3  # files that a message names
@@ -66,23 +66,29 @@ class ImageFolder(datasets.ImageFolder):
 class CachedFolder(datasets.DatasetFolder):
     """Moments of `root`/class/name.npz as main_cache.py writes them, the flipped one half the time.
 
-    A file has float32 `moments` and `moments_flip`, each (2C, h, w): the published layout.
+    A file has float32 `moments` and `moments_flip`, each (2C, h, w): the published layout. shape:
+    the one that is expected, None for any.
     """
 
-    def __init__(self, root, shape):
+    def __init__(self, root, shape=None):
         try:
             super().__init__(str(root), loader=self._load, extensions=(".npz",))
         except FileNotFoundError as error:
             raise ValueError(
                 f"--cached_path {str(root)!r}: expected a folder of latents a class ({error})"
             ) from None
-        self.shape = tuple(shape)
-        self._load(self.samples[0][0])
+        self.shape = shape and tuple(shape)
+        if shape:
+            self._load(self.samples[0][0])
+
+    def name(self, index):
+        """The path of an image below its folder of images, class/name.ext."""
+        return str(Path(self.samples[index][0]).relative_to(self.root)).removesuffix(".npz")
 
     def _load(self, path):
         name = "moments_flip" if torch.rand(()) < 0.5 else "moments"
         moments = read_moments(path, (name,))[name]
-        if moments.shape != self.shape:
+        if self.shape and moments.shape != self.shape:
             raise ValueError(
                 f"{path}: moments of shape {moments.shape}, expected {self.shape} for this "
                 "tokenizer and --img_size"
@@ -90,27 +96,22 @@ class CachedFolder(datasets.DatasetFolder):
         return torch.from_numpy(moments)
 
 
-MANIFEST = "cache.json"
-
-
-def check_cache(folder, tokenizer_sha256, img_size, write=False):
+def check_cache(folder, tokenizer_sha256, img_size, write=False, **more):
     """Compare what made the latents in `folder`, if it says so, with what would use them.
 
-    write: say it from now on. A cache of the published code says nothing. Raises ValueError where
-    they differ: latents of two tokenizers or sizes must not be mixed.
+    write: say it from now on, and `more`. A cache of the published code says nothing, one that was
+    made of it has null. Raises ValueError where they differ: latents of two tokenizers or sizes
+    must not be mixed.
     """
-    path, ours = Path(folder) / MANIFEST, {"tokenizer": tokenizer_sha256, "img_size": img_size}
-    if path.is_file():
-        theirs = json.loads(path.read_text())
-        for name, value in ours.items():
-            if theirs.get(name) != value:
-                raise ValueError(
-                    f"{folder}: latents of {name} {str(theirs.get(name))[:12]}, here it is "
-                    f"{str(value)[:12]}; pass another --cached_path"
-                )
-    elif write:
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(ours))
+    ours, theirs = {"tokenizer": tokenizer_sha256, "img_size": img_size}, read_manifest(folder)
+    for name, value in ours.items():
+        if theirs.get(name) not in (None, value):
+            raise ValueError(
+                f"{folder}: latents of {name} {str(theirs[name])[:12]}, here it is "
+                f"{str(value)[:12]}; pass another --cached_path"
+            )
+    if write and not theirs:
+        write_manifest(folder, {**ours, **more})
 
 
 def read_moments(path, names=("moments", "moments_flip")):
@@ -122,6 +123,13 @@ def read_moments(path, names=("moments", "moments_flip")):
         raise ValueError(
             f"{path}: not a cached latent ({error}); delete it and cache again"
         ) from None
+
+
+def write_moments(path, moments, moments_flip):
+    """One cached image, as `read_moments` reads it; whole or not at all."""
+    # numpy adds .npz to a name that lacks it, so it is given an open file
+    with replacing(path) as beside, open(beside, "wb") as file:
+        np.savez(file, moments=moments, moments_flip=moments_flip)
 
 
 def digits(split):
@@ -170,8 +178,13 @@ def image_folder(data_path, img_size, workers=4, record=None, flip=True, split="
 
 
 def cached_set(cached_path, shape, class_num):
-    """The cached latents below `cached_path`, of moments with this shape. Raises ValueError."""
-    return _checked(CachedFolder(cached_path, shape), class_num, cached_path)
+    """The cached latents below `cached_path`, in either layout, of moments with this shape.
+
+    Raises ValueError.
+    """
+    sharded = read_manifest(cached_path).get("layout") == "shards"
+    kind = ShardedCache if sharded else CachedFolder
+    return _checked(kind(cached_path, shape), class_num, cached_path)
 
 
 def _checked(dataset, class_num, source):
@@ -253,6 +266,11 @@ def plain_loader(dataset, batch_size, num_workers):
     return DataLoader(dataset, batch_size, num_workers=_fitting(num_workers))
 
 
+def batch_loader(dataset, batches, num_workers):
+    """A loader of these batches, lists of indices, in order."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=_fitting(num_workers))
+
+
 def training_loader(dataset, batch_size, num_workers, seed, pin_memory):
     """A shuffled loader of this process's share: call `loader.sampler.set_epoch` each epoch."""
     sampler = DistributedSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
@@ -268,7 +286,12 @@ def training_loader(dataset, batch_size, num_workers, seed, pin_memory):
         num_workers=_fitting(num_workers),
         pin_memory=pin_memory,
         drop_last=True,
+        collate_fn=_as_it_is if isinstance(dataset, ShardedCache) else None,
     )
+
+
+def _as_it_is(batch):
+    return batch
 
 
 def _fitting(num_workers):
