@@ -24,6 +24,7 @@ from util.flags import (
     add_tokenizer_flags,
     amount,
     count,
+    given_approximations,
     natural,
     run,
     share,
@@ -160,6 +161,12 @@ def get_parser():
     group.add_argument(
         "--grad_clip", type=amount, default=3.0, help="largest norm of the gradient; 0 is no limit"
     )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the blocks and the head with torch.compile: minutes at the start, fewer "
+        "milliseconds a step",
+    )
     group.add_argument("--ema_rate", type=share, default=0.9999, help="of the averaged weights")
 
     group = parser.add_argument_group("data")
@@ -256,6 +263,7 @@ def main(argv=None):
     tokenizer.to(device)
     torch.manual_seed(args.seed)  # the initial weights, the same on every process
     model = build_model(**config["model"]).to(device)
+    model.check_sampling(**sampling_settings(args))
     ema = EMA(model, args.ema_rate)
     if checkpoint:
         load_strictly(model, checkpoint["model"], path)
@@ -315,7 +323,7 @@ def configure(args, given, checkpoint, source):
     config = {
         "model": model,
         "tokenizer": own,
-        "sampling": {name: getattr(args, name) for name in SAMPLING},
+        "sampling": sampling_settings(args),
         "latent_range": stored.get("latent_range", 0.0),
     }
     return config, tokenizer
@@ -388,6 +396,8 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
         print0(f"nothing to train: {start} epochs are done, --epochs is {args.epochs}")
         return
 
+    if args.compile:
+        model.compile_training()
     parallel = model
     if dist.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -480,7 +490,7 @@ def changes(now, before):
 
 def sampling_settings(args):
     """How to sample, as `generate_images` takes it."""
-    return {name: getattr(args, name) for name in SAMPLING}
+    return {name: getattr(args, name) for name in SAMPLING} | given_approximations(args)
 
 
 def grid(args, model, *, config, tokenizer, device, precision):

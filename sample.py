@@ -11,11 +11,13 @@ from util.dist import print0
 from util.evaluation import open_judge
 from util.files import make_folder
 from util.flags import (
+    APPROXIMATIONS,
     Parser,
     add_evaluation_flags,
     add_machine_flags,
     add_sampling_flags,
     count,
+    given_approximations,
     positive,
     run,
 )
@@ -24,7 +26,7 @@ from util.images import open_writers
 from util.sweep import find_result, parse_grid, write_sweep
 
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
-STATED = ("checkpoint", "weights", "num_sampling_steps", "max_timestep", *SAMPLING)
+STATED = ("checkpoint", "weights", "num_sampling_steps", "max_timestep", *SAMPLING, *APPROXIMATIONS)
 
 
 def get_parser():
@@ -100,6 +102,8 @@ def main(argv=None):
     for name in SAMPLING:
         if getattr(args, name) is not None:
             sampling[name] = getattr(args, name)
+    sampling |= given_approximations(args)
+    model.check_sampling(**sampling)
     if args.num_iter is None:
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)
     args.labels = args.labels or f"0-{min(10, config['model']['class_num']) - 1}"
@@ -181,6 +185,7 @@ def measure(points, model, tokenizer, labels, judge, writers, folder, settings, 
     identity |= {k: v for k, v in settings.items() if k not in named}
     del identity["reference"]
     results = folder / "results.jsonl"
+    sampled = {*SAMPLING, *(name for name in APPROXIMATIONS if settings[name] is not None)}
     for point in points:
         here = {**settings, **point}
         if point and any(dist.all_gather(bool(find_result(results, {**identity, **point})))):
@@ -196,7 +201,7 @@ def measure(points, model, tokenizer, labels, judge, writers, folder, settings, 
             writers=writers,
             output_dir=folder,
             **generation,
-            **{name: here[name] for name in SAMPLING},
+            **{name: value for name, value in here.items() if name in sampled},
         )
     if len(points) > 1 and dist.is_main():
         found = [find_result(results, {**identity, **point}) for point in points]

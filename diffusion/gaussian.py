@@ -7,50 +7,34 @@ float32, whatever precision the network runs in; the tables are made in float64.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 
-from diffusion.schedule import spaced_timesteps
-
-
-@dataclass(frozen=True)
-class ReverseStep:
-    """One step of a reverse process in closed form; all numbers are the host's.
-
-    x ← from_x·x − from_noise·ε + τ·exp(log_deviation + v·log_deviation_v)·δ, the last term only if
-    `random`. `timestep` is what the network is told, `index` which of the draws δ is.
-    """
-
-    timestep: int
-    index: int
-    from_x: float
-    from_noise: float
-    random: bool
-    log_deviation: float = 0.0
-    log_deviation_v: float = 0.0
-
-    def __call__(self, x, predicted, v, noise=None, temperature=1.0):
-        """x, ε, v and δ, each (..., C), to the next x, in float32. noise: not needed at τ = 0."""
-        x = self.from_x * x - self.from_noise * predicted
-        if not self.random or temperature == 0:
-            return x
-        return x + temperature * (self.log_deviation + self.log_deviation_v * v).exp() * noise
+from diffusion.schedule import even_log_snr, spaced_timesteps
+from diffusion.solvers import SOLVERS, ancestral
 
 
 class GaussianDiffusion:
     """A (possibly respaced) Gaussian diffusion with learned-range variance.
 
-    betas: (T,) of the process that was trained. spacing: as in `spaced_timesteps`. Step i of this
+    betas: (T,) of the process that was trained. spacing: as in `spaced_timesteps`. highest: kept
+    timesteps above it become it (None: none does). log_snr: as many timesteps as that keeps, but
+    at even steps of the log signal-to-noise ratio. Step i of this
     object, 0 ≤ i < num_steps, is the trained process's timestep `timesteps[i]`. The tables below
     are those of the respaced process (Nichol and Dhariwal 2021, eq. 19), each (num_steps,),
     float64, on the CPU.
     """
 
-    def __init__(self, betas, spacing=""):
-        self.timesteps = torch.tensor(spaced_timesteps(spacing, len(betas)))
+    def __init__(self, betas, spacing="", highest=None, log_snr=False):
+        kept = spaced_timesteps(spacing, len(betas))
+        if highest is not None:
+            kept = sorted({min(t, highest) for t in kept})
+        alphas_cumprod = torch.cumprod(1 - betas.double(), 0)
+        if log_snr:
+            kept = even_log_snr(len(kept), alphas_cumprod, kept[-1])
+        self.timesteps = torch.tensor(kept)
         self.num_steps = len(self.timesteps)
-        self.alphas_cumprod = torch.cumprod(1 - betas.double(), 0)[self.timesteps]
+        self.alphas_cumprod = alphas_cumprod[self.timesteps]
         previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
         self.betas = 1 - self.alphas_cumprod / previous
         # again, from the rounded betas: all tables are then those of one process
@@ -101,7 +85,8 @@ class GaussianDiffusion:
 
         x_{i−1} = mean + τ·σ_i·δ with δ = `noise` (paper, section 3.2); none at the last step, i=0.
         """
-        return self._take(self.step(i), network, x, noise, 0.0 if noise is None else temperature)
+        temperature = 0.0 if noise is None else temperature
+        return self._take(ancestral(self, i), network, x, noise, temperature)[0]
 
     def p_sample_loop(self, network, x, noise=None, temperature=1.0, max_timestep=None):
         """The reverse process from x (..., C), standard normal, to x_0.
@@ -112,36 +97,27 @@ class GaussianDiffusion:
         """
         if temperature and noise is None:
             raise ValueError(f"temperature {temperature} needs noise; without it expected 0")
-        x = x.float()
+        x, previous = x.float(), None
         for step in self.steps(max_timestep):
-            x = self._take(
-                step, network, x, noise[step.index] if temperature else None, temperature
-            )
+            drawn = noise[step.index] if temperature else None
+            x, previous = self._take(step, network, x, drawn, temperature, previous)
         return x
 
-    def step(self, i):
-        """The ancestral step from x_i: a `ReverseStep`."""
-        log_high = self.betas[i].log().item()
-        log_low = self.posterior_log_variance_clipped[i].item()
-        return ReverseStep(
-            timestep=int(self.timesteps[i]),
-            index=i,
-            from_x=self.mean_from_x[i].item(),
-            from_noise=self.mean_from_noise[i].item(),
-            random=i > 0,
-            # half of log σ² for v in [−1, 1] (Nichol and Dhariwal 2021, eq. 15)
-            log_deviation=(log_low + log_high) / 4,
-            log_deviation_v=(log_high - log_low) / 4,
-        )
+    def steps(self, max_timestep=None, solver="ddpm"):
+        """The reverse process in the order in which it is run: a tuple of `ReverseStep`.
 
-    def steps(self, max_timestep=None):
-        """All steps of the reverse process, in the order in which they are taken."""
-        return [self.step(i) for i in reversed(range(self.first_step(max_timestep)))]
+        solver: one of `diffusion.solvers.SOLVERS`. Raises ValueError for another.
+        """
+        if solver not in SOLVERS:
+            raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+        count = self.first_step(max_timestep)
+        return tuple(SOLVERS[solver](self, i) for i in reversed(range(count)))
 
-    def _take(self, step, network, x, noise, temperature):
+    def _take(self, step, network, x, noise, temperature, previous=None):
+        """x after a step, and what the next one needs to know of x_0."""
         t = self._on("timesteps", x.device)[step.index].expand(x.shape[:-1])
         predicted, v = network(x, t).float().chunk(2, dim=-1)
-        return step(x, predicted, v, noise, temperature)
+        return step(x, predicted, v, noise, temperature, previous), step.start(x, predicted)
 
     def first_step(self, max_timestep=None):
         """How many steps the reverse process has when started at `max_timestep` (None: all)."""

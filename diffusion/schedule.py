@@ -43,6 +43,18 @@ def spaced_timesteps(spacing, steps=TRAIN_STEPS):
     return kept
 
 
+def even_log_snr(count, alphas_cumprod, highest):
+    """`count` timesteps from `highest` to 0 at even steps of log(ᾱ/(1 − ᾱ)), ascending.
+
+    As the solvers of higher order want it (Lu et al. 2022). alphas_cumprod: (T,). Fewer where two
+    fall on the same.
+    """
+    log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
+    wanted = torch.linspace(0, 1, count, dtype=log_snr.dtype)
+    wanted = log_snr[highest] + (log_snr[0] - log_snr[highest]) * wanted
+    return sorted({int((log_snr - value).abs().argmin()) for value in wanted})
+
+
 def _strided(spacing, count, steps):
     for stride in range(1, steps):
         kept = range(0, steps, stride)
@@ -58,3 +70,31 @@ def _count(text, spacing):
             "comma-separated counts such as 10,10,20, or ddimN such as ddim50"
         )
     return int(text)
+
+
+def annealing(text):
+    """How many diffusion steps a token gets, as a function of the share of the tokens' steps done.
+
+    text: "linear", "cosine" or "two-stage", with the first and the last count behind it if they are
+    not 50 and 5: "linear:100:10" (DiSA, Zhao et al. 2025). Counts between are rounded up to fives.
+    Raises ValueError for anything else.
+    """
+    kind, *counts = str(text).split(":")
+    if kind not in ANNEALING or not all(c.isdigit() and int(c) for c in counts) or len(counts) > 2:
+        raise ValueError(
+            f"anneal {text!r}: expected {', '.join(ANNEALING)}, or counts as in linear:50:5"
+        )
+    first, last = (*map(int, counts), 50, 5)[:2] if len(counts) != 1 else (int(counts[0]), 5)
+
+    def count(progress):
+        steps = last + (first - last) * ANNEALING[kind](progress)
+        return min(max(first, last), 5 * math.ceil(round(steps, 6) / 5))
+
+    return count
+
+
+ANNEALING = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: math.cos(math.pi / 2 * progress),
+    "two-stage": lambda progress: float(progress < 0.5),
+}

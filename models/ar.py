@@ -108,6 +108,10 @@ class AR(Autoregressive):
         """Room for the keys and values of the start token and all tokens but the last."""
         return KVCache(len(self.blocks), self.seq_len)
 
+    def streams(self, progress, begin, end):
+        """Both until guidance has ended: the cache of one that stopped would have gaps."""
+        return 2 if progress < end else 1
+
     def run(self, tokens, places, targets, classes, cache=None):
         """z (S·N, 1 + V, D): after the start token and after each of tokens (N, V, C·p²).
 
@@ -132,7 +136,7 @@ class AR(Autoregressive):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, block=i, cache=cache)
+                x = block(x) if cache is None else block.forward(x, block=i, cache=cache)
         return self.norm(x)
 
     def check_orders(self, orders, name):

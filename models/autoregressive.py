@@ -10,8 +10,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from models.diffloss import Diffused
 from models.heads import HEADS
 from models.latents import LatentModel, TokenEmbedding
+from models.layers import Block
 from models.order import ORDERS, token_counts
 
 CFG_SCHEDULES = {
@@ -30,6 +32,7 @@ class Autoregressive(LatentModel):
 
     one_at_a_time = False
     order = "random"
+    compiled = False
 
     def forward(self, latents, labels, generator=None, step_generator=None):
         """The training loss, a scalar, of latents (N, C, h, w) with labels (N,).
@@ -63,6 +66,25 @@ class Autoregressive(LatentModel):
     def start_cache(self):
         """What `predict` keeps from one step of sampling to the next; None for nothing."""
 
+    def compile_training(self):
+        """Compile the blocks and the network of the head, for training alone; sampling has too many
+        lengths. Parameters and their names stay."""
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.compile(dynamic=False)
+        if isinstance(self.head, Diffused):
+            self.head.net.compile(dynamic=True)  # of as many rows as tokens are masked
+        self.compiled = True
+
+    def streams(self, progress, begin, end):
+        """How many streams are needed when so much is done: 2 where guidance acts, else 1."""
+        return 2 if begin <= progress < end else 1
+
+    def start_lazily(self, refresh_every, order):
+        """The cache that leaves out what hardly changes. Raises ValueError where there is none."""
+        raise ValueError(f"refresh_every {refresh_every}: {type(self).__name__} knows only 1")
+
     @property
     def head(self):
         """What turns z into a loss or into tokens."""
@@ -74,6 +96,22 @@ class Autoregressive(LatentModel):
 
     def check_orders(self, orders, name):
         """Raises ValueError for orders (N, L), or their name, that this backbone cannot follow."""
+
+    def check_sampling(
+        self,
+        order=None,
+        solver="ddpm",
+        anneal=None,
+        cfg_interval=(0.0, 1.0),
+        refresh_every=1,
+        **more,
+    ):
+        """Raises ValueError for what `sample_steps` would refuse, before any work."""
+        self._pick_order(order)
+        _interval(cfg_interval)
+        self.head.start_sampling(solver=solver, anneal=anneal)
+        if refresh_every != 1:
+            self.start_lazily(refresh_every, order)
 
     def sample_tokens(
         self,
@@ -107,6 +145,10 @@ class Autoregressive(LatentModel):
         latents=None,
         mask=None,
         order=None,
+        solver="ddpm",
+        anneal=None,
+        cfg_interval=(0.0, 1.0),
+        refresh_every=1,
     ):
         """Sample in num_iter steps, yielding latents (bsz, C, h, w) and mask (bsz, L) after each.
 
@@ -116,6 +158,11 @@ class Autoregressive(LatentModel):
         which is the model's own if not given. generator: as in util.rng; a sequence holds one for
         each image. max_timestep: see `DiffLoss`. latents, mask: tokens to keep where the mask
         (bsz, L), or of as many entries, is 0 (inpainting); as many in each image.
+
+        What approximates: solver, anneal: see `DiffLoss.start_sampling`. cfg_interval: guidance
+        acts while the share of the steps that are done is at least the first and below the second
+        (Kynkäänniemi et al. 2024, over autoregressive steps). refresh_every: steps between those
+        that are computed in full, see `models.lazy`.
         Raises ValueError for arguments that do not fit.
         """
         policy = self._pick_order(order)
@@ -123,18 +170,26 @@ class Autoregressive(LatentModel):
         orders, tokens, unknown = self._start(bsz, policy, orders, generator, latents, mask)
         self.check_orders(orders, order)
         self._check_steps(num_iter, unknown)
-        classes = self.embed_labels(labels, bsz)
-        if cfg != 1.0:
-            classes = torch.cat([classes, self.embed_labels(None, bsz)])
-        cache = self.start_cache()
-        draw = self.head.start_sampling(temperature, max_timestep=max_timestep)
+        begin, end = _interval(cfg_interval) if cfg != 1.0 else (0.0, 0.0)
+        both = torch.cat([self.embed_labels(labels, bsz), self.embed_labels(None, bsz)])
+        cache = self.start_lazily(refresh_every, order) if refresh_every != 1 else None
+        cache = cache or self.start_cache()
+        draw = self.head.start_sampling(
+            temperature, max_timestep=max_timestep, solver=solver, anneal=anneal
+        )
 
         for step, remaining in enumerate(token_counts(unknown, num_iter)):
+            progress = step / num_iter
             asked = slice(policy.first_asked(remaining), unknown)
             scale = CFG_SCHEDULES[cfg_schedule](cfg, remaining, self.seq_len)
-            z = self.predict(tokens, orders, asked, classes, cache)
-            z, z_uncond = (z, None) if cfg == 1.0 else z.chunk(2)
-            sampled = draw(z, scale, z_uncond, generator).to(tokens.dtype)
+            if not begin <= progress < end:
+                scale = 1.0
+            streams = self.streams(progress, begin, end)
+            if cache and streams == 1:
+                cache.keep(bsz)
+            z = self.predict(tokens, orders, asked, both[: streams * bsz], cache)
+            z, z_uncond = z.chunk(2) if streams == 2 else (z, None)
+            sampled = draw(z, scale, z_uncond, generator, progress).to(tokens.dtype)
             orders, sampled = policy.settle(
                 orders,
                 sampled,
@@ -227,6 +282,13 @@ class Autoregressive(LatentModel):
         out = self.num_codes or self.token_embed_dim
         arguments = diffloss if name == "diffloss" else {}
         self.add_module(name, HEADS[name](out, z_channels, **arguments))
+
+
+def _interval(interval):
+    begin, end = interval
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f"cfg_interval {begin} {end}: expected 0 ≤ first < second ≤ 1")
+    return begin, end
 
 
 def take(x, positions):

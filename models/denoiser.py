@@ -5,12 +5,26 @@ timestep and z alone. So they are joined to one layer, and where rows are few, s
 is what costs, applied to many steps at once. The result is that of `DenoisingMLP` to rounding.
 """
 
+from contextlib import contextmanager
+
 import torch
 from torch.nn import functional as F
 
 from models.linear import pack, packed_linear
 
 ROWS_AT_ONCE = 256  # of the joined layer: enough to make its product cost more than its weights
+
+
+@contextmanager
+def full_precision(kind):
+    """Products in the type of their factors on this kind of device, neither autocast nor TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(kind, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Denoiser:
@@ -70,11 +84,12 @@ class Denoiser:
         steps, times: as of `embed_times`. cfg: the scale of the guidance, with the conditional z in
         the first half; None without.
         """
-        x = noise[0]
-        if (
-            self.dtype != self.net.input_proj.weight.dtype
-        ):  # it magnifies errors by hundreds, see models/diffloss.py
-            x = self._first(steps[0], x, z, noise, cfg, temperature)
+        x, previous = noise[0], None
+        full = self.dtype == self.net.input_proj.weight.dtype
+        if not (full and torch.get_float32_matmul_precision() == "highest"):
+            # the first step magnifies the network's error by hundreds
+            output = self._first(steps[0], x, z)
+            x, previous = self._step(steps[0], x, output, noise, cfg, temperature, previous)
             steps, times = steps[1:], times[1:]
         condition = packed_linear(z.to(self.dtype), *self.condition)
         at_once = max(1, ROWS_AT_ONCE // len(z))
@@ -83,7 +98,7 @@ class Denoiser:
             modulations = packed_linear(y, self.joined_weight, self.joined_bias)
             for step, modulation in zip(steps[start : start + at_once], modulations, strict=False):
                 output = self._network(x, modulation, repeat=len(z) // len(x))
-                x = self._step(step, x, output, noise, cfg, temperature)
+                x, previous = self._step(step, x, output, noise, cfg, temperature, previous)
         return x
 
     def _network(self, x, modulation, repeat):
@@ -100,17 +115,18 @@ class Denoiser:
         h = torch.addcmul(shift, F.layer_norm(x, (width,), eps=1e-6), scale)
         return packed_linear(h, *self.output)
 
-    def _first(self, step, x, z, noise, cfg, temperature):
-        """The first step in the precision of the weights, which must not be less than that of x."""
-        both = x.repeat(len(z) // len(x), 1)
+    def _first(self, step, x, z):
+        """The network in the precision of its weights, for the step that magnifies its error."""
         t = torch.full((1,), step.timestep, device=x.device)
-        output = self.net(both, t, z)
-        return self._step(step, x, output, noise, cfg, temperature)
+        with full_precision(x.device.type):
+            return self.net(x.repeat(len(z) // len(x), 1), t, z)
 
-    def _step(self, step, x, output, noise, cfg, temperature):
+    def _step(self, step, x, output, noise, cfg, temperature, previous):
+        """x after a step, and what the next one needs to know of x_0."""
         cond, uncond = output.float().split([len(x), len(output) - len(x)])
         predicted, v = cond.chunk(2, dim=-1)
         if cfg is not None:
             uncond = uncond.chunk(2, dim=-1)[0]
             predicted = uncond + cfg * (predicted - uncond)
-        return step(x, predicted, v, noise[1 + step.index], temperature)
+        drawn = noise[1 + step.index] if step.random else None
+        return step(x, predicted, v, drawn, temperature, previous), step.start(x, predicted)

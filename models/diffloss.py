@@ -1,6 +1,8 @@
 """Diffusion Loss: a small denoising MLP that models p(token | z) (paper, sections 3.2 and 3.3)."""
 
 import math
+from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import nn
@@ -8,12 +10,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from diffusion import create_diffusion
-from models.denoiser import Denoiser
+from diffusion.schedule import annealing
+from models.denoiser import Denoiser, full_precision
 from models.linear import speed_up
 from util.graphs import Graphs, padded
 from util.rng import rand, randn
 
 QUARTERS = 4
+BELOW_SINGULARITY = 950  # 1/sqrt(ᾱ) is 13 there, 20,291 at 999
 
 
 class Diffused(nn.Module):
@@ -33,6 +37,7 @@ class Diffused(nn.Module):
 
     def respace(self, num_sampling_steps):
         """Sample with these diffusion steps from now on. Raises ValueError if they do not fit."""
+        self.spacing = num_sampling_steps
         self.gen_diffusion = create_diffusion(num_sampling_steps)
         self.gen_diffusion.first_step(self.max_timestep)
 
@@ -49,10 +54,10 @@ class Diffused(nn.Module):
         steps = self.train_diffusion.num_steps
         return (rand(shape, generator, device) * steps).long().clamp(max=steps - 1)
 
-    def draw_noise(self, shape, generator, device):
+    def draw_noise(self, shape, generator, device, steps=None):
         """For rows (N, ..., C) the start of the reverse process and a draw for each step of it:
         (steps + 1, N, ..., C)."""
-        shape = (shape[0], self.gen_diffusion.num_steps + 1, *shape[1:])
+        shape = (shape[0], (steps or self.gen_diffusion.num_steps) + 1, *shape[1:])
         return randn(shape, generator, device).movedim(1, 0)
 
     def denoise(self, network, noise, temperature=1.0, max_timestep=None):
@@ -150,35 +155,63 @@ class DiffLoss(Diffused):
         x = draw(z, cfg, z_uncond, generator, noise=noise)
         return torch.cat([x, x]) if stacked else x
 
-    @torch.no_grad()
-    def start_sampling(self, temperature=1.0, max_timestep=None):
+    def start_sampling(self, temperature=1.0, max_timestep=None, solver="ddpm", anneal=None):
         """`sample` for many z of the same weights, which are arranged once.
 
-        Returns draw(z, cfg=1.0, z_uncond=None, generator=None, noise=None).
+        Returns draw(z, cfg=1.0, z_uncond=None, generator=None, progress=0.0, noise=None), whose
+        progress is the share of the autoregressive steps that are done. solver: one of
+        `diffusion.solvers.SOLVERS`; the temperature of those without noise scales the start.
+        anneal: fewer diffusion steps with the progress, see `diffusion.schedule.annealing`. With
+        either of them the process begins at max_timestep, by default at 950. Raises ValueError.
         """
         if temperature < 0:
             raise ValueError(f"temperature {temperature}: expected 0 or more")
         start = self.max_timestep if max_timestep is None else max_timestep
-        steps = self.gen_diffusion.steps(start)
+        plan, most = self._plan(start, solver, anneal)
         weight = self.net.input_proj.weight
         kind = weight.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-        with torch.autocast(kind, enabled=False):
+        with torch.no_grad(), torch.autocast(kind, enabled=False):
             denoiser = self._arrange(dtype)
-            times = denoiser.embed_times(steps)
+        times = {}
 
-        def draw(z, cfg=1.0, z_uncond=None, generator=None, noise=None):
+        @torch.no_grad()
+        def draw(z, cfg=1.0, z_uncond=None, generator=None, progress=0.0, noise=None):
             if noise is None:
-                noise = self.draw_noise((*z.shape[:-1], self.in_channels), generator, z.device)
+                shape = (*z.shape[:-1], self.in_channels)
+                noise = self.draw_noise(shape, generator, z.device, most)
             noise = noise.reshape(len(noise), -1, self.in_channels)
             both = [z.flatten(0, -2)] if cfg == 1.0 else [z.flatten(0, -2), z_uncond.flatten(0, -2)]
-            x = self._denoise(denoiser, steps, times, both, noise, cfg, temperature)
+            with torch.autocast(kind, enabled=False):
+                steps = plan(progress)
+                if steps not in times:
+                    times[steps] = denoiser.embed_times(steps)
+                if solver != "ddpm":
+                    noise = torch.cat([noise[:1] * temperature, noise[1:]])
+                x = self._denoise(denoiser, steps, times[steps], both, noise, cfg, temperature)
             return x.view(*z.shape[:-1], self.in_channels)
 
         return draw
 
-    @torch.no_grad()
+    def _plan(self, start, solver, anneal):
+        """(steps of the reverse process as a function of the progress, the most there are)."""
+        if solver == "ddpm" and not anneal:
+            steps = self.gen_diffusion.steps(start)
+            return (lambda progress: steps), self.gen_diffusion.num_steps
+        highest = BELOW_SINGULARITY if start is None else start
+        count = annealing(anneal) if anneal else lambda progress: self.spacing
+        most = count(0.0) if anneal else self.gen_diffusion.num_steps
+
+        @cache
+        def steps(spacing):
+            log_snr = solver == "dpm++"
+            diffusion = create_diffusion(spacing, highest=highest, log_snr=log_snr)
+            return diffusion.steps(solver=solver)
+
+        steps(count(0.0))  # refuses what does not fit at once
+        return (lambda progress: steps(count(progress))), max(most, self.gen_diffusion.num_steps)
+
     def _denoise(self, denoiser, steps, times, both, noise, cfg, temperature):
         """Tokens (R, C) for z of one stream or both, each (R, D), from noise (S + 1, R, C)."""
         rows, guided = noise.shape[1], len(both) > 1
@@ -192,8 +225,8 @@ class DiffLoss(Diffused):
             z = torch.cat([F.pad(z, (0, 0, 0, more)) for z in both])
             inputs = [times, z, F.pad(noise, (0, 0, 0, more))]
         inputs += [torch.full((), cfg, device=noise.device)] if guided else []
-        with torch.autocast(noise.device.type, enabled=False):
-            return self.graphs((tuple(steps), temperature), run, *inputs)[:rows]
+        key = steps, temperature, torch.get_float32_matmul_precision()
+        return self.graphs(key, run, *inputs)[:rows]
 
     def _arrange(self, dtype):
         """The weights as they are now, in this type, where recordings of them can be replayed."""
@@ -315,9 +348,7 @@ def without_autocast_at_first(network):
     def careful(x, t):
         nonlocal calls
         calls += 1
-        enabled = torch.is_autocast_enabled(x.device.type) and calls > 1
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, dtype, enabled=enabled):
+        with full_precision(x.device.type) if calls == 1 else nullcontext():
             return network(x, t)
 
     return careful

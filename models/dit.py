@@ -73,6 +73,22 @@ class DiT(LatentModel, Diffused):
         t = t.expand(tokens.shape[:2])  # one for all tokens of an image
         return self.losses(lambda x, t: self.net(x, t, classes), tokens, t, generator).mean()
 
+    def compile_training(self):
+        """Compile the blocks."""
+        for block in self.blocks:
+            block.compile()
+
+    def check_sampling(
+        self, solver="ddpm", anneal=None, cfg_interval=(0.0, 1.0), refresh_every=1, **more
+    ):
+        """Raises ValueError for approximations of autoregressive sampling, which this is not."""
+        asked = solver, anneal, tuple(cfg_interval), refresh_every
+        if asked != ("ddpm", None, (0.0, 1.0), 1):
+            raise ValueError(
+                f"solver {solver}, anneal {anneal}, cfg_interval {cfg_interval}, refresh_every "
+                f"{refresh_every}: DiT knows none of these; leave them out"
+            )
+
     @torch.no_grad()
     def sample_tokens(
         self,
@@ -86,8 +102,10 @@ class DiT(LatentModel, Diffused):
         generator=None,
         max_timestep=None,
         order=None,
+        **approximations,
     ):
         """Sampled latents (bsz, C, h, w), with constant guidance `cfg`. See `Autoregressive`."""
+        self.check_sampling(**approximations)
         classes = self.embed_labels(labels, bsz)
         uncond = self.embed_labels(None, bsz)
 

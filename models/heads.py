@@ -24,8 +24,13 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
         speed_up(self)
 
-    def start_sampling(self, temperature=1.0, **settings):
-        """`sample` as the sampling loop calls it. There are no settings of a diffusion to heed."""
+    def start_sampling(self, temperature=1.0, max_timestep=None, solver="ddpm", anneal=None):
+        """`sample` as the sampling loop calls it; see `DiffLoss`. Raises ValueError for settings of
+        a diffusion, which is not there."""
+        if solver != "ddpm" or anneal:
+            raise ValueError(
+                f"solver {solver!r}, anneal {anneal!r}: {type(self).__name__} has no diffusion"
+            )
 
         def draw(z, cfg=1.0, z_uncond=None, generator=None, progress=0.0):
             return self.sample(z, temperature, cfg, z_uncond, generator)

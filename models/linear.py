@@ -64,7 +64,22 @@ def _fits(x, weight):
 
 
 def _product(x, weight, bias=None):
+    if torch.compiler.is_compiling():
+        return _opaque_product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@torch.library.custom_op("mar::linear", mutates_args=())
+def _opaque_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`_product` for torch.compile, which would take the weight for a constant."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+@_opaque_product.register_fake
+def _(x, weight, bias=None):
+    return x.new_empty((*x.shape[:-1], len(weight)))
 
 
 class _Linear(torch.autograd.Function):

@@ -11,9 +11,11 @@ from torch.utils.checkpoint import checkpoint
 from models.autoregressive import Autoregressive
 from models.latents import embed_tokens, initialize
 from models.layers import Block
+from models.lazy import Lazy
 from util.rng import rand
 
 MASK_RATIO_STD = 0.25
+BUCKET = 8  # known tokens: 11 lengths for ratios of 0.7 to 1 of 256
 
 
 class MAR(Autoregressive):
@@ -118,7 +120,24 @@ class MAR(Autoregressive):
         """In one training step: the first ceil(ratio·L) tokens of each order, (N, A, C·p²), z."""
         ratio = self.sample_mask_ratio(step_generator or generator)
         asked = slice(0, math.ceil(ratio * self.seq_len))
+        if self.compiled:
+            return tokens[:, asked], self._predict_in_buckets(tokens, orders, asked, classes)
         return tokens[:, asked], self.predict(tokens, orders, asked, classes)
+
+    def _predict_in_buckets(self, tokens, orders, asked, classes):
+        """`predict` where the encoder's input has one of few lengths: those compiled for.
+
+        Some unknown tokens go in, but nothing sees them.
+        """
+        buffer, known = self.buffer_size, self.seq_len - asked.stop
+        hidden = min(-known % BUCKET, asked.stop)
+        given = slice(asked.stop - hidden, None)
+        places = torch.arange(buffer + hidden + known, device=tokens.device)
+        seen = (places < buffer) | (places >= buffer + hidden)
+        x = self.encode(tokens[:, given], orders[:, given], classes, seen.view(1, 1, 1, -1))
+        x = self.join(torch.cat([x[:, :buffer], x[:, buffer + hidden :]], 1), orders, asked.stop)
+        x = self._run(self.decoder_blocks, x)[:, self.rows(asked)]
+        return self.finish(x, orders, asked)
 
     def sample_mask_ratio(self, generator=None):
         """A draw from N(1, 0.25²) truncated to [mask_ratio_min, 1] (paper, appendix B)."""
@@ -127,58 +146,76 @@ class MAR(Autoregressive):
         return min(1.0, float(1 + MASK_RATIO_STD * torch.special.ndtri(u)))
 
     def predict(self, tokens, orders, asked, classes, cache=None):
-        """z (S·N, A, D) of the tokens asked; see `Autoregressive.predict`."""
+        """z (S·N, A, D) of the tokens asked; see `Autoregressive.predict`. cache: a `Lazy`."""
+        if cache:
+            return cache.predict(self, tokens, orders, asked, classes)
         known = slice(asked.stop, None)
         x = self.encode(tokens[:, known], orders[:, known], classes)  # (S·N, B + V, D)
         return self.decode(x, orders, asked)
 
-    def encode(self, tokens, places, classes):
+    def start_lazily(self, refresh_every, order):
+        """See `models.lazy`."""
+        if refresh_every < 1 or order == "confidence":
+            raise ValueError(
+                f"refresh_every {refresh_every}: expected 1 or more, and 1 in the order confidence"
+            )
+        return Lazy(refresh_every)
+
+    def encode(self, tokens, places, classes, mask=None):
         """Tokens (N, V, C·p²) at places (N, V), behind B class tokens: (S·N, B + V, D).
 
-        classes: (S·N, D), S streams of the same tokens.
+        classes: (S·N, D), S streams of the same tokens. mask: of what is seen, see `Attention`.
         """
         streams = len(classes) // len(tokens)
         of_buffer, of_tokens = self._positions(self.encoder_pos_embed_learned)
         buffer = classes.unsqueeze(1) + of_buffer
         x = embed_tokens(self.z_proj, tokens) + F.embedding(places, of_tokens)
         x = self.z_proj_ln(torch.cat([buffer, x.repeat(streams, 1, 1)], dim=1))
-        return self.encoder_norm(self._run(self.encoder_blocks, x))
+        return self.encoder_norm(self._run(self.encoder_blocks, x, mask=mask))
 
     def decode(self, x, orders, asked):
-        """z (S·N, A, D) at orders[:, asked] (N, L), from what `encode` gave for those after it.
+        """z (S·N, A, D) at orders[:, asked] (N, L), from what `encode` gave for those after it."""
+        x = self.join(x, orders, asked.stop)
+        x = self._run(self.decoder_blocks, x, self.rows(asked))
+        return self.finish(x, orders, asked)
+
+    def join(self, x, orders, unknown):
+        """The decoder's input (S·N, B + L, D), from what `encode` gave (S·N, B + V, D).
 
         Tokens stay in the order of generation: unknown ones, each a mask token, then known ones.
         """
         streams, buffer = len(x) // len(orders), self.buffer_size
         of_buffer, of_tokens = self._positions(self.decoder_pos_embed_learned)
         places = F.embedding(orders, of_tokens)
-        masked = self.mask_token + places[:, : asked.stop]
+        masked = self.mask_token + places[:, :unknown]
         x = self.decoder_embed(x)
-        x = torch.cat(
-            [
-                x[:, :buffer] + of_buffer,
-                masked.repeat(streams, 1, 1),
-                x[:, buffer:] + places[:, asked.stop :].repeat(streams, 1, 1),
-            ],
-            dim=1,
-        )
-        rows = slice(buffer + asked.start, buffer + asked.stop)
-        x = self.decoder_norm(self._run(self.decoder_blocks, x, rows))
+        parts = [x[:, :buffer] + of_buffer, masked.repeat(streams, 1, 1)]
+        parts += [x[:, buffer:] + places[:, unknown:].repeat(streams, 1, 1)]
+        return torch.cat(parts, dim=1)
+
+    def rows(self, asked):
+        """Where the tokens asked are in the decoder."""
+        return slice(self.buffer_size + asked.start, self.buffer_size + asked.stop)
+
+    def finish(self, x, orders, asked):
+        """z (S·N, A, D) from what the last block gave for the tokens asked."""
         last = F.embedding(orders[:, asked], self.diffusion_pos_embed_learned[0])
-        return x + last.repeat(streams, 1, 1)
+        return self.decoder_norm(x) + last.repeat(len(x) // len(orders), 1, 1)
 
     def _positions(self, table):
         """A table of positions, of the class tokens (B, D) and of the others (L, D)."""
         return table[0].split([self.buffer_size, self.seq_len])
 
-    def _run(self, blocks, x, rows=None):
+    def _run(self, blocks, x, rows=None, mask=None):
         """x through all blocks; of the last one only the `rows`."""
         for block in blocks:
             wanted = rows if block is blocks[-1] else None
             if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, wanted, use_reentrant=False)
+                x = checkpoint(block, x, wanted, mask, use_reentrant=False)
+            elif self.training:
+                x = block(x, wanted, mask)
             else:
-                x = block(x, wanted)
+                x = block.forward(x, wanted, mask)  # not what was compiled for training
         return x
 
 

@@ -378,3 +378,48 @@ def test_wrong_latents(model):
     """Latents of another size are refused, with both sizes."""
     with pytest.raises(ValueError, match=r"\(2, 4, 8, 8\): expected \(N, 16, 4, 4\)"):
         model.patchify(torch.zeros(2, 4, 8, 8))
+
+
+def test_compiled_training_is_the_same(monkeypatch):
+    """Known tokens are filled up to few lengths, which changes neither loss nor gradients."""
+    compile_module, lengths = torch.nn.Module.compile, set()
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw)
+    )
+    settings = {"attn_dropout": 0.0, "proj_dropout": 0.0, "mask_ratio_min": 0.2}
+    plain, compiled = (by_rule(tiny(**settings)).train() for _ in range(2))
+    names = list(compiled.state_dict())
+    compiled.compile_training()
+    assert list(compiled.state_dict()) == names
+    compiled.encoder_norm.register_forward_hook(lambda m, x, y: lengths.add(y.shape[1]))
+    latents, labels = rule_input("latents", (2, 16, 4, 4)), torch.arange(2)
+    for seed in range(8):
+        for model in (plain, compiled):
+            model.zero_grad()
+            model(latents, labels, generator(seed)).backward()
+        for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            if a.grad is not None:
+                torch.testing.assert_close(b.grad, a.grad, atol=1e-4, rtol=1e-3)
+    assert lengths <= {8, 16, 24} and len(lengths) > 1
+    torch.testing.assert_close(sample(compiled.eval()), sample(plain.eval()))
+
+
+def test_the_mask_ratio_has_a_source_of_its_own():
+    """What is drawn for the whole step can be shared by processes that draw all else apart."""
+    model, counts = tiny().train(), []
+    predict = model.predict
+
+    def noted(tokens, orders, asked, classes):
+        counts.append((asked.stop, orders.clone()))
+        return predict(tokens, orders, asked, classes)
+
+    model.predict = noted
+    latents, labels = rule_input("latents", (2, 16, 4, 4)), torch.arange(2)
+    shared = [generator(5) for _ in range(2)]
+    for _ in range(6):
+        for rank, step_generator in enumerate(shared):
+            model(latents, labels, generator(rank), step_generator)
+    assert [n for n, _ in counts[::2]] == [n for n, _ in counts[1::2]]
+    assert len({n for n, _ in counts}) > 1
+    assert not torch.equal(counts[0][1], counts[1][1])

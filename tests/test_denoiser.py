@@ -1,0 +1,240 @@
+"""The reverse process arranged for speed, against the plain one, and its approximations.
+
+Run: python -m pytest tests/test_denoiser.py
+"""
+
+import copy
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from rule import by_rule, rule_input
+
+from diffusion import create_diffusion
+from diffusion.schedule import annealing
+from diffusion.solvers import SOLVERS
+from models import denoiser
+from models.diffloss import DiffLoss
+from models.heads import L2
+from util.graphs import Graphs, padded
+
+
+@pytest.fixture(scope="module")
+def head():
+    return by_rule(DiffLoss(16, 48, depth=3, width=128, num_sampling_steps="20"))
+
+
+def inputs(rows=6):
+    z, z_uncond = rule_input("z", (rows, 48)), rule_input("zu", (rows, 48))
+    return z, z_uncond, torch.randn(21, rows, 16, generator=torch.Generator().manual_seed(0))
+
+
+def plainly(head, z, z_uncond, noise, cfg, temperature):
+    """The same by the network as it is trained, step by step."""
+
+    def network(x, t):
+        return head.net(x, t, z) if cfg == 1 else head.net.with_cfg(x, t, z, z_uncond, cfg)
+
+    with torch.no_grad():
+        return head.gen_diffusion.p_sample_loop(network, noise[0], noise[1:], temperature)
+
+
+def difference(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 40, 10**6])
+@pytest.mark.parametrize(("cfg", "temperature"), [(1.0, 1.0), (3.0, 0.9), (3.0, 0.0)])
+def test_same_samples_for_the_same_noise(head, monkeypatch, at_once, cfg, temperature):
+    """However many steps' modulations are made at once, with and without guidance, to 1e-5."""
+    monkeypatch.setattr(denoiser, "ROWS_AT_ONCE", at_once)
+    z, z_uncond, noise = inputs()
+    ours = head.sample(z, temperature, cfg, z_uncond, noise=noise)
+    assert difference(ours, plainly(head, z, z_uncond, noise, cfg, temperature)) < 1e-5
+
+
+def test_guidance_has_one_state_a_token(head, monkeypatch):
+    """x keeps N rows; the network alone sees 2N."""
+    seen = []
+    step = denoiser.Denoiser._step
+
+    def noted(self, s, x, output, *args):
+        seen.append((len(x), len(output)))
+        return step(self, s, x, output, *args)
+
+    monkeypatch.setattr(denoiser.Denoiser, "_step", noted)
+    z, z_uncond, noise = inputs()
+    head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
+    head.sample(z, 1.0, noise=noise)
+    assert seen == [(6, 12)] * 20 + [(6, 6)] * 20
+
+
+def test_new_weights_are_heeded(head):
+    """Arranged weights are copies; each sampling makes them anew."""
+    head = copy.deepcopy(head)
+    z, _, noise = inputs()
+    before = head.sample(z, noise=noise)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.data.mul_(0.9)  # which no version counter sees
+    after = head.sample(z, noise=noise)
+    assert difference(before, after) > 1e-2
+    assert difference(after, plainly(head, z, None, noise, 1.0, 1.0)) < 1e-5
+
+
+class Recorder(Graphs):
+    """Says that graphs can be recorded here, and calls the function instead."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys = []
+
+    def usable(self, device):
+        return True
+
+    def __call__(self, key, function, *inputs):
+        self.keys.append((key, *(x.shape for x in inputs)))
+        return function(*inputs)
+
+
+def test_what_a_graph_would_record(head, monkeypatch):
+    """Rows are padded to few shapes, which changes no sample; weights stay where they were."""
+    head = copy.deepcopy(head)
+    head.graphs = recorder = Recorder()
+    monkeypatch.setattr("models.diffloss.Graphs", lambda: recorder)
+    plain = {}
+    for rows in (3, 6, 8):
+        z, z_uncond, noise = inputs(rows)
+        plain[rows] = plainly(head, z, z_uncond, noise, 2.0, 1.0)
+        ours = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
+        assert difference(ours, plain[rows]) < 1e-5
+    assert len(set(recorder.keys)) == 1
+    arranged = head.arranged[1]
+    with torch.no_grad():
+        head.net.cond_embed.weight.mul_(2.0)
+    changed = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
+    assert head.arranged[1] is arranged
+    assert difference(changed, plainly(head, z, z_uncond, noise, 2.0, 1.0)) < 1e-5
+    head.net.cond_embed.weight = torch.nn.Parameter(head.net.cond_embed.weight / 2)
+    again = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
+    assert head.arranged[1] is not arranged
+    assert difference(again, plain[8]) < 1e-5
+
+
+def test_recordings_are_not_copied():
+    """A copied or pickled head begins without them."""
+    graphs = Graphs()
+    graphs.recorded["key"] = object()
+    assert not copy.deepcopy(graphs).recorded
+    assert not pickle.loads(pickle.dumps(graphs)).recorded
+    assert graphs("key", lambda x: x + 1, torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_padded():
+    """Never less, at most a quarter more from 32 on, and few sizes."""
+    sizes = [padded(n) for n in range(1, 4097)]
+    assert all(n <= size for n, size in enumerate(sizes, 1))
+    assert all(size <= 1.25 * n for n, size in enumerate(sizes, 1) if n >= 32)
+    assert len(set(sizes)) < 40
+
+
+# ---- solvers: data of deviation s, for which the best network is known ------------------------
+
+DEVIATION = 0.5
+
+
+def best_network(x, t):
+    """ε of x for data from N(0, s²): E[ε | x_t]."""
+    alpha = create_diffusion().alphas_cumprod[t].float().unsqueeze(-1)
+    predicted = (1 - alpha).sqrt() * x / (alpha * DEVIATION**2 + 1 - alpha)
+    return torch.cat([predicted, torch.zeros_like(x)], dim=-1)
+
+
+def solve(solver, steps, x):
+    previous, log_snr = None, solver == "dpm++"
+    diffusion = create_diffusion(steps, highest=950, log_snr=log_snr)
+    for step in diffusion.steps(solver=solver):
+        predicted, v = best_network(x, torch.full(x.shape[:-1], step.timestep)).chunk(2, dim=-1)
+        start = step.start(x, predicted)
+        x, previous = step(x, predicted, v, None, 0.0, previous), start
+    return x
+
+
+def exact(x):
+    """Where the noiseless process takes x from t = 950: it scales by the ratio of deviations."""
+    alpha = create_diffusion().alphas_cumprod[950].item()
+    return x * DEVIATION / math.sqrt(alpha * DEVIATION**2 + 1 - alpha)
+
+
+def test_solvers_converge_as_their_order_says():
+    """DDIM's error halves with twice the steps, DPM-Solver++'s is quartered."""
+    x = torch.linspace(-2, 2, 8).view(-1, 1)
+    for solver, factor in (("ddim", 2), ("dpm++", 4)):
+        errors = [(solve(solver, n, x) - exact(x)).abs().max().item() for n in (20, 40, 80)]
+        for coarse, fine in itertools.pairwise(errors):
+            assert 0.75 * factor < coarse / fine < 1.6 * factor, (solver, errors)
+    assert (solve("dpm++", 10, x) - exact(x)).abs().max() < 0.05
+    assert (solve("ddim", 10, x) - exact(x)).abs().max() > 0.1
+
+
+def test_the_solvers_of_a_head(head):
+    """They draw no noise but the start, which the temperature scales, and heed guidance."""
+    z, z_uncond, noise = inputs()
+    other = torch.cat([noise[:1], noise[1:].roll(1, 1)])
+    for solver in ("ddim", "dpm++"):
+        draw = head.start_sampling(solver=solver)
+        first = draw(z, 2.0, z_uncond, noise=noise)
+        assert torch.equal(first, draw(z, 2.0, z_uncond, noise=other))
+        assert not torch.allclose(first, draw(z, noise=noise))
+        colder = head.start_sampling(0.5, solver=solver)(z, 2.0, z_uncond, noise=noise)
+        scaled = torch.cat([noise[:1] / 2, noise[1:]])
+        assert torch.equal(colder, draw(z, 2.0, z_uncond, noise=scaled))
+        assert head.start_sampling(0.0, solver=solver)(z, noise=noise).isfinite().all()
+    assert list(SOLVERS) == ["ddpm", "ddim", "dpm++"]
+
+
+def test_annealing():
+    """From the first to the last count, in fives between."""
+    assert [annealing("linear")(p / 10) for p in range(11)] == [
+        *(50, 50, 45, 40, 35, 30, 25, 20, 15, 10, 5)
+    ]
+    assert annealing("two-stage:20:2")(0.49) == 20 and annealing("two-stage:20:2")(0.5) == 5
+    assert annealing("cosine")(0.5) == 40 and annealing("cosine:100")(0.0) == 100
+    for wrong in ("exponential", "linear:0", "linear:5:x", "linear:1:2:3", ""):
+        with pytest.raises(ValueError, match=f"anneal '{wrong}': expected linear, cosine"):
+            annealing(wrong)
+
+
+def test_annealed_steps_of_a_head(head, monkeypatch):
+    """The counts reach the loop, with 950 for what is above it (so that of 40 two are one); more
+    steps than the head's own have noise too."""
+    counts = []
+    run = denoiser.Denoiser.run
+
+    def noted(self, steps, *args):
+        counts.append((len(steps), steps[0].timestep))
+        return run(self, steps, *args)
+
+    monkeypatch.setattr(denoiser.Denoiser, "run", noted)
+    draw = head.start_sampling(anneal="linear:40:4")
+    for progress in (0.0, 0.5, 0.99):
+        assert draw(inputs()[0], progress=progress).isfinite().all()
+    assert counts == [(39, 950), (24, 950), (5, 950)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "euler"}, "solver 'euler': expected one of ddpm, ddim, dpm"),
+        ({"anneal": "slowly"}, "anneal 'slowly': expected linear"),
+        ({"anneal": "linear:2000"}, "2000 steps do not fit"),
+    ],
+)
+def test_wrong_settings(head, settings, message):
+    """Refused before anything is sampled; and by a head without a diffusion."""
+    with pytest.raises(ValueError, match=message):
+        head.start_sampling(**settings)
+    with pytest.raises(ValueError, match="L2 has no diffusion"):
+        L2(4, 8).start_sampling(**settings)

@@ -1,0 +1,75 @@
+"""Linear layers by oneDNN against torch's own. Run: python -m pytest tests/test_linear.py"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models import linear
+from models.mar import mar_tiny
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """How often oneDNN was asked."""
+    calls, product = [], linear._product
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        return product(*args)
+
+    monkeypatch.setattr(linear, "_product", counted)
+    if not linear.AVAILABLE:
+        pytest.skip("this build of torch has no oneDNN")
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(5, 192), (2, 3, 192), (2, 3, 4, 192)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients(used, shape, bias):
+    """To float tolerance, for x of any number of dimensions, and for slices of a weight."""
+    torch.manual_seed(0)
+    x, whole = torch.randn(shape), torch.randn(400, 192)
+    results = []
+    for function in (linear.linear, F.linear):
+        leaves = [x.clone().requires_grad_(), whole.clone().requires_grad_()]
+        leaves += [torch.ones(300).requires_grad_()] if bias else []
+        y = function(leaves[0], leaves[1][100:], *leaves[2:])
+        (y * torch.arange(300)).square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+    assert len(used) == 3  # forward, and one for x and for the weight each
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_only_float32_on_a_cpu(used):
+    """Other types, autocast and small weights are torch's business."""
+    x, weight = torch.randn(4, 192), torch.randn(192, 192)
+    linear.linear(x.double(), weight.double())
+    linear.linear(x[:, :16], weight[:16, :16])
+    linear.linear(x[:0], weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear.linear(x, weight).dtype == torch.bfloat16
+    assert not used
+    linear.linear(x, weight)
+    assert used
+
+
+def test_packed_is_the_same():
+    """A packed weight gives what the weight gives, and is a copy."""
+    x, weight, bias = torch.randn(7, 192), torch.randn(256, 192), torch.randn(256)
+    packed = linear.pack(weight)
+    before = F.linear(x, weight, bias)
+    torch.testing.assert_close(linear.packed_linear(x, packed, bias), before, atol=1e-4, rtol=1e-5)
+
+
+def test_models_use_it():
+    """Every linear layer of a model, its head's too; a frozen one takes no gradient."""
+    model = mar_tiny(img_size=64, class_num=10)
+    kinds = {type(m) for m in model.modules() if isinstance(m, nn.Linear)}
+    assert kinds == {linear.Linear}
+    layer = linear.Linear(192, 192).requires_grad_(False)
+    x = torch.randn(3, 192, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(3, -1), atol=1e-4, rtol=1e-4)
