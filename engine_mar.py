@@ -23,7 +23,7 @@ from util.metrics import SSIM_WINDOW, RunningStatistics, frechet_distance, psnr,
 from util.rng import image_generators
 from util.weights import digest
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": None, "fp32": None}
 UNKNOWN_RANGE = 10.0  # latents have about unit deviation; used where training left no range
 DECODED_AT_ONCE = 32  # images
 PAIRS = 8  # images shown with their decodings

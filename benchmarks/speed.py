@@ -12,19 +12,23 @@ import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import models.linear
-from benchmarks import plain
+from benchmarks import approximate, plain
 from engine_mar import autocast, parameter_groups
 from models import build_model
 from models.autoregressive import take
 from models.order import token_counts
-from util import dist
+from util import caches, dist
+from util.data import cached_set, training_loader, write_moments
 from util.ema import EMA
 from util.flags import Parser, add_device_flag, count, number, positive, run
 from util.rng import image_generators
@@ -82,8 +86,9 @@ def main(argv=None):
     if not all(value <= TOLERANCE for value in differences.values()):  # nor where one is nan
         print(f"\nabove {TOLERANCE:.0e}: these are not the same computation; no speed is measured")
         sys.exit(1)
-    for section in args.sections:
-        getattr(bench, section)()
+    for section in SECTIONS:
+        if section in args.sections:
+            getattr(bench, section)()
 
 
 class Bench:
@@ -465,6 +470,52 @@ class Bench:
         table(["", "ours", "least", "plain", "least", "plain / ours"], [row])
         for model in (self.model, self.plain):
             model.zero_grad(set_to_none=True)
+
+    def loader(self):
+        print(f"\n## Loader: {LOADED} cached latents in batches of 64, warm, ms\n")
+        with tempfile.TemporaryDirectory() as folder:
+            paths = {"plain": Path(folder) / "images", "ours": Path(folder) / "shards"}
+            generator = np.random.default_rng(0)
+            for i in range(LOADED):
+                moments = generator.standard_normal((2, 32, 16, 16), np.float32)
+                write_moments(paths["plain"] / f"{i % 8}" / f"{i}.JPEG.npz", *moments)
+            caches.convert(paths["plain"], paths["ours"], "shards")
+            sides = {}
+            for name, path in paths.items():
+                dataset = cached_set(path, (32, 16, 16), 8)
+                loader = training_loader(dataset, 64, 0, seed=0, pin_memory=False)
+                sides[name] = partial(deque, loader, 0)  # each batch is dropped at once
+            for _ in range(3):  # each pass draws other flips: until every page has been touched
+                sides["ours"]()
+            row = self.compare("a pass over the data", sides)
+        table(["", "ours", "least", "plain", "least", "plain / ours"], [row])
+        print("\nPlain is a file an image, as published; ours is `main_cache.py --layout shards`.")
+
+    def approximate(self):
+        bsz = self.batch_sizes[0]
+        print(f"\n## Approximations, batch {bsz}: ours exact against ours approximate\n")
+        if not self.gpu and self.args.model != "tiny":
+            print("left out: hours on a CPU. For a trained model: python -m benchmarks.approximate")
+            return
+        labels = torch.arange(bsz, device=self.device) % self.model.class_num
+
+        def sample(seed, **settings):
+            with self.autocast():
+                latents = self.model.sample_tokens(
+                    bsz, labels=labels, generator=image_generators(seed, range(bsz)), **settings
+                )
+            self.wait()
+            return latents.cpu().numpy()
+
+        sampling = {"num_iter": self.args.num_iter, "cfg": self.args.cfg}
+        self.model.head.max_timestep = 980  # from 999 the samples of random weights are beyond all
+        rows = approximate.measure(self.model, sample, sampling, self.args.rounds)
+        rows = [[name, f"{1e3 * s:.4g}", f"{ratio:.2f}", far] for name, s, ratio, far in rows]
+        table(["mode", "ms", "exact / mode", "distance of latents"], rows)
+        self.model.head.max_timestep = None
+        print(
+            "\nThe weights are random: a distance says that samples differ, not how much it hurts."
+        )
 
 
 class Step:

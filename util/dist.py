@@ -53,7 +53,11 @@ def _pick(name):
 
 
 def pick_precision(name, device):
-    """The precision that "auto" means on this device; any other name is itself."""
+    """The precision that "auto" means on this device; any other name is itself.
+
+    Sets whether float32 products may be made of TF32: only where tf32 is asked for.
+    """
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     if name != "auto":
         return name
     if device.type != "cuda":

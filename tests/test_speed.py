@@ -1,0 +1,58 @@
+"""The benchmarks measure only what computes the same. Run: python -m pytest tests/test_speed.py"""
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import approximate, plain, speed
+from models.mar import mar_tiny
+
+ARGUMENTS = (
+    "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2 --device cpu"
+)
+
+
+def test_differences_come_first(capsys):
+    """Then the speed, of each section that was asked for."""
+    speed.main([*ARGUMENTS.split(), "--sections", "head", "sampling", "training", "optimizer"])
+    out = capsys.readouterr().out
+    assert out.index("Largest relative differences") < out.index("plain / ours")
+    for section in ("The head", "Sampling", "Training", "Optimiser"):
+        assert section in out
+    assert "autoregressive step 6, batch 2" in out
+
+
+def test_no_speed_of_something_else(capsys, monkeypatch):
+    """A baseline that computes other numbers ends it, with status 1."""
+    forward = plain.PlainMLP.forward
+    monkeypatch.setattr(plain.PlainMLP, "forward", lambda *args: forward(*args) * 1.001)
+    with pytest.raises(SystemExit, match="1"):
+        speed.main(ARGUMENTS.split())
+    out = capsys.readouterr().out
+    assert "not the same computation" in out and "plain / ours" not in out
+
+
+def test_modes_are_compared_with_exact_samples(capsys):
+    """Each mode has a time and a distance; those a model does not know are left out, and named."""
+    model = mar_tiny(img_size=64, class_num=10, buffer_size=4, num_sampling_steps="4")
+
+    def sample(seed, **settings):
+        generator = torch.Generator().manual_seed(seed)
+        return model.sample_tokens(2, generator=generator, **settings).numpy()
+
+    rows = approximate.measure(model, sample, {"num_iter": 4, "cfg": 2.0}, rounds=2)
+    assert [name for name, *_ in rows] == list(approximate.MODES)
+    assert rows[0][2] == 1.0 and rows[0][3].startswith("0 (another seed:")
+    distances = {name: float(far) for name, _, _, far in rows[1:]}
+    assert all(np.isfinite(list(distances.values())))
+    assert distances["--solver ddim, 10"] > 0
+    assert model.head.spacing == "4"
+
+    class NoLazy(type(model)):
+        def start_lazily(self, refresh_every, order):
+            raise ValueError("none here")
+
+    model.__class__ = NoLazy
+    names = [r[0] for r in approximate.measure(model, sample, {"num_iter": 4, "cfg": 2.0}, 1)]
+    assert "--refresh_every 2" not in names and "exact" in names
+    assert "--refresh_every 2: left out, none here" in capsys.readouterr().out
