@@ -513,9 +513,7 @@ class Bench:
         rows = [[name, f"{1e3 * s:.4g}", f"{ratio:.2f}", far] for name, s, ratio, far in rows]
         table(["mode", "ms", "exact / mode", "distance of latents"], rows)
         self.model.head.max_timestep = None
-        print(
-            "\nThe weights are random: a distance says that samples differ, not how much it hurts."
-        )
+        print("\nThe weights are random: a distance says that samples differ, not its cost.")
 
 
 class Step:

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import nn
@@ -184,48 +184,50 @@ class DiffLoss(Diffused):
             noise = noise.reshape(len(noise), -1, self.in_channels)
             both = [z.flatten(0, -2)] if cfg == 1.0 else [z.flatten(0, -2), z_uncond.flatten(0, -2)]
             with torch.autocast(kind, enabled=False):
-                steps = plan(progress)
-                if steps not in times:
-                    times[steps] = denoiser.embed_times(steps)
+                name, steps = plan(progress)
+                if name not in times:
+                    times[name] = denoiser.embed_times(steps)
                 if solver != "ddpm":
                     noise = torch.cat([noise[:1] * temperature, noise[1:]])
-                x = self._denoise(denoiser, steps, times[steps], both, noise, cfg, temperature)
+                run = partial(denoiser.run, steps, temperature=temperature)
+                x = self._denoise((name, temperature), run, times[name], both, noise, cfg)
             return x.view(*z.shape[:-1], self.in_channels)
 
         return draw
 
     def _plan(self, start, solver, anneal):
-        """(steps of the reverse process as a function of the progress, the most there are)."""
+        """(a name and the steps of the reverse process, as a function of the progress; the most
+        steps there are)."""
         if solver == "ddpm" and not anneal:
-            steps = self.gen_diffusion.steps(start)
-            return (lambda progress: steps), self.gen_diffusion.num_steps
+            named = (solver, self.spacing, start), self.gen_diffusion.steps(start)
+            return (lambda progress: named), self.gen_diffusion.num_steps
         highest = BELOW_SINGULARITY if start is None else start
         count = annealing(anneal) if anneal else lambda progress: self.spacing
         most = count(0.0) if anneal else self.gen_diffusion.num_steps
 
         @cache
-        def steps(spacing):
+        def named(spacing):
             log_snr = solver == "dpm++"
             diffusion = create_diffusion(spacing, highest=highest, log_snr=log_snr)
-            return diffusion.steps(solver=solver)
+            return (solver, spacing, highest, "clipped"), diffusion.steps(solver=solver)
 
-        steps(count(0.0))  # refuses what does not fit at once
-        return (lambda progress: steps(count(progress))), max(most, self.gen_diffusion.num_steps)
+        named(count(0.0))  # refuses what does not fit at once
+        return (lambda progress: named(count(progress))), max(most, self.gen_diffusion.num_steps)
 
-    def _denoise(self, denoiser, steps, times, both, noise, cfg, temperature):
-        """Tokens (R, C) for z of one stream or both, each (R, D), from noise (S + 1, R, C)."""
-        rows, guided = noise.shape[1], len(both) > 1
+    def _denoise(self, name, run, times, both, noise, cfg):
+        """Tokens (R, C) for z of one stream or both, each (R, D), from noise (S + 1, R, C).
 
-        def run(times, z, noise, *cfg):
-            return denoiser.run(steps, times, z, noise, *(cfg or (None,)), temperature)
-
+        run: of a Denoiser, whose steps `name` tells from others.
+        """
+        rows = noise.shape[1]
         inputs = [times, torch.cat(both), noise]
         if self.graphs.usable(noise.device):
             more = padded(rows) - rows
             z = torch.cat([F.pad(z, (0, 0, 0, more)) for z in both])
             inputs = [times, z, F.pad(noise, (0, 0, 0, more))]
-        inputs += [torch.full((), cfg, device=noise.device)] if guided else []
-        key = steps, temperature, torch.get_float32_matmul_precision()
+        if len(both) > 1:
+            inputs.append(torch.full((), cfg, device=noise.device))
+        key = name, torch.get_float32_matmul_precision()
         return self.graphs(key, run, *inputs)[:rows]
 
     def _arrange(self, dtype):

@@ -7,9 +7,7 @@ import torch
 from benchmarks import approximate, plain, speed
 from models.mar import mar_tiny
 
-ARGUMENTS = (
-    "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2 --device cpu"
-)
+ARGUMENTS = "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2"
 
 
 def test_differences_come_first(capsys):

@@ -170,24 +170,27 @@ def add_sampling_flags(parser, **defaults):
         type=_number(int, "a whole number from 0 to 999", lambda n: 0 <= n <= 999),
         metavar="T",
         help="start the reverse process at this timestep instead of 999; 950 keeps a model that "
-        "is small or not trained for long from diverging (default: the checkpoint's, else 999)",
+        "is small or not trained for long from diverging (default: the checkpoint's, else 999). "
+        "Price: 980 instead of 950 is 11.4",
     )
     group = parser.add_argument_group(
         "faster sampling that approximates",
-        "Off unless given. The prices are those of the digits (benchmarks/RESULTS.md), from exact "
-        "sampling's 13.2 Fréchet distance at accuracy 99.6%%.",
+        "Off unless given. Prices are those on the digits (benchmarks/RESULTS.md): how many times "
+        "as many images a second, and the Fréchet distance, which is 11.3 for exact sampling.",
     )
     group.add_argument(
         "--solver",
         choices=("ddpm", "ddim", "dpm++"),
         help="of the reverse process: ddim and dpm++ need no noise and fewer --num_sampling_steps, "
-        "and start at 950 (default: ddpm). PRICE_SOLVER",
+        "and start at 950 (default: ddpm). Price: 10 steps of dpm++ 2.9 times, 11.0; of ddim 2.9 "
+        "times, 14.2",
     )
     group.add_argument(
         "--anneal",
         metavar="KIND",
         help="diffusion steps that fall as tokens become known: linear, cosine or two-stage, from "
-        "50 to 5, or as in linear:100:10; starts at 950 (default: off). PRICE_ANNEAL",
+        "50 to 5, or as in linear:100:10; starts at 950 (default: off). Price: linear 2.0 times, "
+        "11.7; cosine 1.8, 11.6; two-stage 2.1, 12.5",
     )
     group.add_argument(
         "--cfg_interval",
@@ -195,14 +198,14 @@ def add_sampling_flags(parser, **defaults):
         nargs=2,
         metavar=("A", "B"),
         help="guidance only while the share of the steps that are done is from A to B (default: "
-        "0 1). PRICE_INTERVAL",
+        "0 1). Price: 0.25 0.75 1.2 times, 10.8",
     )
     group.add_argument(
         "--refresh_every",
         type=count,
         metavar="P",
-        help="compute all features every P steps, between them only what changed; of the "
-        "bidirectional models (default: 1). PRICE_REFRESH",
+        help="compute all features every P steps, between them only what changed most; of the "
+        "bidirectional models (default: 1). Price: 2 is 1.03 times, 11.5; 4 is 1.08 times, 11.9",
     )
 
 

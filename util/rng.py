@@ -35,8 +35,8 @@ def _draw(function, shape, generator, device):
                 f"{len(generator)} generators for a batch of {shape[0]}: expected one each"
             )
         draws = torch.stack([function(shape[1:], generator=g, device=g.device) for g in generator])
-        if draws.device == torch.device(device or "cpu"):
-            return draws
+        if draws.device.type != "cpu" or torch.device(device or "cpu").type == "cpu":
+            return draws.to(device)
         # from page-locked memory, so that the next draws are made while the device works
         return draws.pin_memory().to(device, non_blocking=True)
     source = device if generator is None else generator.device
