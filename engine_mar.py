@@ -336,7 +336,8 @@ def generate_images(
     advice = "Train the model for longer"
     if isinstance(model.head, Diffused):
         start = sampling.get("max_timestep") or model.head.max_timestep
-        if not start or start > 950:
+        clipped = sampling.get("anneal") or sampling.get("solver", "ddpm") != "ddpm"
+        if (start or (950 if clipped else 999)) > 950:
             advice = f"Start the reverse process lower with --max_timestep 950. {advice}"
     _say_diverged(bad, worst, limit, len(labels), advice)
 

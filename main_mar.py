@@ -23,8 +23,8 @@ from util.flags import (
     add_sampling_flags,
     add_tokenizer_flags,
     amount,
+    approximations,
     count,
-    given_approximations,
     natural,
     run,
     share,
@@ -490,7 +490,7 @@ def changes(now, before):
 
 def sampling_settings(args):
     """How to sample, as `generate_images` takes it."""
-    return {name: getattr(args, name) for name in SAMPLING} | given_approximations(args)
+    return {name: getattr(args, name) for name in SAMPLING} | approximations(args, {})
 
 
 def grid(args, model, *, config, tokenizer, device, precision):

@@ -16,8 +16,8 @@ from util.flags import (
     add_evaluation_flags,
     add_machine_flags,
     add_sampling_flags,
+    approximations,
     count,
-    given_approximations,
     positive,
     run,
 )
@@ -102,7 +102,8 @@ def main(argv=None):
     for name in SAMPLING:
         if getattr(args, name) is not None:
             sampling[name] = getattr(args, name)
-    sampling |= given_approximations(args)
+    inexact = approximations(args, sampling)
+    sampling = {k: v for k, v in sampling.items() if k not in APPROXIMATIONS} | inexact
     model.check_sampling(**sampling)
     if args.num_iter is None:
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)

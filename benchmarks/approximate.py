@@ -1,9 +1,10 @@
 """What faster sampling costs: python -m benchmarks.approximate --ckpt CHECKPOINT
 
-Each approximation, and some together, against exact sampling of the same model with the same noise,
+Each approximation, and some together, against exact sampling of the same model from the same seeds,
 in turns in one process; a cold round is dropped. Beside the images a second stands how far the
-images are from the exact ones (root mean square, of the range of a pixel), where those of another
-seed are as a measure, and the figures of `sample.py --reference`.
+images are from the exact ones (root mean square, of the range of a pixel), with those of another
+seed as a measure: where other diffusion steps are taken other noise is drawn, and it is that far.
+Then the figures of `sample.py --reference`, which say whether the images are worse.
 """
 
 import statistics

@@ -145,6 +145,7 @@ class PlainDiffLoss(nn.Module):
         self.net = PlainMLP(head.net)
         self.train_tables = Tables(create_diffusion())
         self.tables = Tables(head.gen_diffusion)
+        self.first = self.tables.count  # how many of its steps are taken: the last ones
 
     def forward(self, target, z, mask, t, noise):
         """Mean over masked rows of the squared error of the noise and the variational term."""
@@ -175,7 +176,7 @@ class PlainDiffLoss(nn.Module):
         x = torch.randn(rows, self.channels, device=z.device) if noise is None else noise[0]
         if guided:
             x = torch.cat([x, x])
-        for i in reversed(range(self.tables.count)):
+        for i in reversed(range(self.first)):
             t = torch.tensor([i] * len(x), device=z.device)
             if guided:
                 output = self._guided(x, t, z, cfg)

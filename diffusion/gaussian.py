@@ -29,13 +29,16 @@ class GaussianDiffusion:
         kept = spaced_timesteps(spacing, len(betas))
         if highest is not None:
             kept = sorted({min(t, highest) for t in kept})
+        # on the host whatever torch's default device is: each step asks for numbers
         alphas_cumprod = torch.cumprod(1 - betas.double(), 0)
         if log_snr:
             kept = even_log_snr(len(kept), alphas_cumprod, kept[-1])
-        self.timesteps = torch.tensor(kept)
+        self.timesteps = torch.tensor(kept, device="cpu")
         self.num_steps = len(self.timesteps)
         self.alphas_cumprod = alphas_cumprod[self.timesteps]
-        previous = torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+        previous = torch.cat(
+            [torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]]
+        )
         self.betas = 1 - self.alphas_cumprod / previous
         # again, from the rounded betas: all tables are then those of one process
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
@@ -111,7 +114,7 @@ class GaussianDiffusion:
         if solver not in SOLVERS:
             raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
         count = self.first_step(max_timestep)
-        return tuple(SOLVERS[solver](self, i) for i in reversed(range(count)))
+        return tuple(SOLVERS[solver](self, i, i == count - 1) for i in reversed(range(count)))
 
     def _take(self, step, network, x, noise, temperature, previous=None):
         """x after a step, and what the next one needs to know of x_0."""

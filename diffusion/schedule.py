@@ -14,7 +14,7 @@ def cosine_betas(steps=TRAIN_STEPS):
         return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
 
     betas = [1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
-    return torch.tensor(betas, dtype=torch.float64).clamp(max=0.999)
+    return torch.tensor(betas, dtype=torch.float64, device="cpu").clamp(max=0.999)
 
 
 def spaced_timesteps(spacing, steps=TRAIN_STEPS):
@@ -50,7 +50,7 @@ def even_log_snr(count, alphas_cumprod, highest):
     fall on the same.
     """
     log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
-    wanted = torch.linspace(0, 1, count, dtype=log_snr.dtype)
+    wanted = torch.linspace(0, 1, count, dtype=log_snr.dtype, device=log_snr.device)
     wanted = log_snr[highest] + (log_snr[0] - log_snr[highest]) * wanted
     return sorted({int((log_snr - value).abs().argmin()) for value in wanted})
 
@@ -76,19 +76,21 @@ def annealing(text):
     """How many diffusion steps a token gets, as a function of the share of the tokens' steps done.
 
     text: "linear", "cosine" or "two-stage", with the first and the last count behind it if they are
-    not 50 and 5: "linear:100:10" (DiSA, Zhao et al. 2025). Counts between are rounded up to fives.
-    Raises ValueError for anything else.
+    not 50 and 5: "linear:100:10" (DiSA, Zhao et al. 2025). They fall by fives.
+    Raises ValueError for anything else, and for a last count above the first.
     """
     kind, *counts = str(text).split(":")
     if kind not in ANNEALING or not all(c.isdigit() and int(c) for c in counts) or len(counts) > 2:
         raise ValueError(
             f"anneal {text!r}: expected {', '.join(ANNEALING)}, or counts as in linear:50:5"
         )
-    first, last = (*map(int, counts), 50, 5)[:2] if len(counts) != 1 else (int(counts[0]), 5)
+    first, last = (*map(int, counts), *(50, 5)[len(counts) :])
+    if last > first:
+        raise ValueError(f"anneal {text!r}: expected a first count of at least the last, {last}")
 
     def count(progress):
-        steps = last + (first - last) * ANNEALING[kind](progress)
-        return min(max(first, last), 5 * math.ceil(round(steps, 6) / 5))
+        steps = (first - last) * ANNEALING[kind](progress)
+        return min(first, last + 5 * math.ceil(round(steps, 6) / 5))
 
     return count
 

@@ -49,7 +49,7 @@ class ReverseStep:
         return result + temperature * (self.log_deviation + self.log_deviation_v * v).exp() * noise
 
 
-def ancestral(diffusion, i):
+def ancestral(diffusion, i, first=False):
     """From x_i to x_{i−1} with noise, x_i being the diffusion's kept timestep i."""
     log_high = diffusion.betas[i].log().item()
     log_low = diffusion.posterior_log_variance_clipped[i].item()
@@ -65,7 +65,7 @@ def ancestral(diffusion, i):
     )
 
 
-def ddim(diffusion, i):
+def ddim(diffusion, i, first=False):
     """The same without noise: x_0 and ε of x_i, put together again at the timestep before."""
     alpha, sigma = _level(diffusion, i)
     next_alpha, next_sigma = _level(diffusion, i - 1)
@@ -77,15 +77,15 @@ def ddim(diffusion, i):
     )
 
 
-def multistep(diffusion, i):
+def multistep(diffusion, i, first):
     """With x_0 extrapolated from this step and the one before; the first and last are DDIM's."""
     alpha, sigma = _level(diffusion, i)
     next_alpha, next_sigma = _level(diffusion, i - 1)
-    share = previous = 0.0
+    share = 0.0
     decay = 0.0  # exp(−h), h the step in log(α/σ); its last step is infinite
     if i > 0:
         decay = (alpha * next_sigma) / (sigma * next_alpha)
-    if 0 < i < diffusion.num_steps - 1:
+    if i > 0 and not first:
         last_alpha, last_sigma = _level(diffusion, i + 1)
         ratio = math.log((alpha * last_sigma) / (sigma * last_alpha)) / -math.log(decay)
         share = 1 / (2 * ratio)

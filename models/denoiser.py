@@ -119,7 +119,7 @@ class Denoiser:
         """The network in the precision of its weights, for the step that magnifies its error."""
         t = torch.full((1,), step.timestep, device=x.device)
         with full_precision(x.device.type):
-            return self.net(x.repeat(len(z) // len(x), 1), t, z)
+            return self.net.forward(x.repeat(len(z) // len(x), 1), t, z)
 
     def _step(self, step, x, output, noise, cfg, temperature, previous):
         """x after a step, and what the next one needs to know of x_0."""

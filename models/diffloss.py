@@ -57,7 +57,8 @@ class Diffused(nn.Module):
     def draw_noise(self, shape, generator, device, steps=None):
         """For rows (N, ..., C) the start of the reverse process and a draw for each step of it:
         (steps + 1, N, ..., C)."""
-        shape = (shape[0], (steps or self.gen_diffusion.num_steps) + 1, *shape[1:])
+        steps = self.gen_diffusion.num_steps if steps is None else steps
+        shape = (shape[0], steps + 1, *shape[1:])
         return randn(shape, generator, device).movedim(1, 0)
 
     def denoise(self, network, noise, temperature=1.0, max_timestep=None):
@@ -199,20 +200,21 @@ class DiffLoss(Diffused):
         """(a name and the steps of the reverse process, as a function of the progress; the most
         steps there are)."""
         if solver == "ddpm" and not anneal:
-            named = (solver, self.spacing, start), self.gen_diffusion.steps(start)
+            steps = self.gen_diffusion.steps(start)
+            named = (solver, tuple(step.timestep for step in steps)), steps
             return (lambda progress: named), self.gen_diffusion.num_steps
         highest = BELOW_SINGULARITY if start is None else start
         count = annealing(anneal) if anneal else lambda progress: self.spacing
-        most = count(0.0) if anneal else self.gen_diffusion.num_steps
 
         @cache
         def named(spacing):
             log_snr = solver == "dpm++"
             diffusion = create_diffusion(spacing, highest=highest, log_snr=log_snr)
-            return (solver, spacing, highest, "clipped"), diffusion.steps(solver=solver)
+            return (solver, tuple(diffusion.timesteps.tolist())), diffusion.steps(solver=solver)
 
-        named(count(0.0))  # refuses what does not fit at once
-        return (lambda progress: named(count(progress))), max(most, self.gen_diffusion.num_steps)
+        _, first = named(count(0.0))  # refuses what does not fit at once
+        most = len(first) if first[0].random else 0  # the others draw their start alone
+        return (lambda progress: named(count(progress))), most
 
     def _denoise(self, name, run, times, both, noise, cfg):
         """Tokens (R, C) for z of one stream or both, each (R, D), from noise (S + 1, R, C).

@@ -127,7 +127,7 @@ class DiT(LatentModel, Diffused):
             if self.grad_checkpointing and self.training:
                 x = checkpoint(block, x, y, use_reentrant=False)
             else:
-                x = block(x, y)
+                x = block(x, y) if self.training else block.forward(x, y)
         return self.final_layer(x, y)
 
 

@@ -34,7 +34,8 @@ def linear(x, weight, bias=None):
     """x (..., I) with weight (O, I) and bias (O,) gives (..., O); differentiable once."""
     if not _fits(x, weight):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if torch.is_grad_enabled() and wanted:
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
 
@@ -59,6 +60,8 @@ def _fits(x, weight):
         and x.dtype == weight.dtype == torch.float32
         and weight.numel() >= SMALLEST
         and x.numel() > 0
+        and x.ndim > 1
+        and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled("cpu")
     )
 

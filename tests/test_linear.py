@@ -55,6 +55,19 @@ def test_only_float32_on_a_cpu(used):
     assert used
 
 
+def test_what_is_left_to_torch(used):
+    """A vector, and transforms of functions; a bias that alone is trained gets its gradient."""
+    weight, bias = torch.randn(192, 192), torch.randn(192, requires_grad=True)
+    x = torch.randn(192, requires_grad=True)
+    linear.linear(x, weight).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0))
+    grad = torch.func.grad(lambda w: linear.linear(torch.ones(2, 192), w).sum())(weight)
+    torch.testing.assert_close(grad, torch.full_like(weight, 2.0))
+    assert not used
+    linear.linear(torch.randn(5, 192), weight, bias).sum().backward()
+    assert used and torch.equal(bias.grad, torch.full((192,), 5.0))
+
+
 def test_packed_is_the_same():
     """A packed weight gives what the weight gives, and is a copy."""
     x, weight, bias = torch.randn(7, 192), torch.randn(256, 192), torch.randn(256)

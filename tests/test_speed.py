@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks import approximate, plain, speed
+from models.denoiser import Denoiser
 from models.mar import mar_tiny
 
 ARGUMENTS = "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2"
@@ -28,6 +29,33 @@ def test_no_speed_of_something_else(capsys, monkeypatch):
         speed.main(ARGUMENTS.split())
     out = capsys.readouterr().out
     assert "not the same computation" in out and "plain / ours" not in out
+
+
+@pytest.mark.parametrize("wrong", ["temperature", "variance", "last noise"])
+def test_small_errors_are_seen(capsys, monkeypatch, wrong):
+    """Of ours: hardly a hundredth less noise, no learned variance, no noise in the last steps."""
+    run, network, step = Denoiser.run, Denoiser._network, Denoiser._step
+
+    def cold(self, *args, temperature=1.0):
+        return run(self, *args, temperature=0.99 * temperature)
+
+    def fixed(self, *args, **kwargs):
+        noise, v = network(self, *args, **kwargs).chunk(2, dim=-1)
+        return torch.cat([noise, 0 * v], dim=-1)
+
+    def quiet(self, s, x, output, noise, cfg, temperature, previous):
+        temperature = 0.0 if s.index < 3 else temperature
+        return step(self, s, x, output, noise, cfg, temperature, previous)
+
+    name, function = {
+        "temperature": ("run", cold),
+        "variance": ("_network", fixed),
+        "last noise": ("_step", quiet),
+    }[wrong]
+    monkeypatch.setattr(Denoiser, name, function)
+    with pytest.raises(SystemExit, match="1"):
+        speed.main(ARGUMENTS.replace("steps 4", "steps 20").split())
+    assert "plain / ours" not in capsys.readouterr().out
 
 
 def test_modes_are_compared_with_exact_samples(capsys):

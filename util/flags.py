@@ -175,8 +175,9 @@ def add_sampling_flags(parser, **defaults):
     )
     group = parser.add_argument_group(
         "faster sampling that approximates",
-        "Off unless given. Prices are those on the digits (benchmarks/RESULTS.md): how many times "
-        "as many images a second, and the Fréchet distance, which is 11.3 for exact sampling.",
+        "Off unless given, here or in the training of the checkpoint. Prices are those on the "
+        "digits (benchmarks/RESULTS.md): how many times as many images a second, and the Fréchet "
+        "distance, which is 11.3 for exact sampling.",
     )
     group.add_argument(
         "--solver",
@@ -189,8 +190,8 @@ def add_sampling_flags(parser, **defaults):
         "--anneal",
         metavar="KIND",
         help="diffusion steps that fall as tokens become known: linear, cosine or two-stage, from "
-        "50 to 5, or as in linear:100:10; starts at 950 (default: off). Price: linear 2.0 times, "
-        "11.7; cosine 1.8, 11.6; two-stage 2.1, 12.5",
+        "50 to 5, or as in linear:100:10; starts at 950; none is off (default: off). Price: "
+        "linear 2.0 times, 11.7; cosine 1.8, 11.6; two-stage 2.1, 12.5",
     )
     group.add_argument(
         "--cfg_interval",
@@ -212,9 +213,14 @@ def add_sampling_flags(parser, **defaults):
 APPROXIMATIONS = ("solver", "anneal", "cfg_interval", "refresh_every")
 
 
-def given_approximations(args):
-    """Those of the flags that were given, as `sample_tokens` takes them."""
-    return {name: getattr(args, name) for name in APPROXIMATIONS if getattr(args, name) is not None}
+EXACT = {"solver": "ddpm", "anneal": "none", "cfg_interval": [0.0, 1.0], "refresh_every": 1}
+
+
+def approximations(args, stored):
+    """What of the flags approximates, as `sample_tokens` takes it; else what is stored does."""
+    asked = {name: getattr(args, name) for name in APPROXIMATIONS}
+    chosen = {n: stored.get(n) if value is None else value for n, value in asked.items()}
+    return {n: value for n, value in chosen.items() if value is not None and value != EXACT[n]}
 
 
 def add_evaluation_flags(parser, standalone=False):

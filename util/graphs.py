@@ -4,6 +4,8 @@ import torch
 
 from util.dist import print0
 
+MOST = 64  # recordings kept: of a sampling there are as many as counts of tokens asked at a step
+
 
 class Graphs:
     """Records what functions of tensors do on a CUDA device, and replays it; elsewhere calls them.
@@ -28,18 +30,24 @@ class Graphs:
         if not self.usable(inputs[0].device):
             return function(*inputs)
         key = (key, *((x.shape, x.dtype) for x in inputs))
-        if key not in self.recorded:
-            try:
-                self.recorded[key] = self._record(function, inputs)
-            except RuntimeError as error:
-                self.possible = False
-                reason = str(error).strip().splitlines()[0]
-                print0(f"NOTE: no CUDA graphs here ({reason}): sampling is slower at small batches")
-                return function(*inputs)
-        graph, held, output = self.recorded[key]
-        torch._foreach_copy_(held, list(inputs))
-        graph.replay()
-        return output.clone()  # the next replay, of any graph of the pool, writes over it
+        with torch.cuda.device(inputs[0].device):
+            if key not in self.recorded:
+                if len(self.recorded) == MOST:
+                    self.recorded, self.pool = {}, None
+                try:
+                    self.recorded[key] = self._record(function, inputs)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    self.possible = False
+                    print0(
+                        f"NOTE: no CUDA graphs here: sampling is slower at small batches ({error})"
+                    )
+                    return function(*inputs)
+            graph, held, output, _ = self.recorded[key]
+            torch._foreach_copy_(held, list(inputs))
+            graph.replay()
+            return output.clone()  # the next replay, of any graph of the pool, writes over it
 
     def _record(self, function, inputs):
         held = [x.clone() for x in inputs]
@@ -49,10 +57,13 @@ class Graphs:
             function(*held)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # what other threads do meanwhile, a watchdog or a loader, is theirs
+        with torch.cuda.graph(
+            graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
+        ):
             output = function(*held)
         self.pool = graph.pool()
-        return graph, held, output
+        return graph, held, output, function  # which holds what it reads
 
 
 def padded(count):
