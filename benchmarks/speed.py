@@ -129,6 +129,10 @@ class Bench:
             self.plain = plain.PlainMAR(self.model)
         self.model.eval(), self.plain.eval()
         self.length = self.model.seq_len
+        if args.num_iter > self.length:
+            raise ValueError(
+                f"--num_iter {args.num_iter}: expected at most {self.length}, the tokens"
+            )
         self.channels = self.model.token_embed_dim
 
     # ---- what is measured, and how -----------------------------------------------------------

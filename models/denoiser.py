@@ -27,6 +27,17 @@ def full_precision(kind):
         torch.set_float32_matmul_precision(before)
 
 
+def guided(both, cfg):
+    """Outputs (2N, ..., 2C), conditional then unconditional ones, to noise and v, each (N, ..., C).
+
+    The guided noise is ε_u + ω(ε_c − ε_u) (paper, appendix B); v is the conditional one's.
+    """
+    cond, uncond = both.float().chunk(2)
+    noise, v = cond.chunk(2, dim=-1)
+    noise_uncond = uncond.chunk(2, dim=-1)[0]
+    return noise_uncond + cfg * (noise - noise_uncond), v
+
+
 class Denoiser:
     """The weights of a DenoisingMLP arranged for sampling, and the loop over its steps.
 
@@ -123,10 +134,6 @@ class Denoiser:
 
     def _step(self, step, x, output, noise, cfg, temperature, previous):
         """x after a step, and what the next one needs to know of x_0."""
-        cond, uncond = output.float().split([len(x), len(output) - len(x)])
-        predicted, v = cond.chunk(2, dim=-1)
-        if cfg is not None:
-            uncond = uncond.chunk(2, dim=-1)[0]
-            predicted = uncond + cfg * (predicted - uncond)
+        predicted, v = output.float().chunk(2, dim=-1) if cfg is None else guided(output, cfg)
         drawn = noise[1 + step.index] if step.random else None
         return step(x, predicted, v, drawn, temperature, previous), step.start(x, predicted)

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import create_diffusion
 from diffusion.schedule import annealing
-from models.denoiser import Denoiser, full_precision
+from models.denoiser import Denoiser, full_precision, guided
 from models.linear import speed_up
 from util.graphs import Graphs, padded
 from util.rng import rand, randn
@@ -274,7 +274,7 @@ class DenoisingMLP(nn.Module):
     def with_cfg(self, x, t, z, z_uncond, cfg):
         """The guided noise ε_u + ω(ε_c − ε_u) (paper, appendix B); v is the conditional one's."""
         both = self(torch.cat([x, x]), torch.cat([t, t]), torch.cat([z, z_uncond]))
-        return guided(both, cfg)
+        return torch.cat(guided(both, cfg), dim=-1)
 
     def _initialize(self):
         for module in self.modules():
@@ -331,14 +331,6 @@ class FinalLayer(nn.Module):
     def forward(self, x, y):
         shift, scale = self.adaLN_modulation(y).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
-
-
-def guided(both, cfg):
-    """Outputs (2N, ..., 2C), conditional then unconditional ones, to guided ones (N, ..., 2C)."""
-    cond, uncond = both.float().chunk(2)
-    noise, v = cond.chunk(2, dim=-1)
-    noise_uncond = uncond.chunk(2, dim=-1)[0]
-    return torch.cat([noise_uncond + cfg * (noise - noise_uncond), v], dim=-1)
 
 
 def without_autocast_at_first(network):

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.diffloss import Diffused, FinalLayer, TimestepEmbedder, guided, modulate
+from models.denoiser import guided
+from models.diffloss import Diffused, FinalLayer, TimestepEmbedder, modulate
 from models.latents import LatentModel, initialize
 
 
@@ -113,7 +114,7 @@ class DiT(LatentModel, Diffused):
             if cfg == 1.0:
                 return self.net(x, t, classes)
             both = self.net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([classes, uncond]))
-            return guided(both, cfg)
+            return torch.cat(guided(both, cfg), dim=-1)
 
         shape = (bsz, self.seq_len, self.token_embed_dim)
         noise = self.draw_noise(shape, generator, classes.device)
