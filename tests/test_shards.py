@@ -229,7 +229,9 @@ def test_two_processes_write_the_same_bytes(images, vae_path, made, tmp_path):
     """As one process, also where they go on with what one began; they verify it together."""
     caches_run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2"]
     caches_run += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # as many threads as `made` had here: their count orders the sums of a convolution
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
 
     def torchrun(*flags):
         script = str(ROOT / "tests" / "two_caching.py")
