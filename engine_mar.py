@@ -20,19 +20,13 @@ from util.features import INCEPTION
 from util.images import grid, to_uint8
 from util.logger import Progress, Stopwatch
 from util.metrics import SSIM_WINDOW, RunningStatistics, frechet_distance, psnr, ssim
+from util.precision import autocast
 from util.rng import image_generators
 from util.weights import digest
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": None, "fp32": None}
 UNKNOWN_RANGE = 10.0  # latents have about unit deviation; used where training left no range
 DECODED_AT_ONCE = 32  # images
 PAIRS = 8  # images shown with their decodings
-
-
-def autocast(device, precision):
-    """The autocast of a precision (a key of PRECISIONS)."""
-    dtype = PRECISIONS[precision]
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def unwrap(model):

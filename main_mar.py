@@ -32,6 +32,7 @@ from util.flags import (
 from util.images import open_writers, save_image
 from util.logger import Logger, Progress
 from util.lr_sched import learning_rate
+from util.precision import pick_precision
 from util.weights import digest, load_strictly
 
 # arguments of the model that its weights fix, and those that each run chooses
@@ -251,7 +252,7 @@ def main(argv=None):
         make_folder(args.log_dir, "--log_dir")
     if args.out and not args.evaluate:
         raise ValueError(f"--out {args.out[0]}: keeps the images of --evaluate, which is not given")
-    precision = dist.pick_precision(args.precision, device)
+    precision = pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
     if not path and (args.evaluate or Path(args.resume).suffix in WEIGHT_FILES):
         raise ValueError(f"--resume {args.resume!r}: expected a checkpoint, found none")

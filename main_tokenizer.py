@@ -39,6 +39,7 @@ from util.flags import (
 )
 from util.images import grid, save_image
 from util.logger import Logger
+from util.precision import pick_precision
 from util.weights import digest
 
 TRAINABLE = ("kl", "vq", "vq_latent")
@@ -194,7 +195,7 @@ def train(args, channels, side, device):
         epochs=args.epochs,
         lr=args.lr,
         device=device,
-        precision=dist.pick_precision(args.precision, device),
+        precision=pick_precision(args.precision, device),
         seed=args.seed,
         logger=logger,
     )

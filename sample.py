@@ -23,6 +23,7 @@ from util.flags import (
 )
 from util.image_sets import is_data_set
 from util.images import open_writers
+from util.precision import pick_precision
 from util.sweep import find_result, parse_grid, write_sweep
 
 SAMPLING = ("num_iter", "cfg", "cfg_schedule", "temperature", "order")
@@ -113,6 +114,7 @@ def main(argv=None):
     labels = labels * args.per_class
     points = parse_grid(args.sweep)
     writers = check(args, points, labels, model)
+    precision = pick_precision(args.precision, device)  # also that of the features
     judge = get_judge(args, config, len(labels), device) if args.reference else None
     settings = ", ".join(f"{name} {value}" for name, value in sampling.items())
     print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {settings}, seed {args.seed}")
@@ -121,7 +123,7 @@ def main(argv=None):
         "seed": args.seed,
         "batch_size": args.batch_size,
         "device": device,
-        "precision": dist.pick_precision(args.precision, device),
+        "precision": precision,
         "latent_range": config.get("latent_range"),
         "progress": "sampling",
     }

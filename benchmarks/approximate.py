@@ -19,6 +19,7 @@ from util import dist
 from util.evaluation import Accumulator, open_judge
 from util.flags import Parser, add_device_flag, add_extractor_flags, count, run
 from util.metrics import frechet_distance
+from util.precision import pick_precision
 
 # name -> (diffusion steps, or None for the model's own; arguments of sample_tokens); the number of
 # autoregressive steps is a share of the exact ones
@@ -77,7 +78,7 @@ def main(argv=None):
     )
     classes = config["model"]["class_num"]
     labels = [i % classes for i in range(args.num_images)]
-    precision = dist.pick_precision("auto", device)
+    precision = pick_precision("auto", device)
 
     def sample(seed, **settings):
         batches = engine.generate_images(

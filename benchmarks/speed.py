@@ -24,7 +24,7 @@ import torch
 
 import models.linear
 from benchmarks import approximate, plain
-from engine_mar import autocast, parameter_groups
+from engine_mar import parameter_groups
 from models import build_model
 from models.autoregressive import CFG_SCHEDULES, take
 from models.order import token_counts
@@ -32,6 +32,7 @@ from util import caches, dist
 from util.data import cached_set, training_loader, write_moments
 from util.ema import EMA
 from util.flags import Parser, add_device_flag, count, number, positive, run
+from util.precision import autocast
 from util.rng import image_generators
 
 TOLERANCE = 1e-5

@@ -5,26 +5,13 @@ timestep and z alone. So they are joined to one layer, and where rows are few, s
 is what costs, applied to many steps at once. The result is that of `DenoisingMLP` to rounding.
 """
 
-from contextlib import contextmanager
-
 import torch
 from torch.nn import functional as F
 
 from models.linear import pack, packed_linear
+from util.precision import full_precision
 
 ROWS_AT_ONCE = 256  # of the joined layer: enough to make its product cost more than its weights
-
-
-@contextmanager
-def full_precision(kind):
-    """Products in the type of their factors on this kind of device, neither autocast nor TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(kind, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def guided(both, cfg):

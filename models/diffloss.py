@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion import create_diffusion
 from diffusion.schedule import annealing
-from models.denoiser import Denoiser, full_precision, guided
+from models.denoiser import Denoiser, guided
 from models.linear import speed_up
 from util.graphs import Graphs, padded
+from util.precision import full_precision
 from util.rng import rand, randn
 
 QUARTERS = 4

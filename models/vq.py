@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from models.vae import CODEBOOK, Autoencoder, Decoder, Encoder, load_first_stage, read_variant
 from util import dist
+from util.precision import full_precision
 
 MAX_DISTANCES = 2**24  # held at once by `nearest`: 64 MiB, whatever the number of latents
 COMMITMENT = 0.25  # of the encoder to its codes, against the codes to the encoder's latents
@@ -26,7 +27,7 @@ def nearest(points, codes):
 
     points (M, C), codes (K, C) -> (M,) int64. In float32 and by the chunk, see MAX_DISTANCES.
     """
-    with torch.autocast(points.device.type, enabled=False):
+    with full_precision(points.device.type):
         points, codes = points.float(), codes.float()
         square = codes.square().sum(1)
         # |p - c|² = |p|² + |c|² - 2 p·c, of which |p|² is the same for every code

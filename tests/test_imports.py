@@ -36,12 +36,13 @@ def test_layers_import_only_what_is_below(layer):
 
 
 def test_nothing_below_a_script_names_a_device():
-    """Device and dtype follow the data: dist.py picks the device, flags.py explains, and graphs.py
-    records what only such a device can replay."""
+    """Device and dtype follow the data: dist.py picks the device, flags.py explains, precision.py
+    knows what it has, and graphs.py records what only such a device can replay."""
     paths = [ROOT / "engine_mar.py"]
     paths += [p for layer in ("models", "diffusion", "util") for p in (ROOT / layer).glob("*.py")]
     assert {p.name for p in paths if "cuda" in p.read_text()} == {
         "dist.py",
         "flags.py",
         "graphs.py",
+        "precision.py",
     }

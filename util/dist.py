@@ -52,19 +52,6 @@ def _pick(name):
     return device
 
 
-def pick_precision(name, device):
-    """The precision that "auto" means on this device; any other name is itself.
-
-    Sets whether float32 products may be made of TF32: only where tf32 is asked for.
-    """
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    if name != "auto":
-        return name
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
 def cleanup():
     """Leave the group, so that no process waits for one that is gone."""
     if dist.is_initialized():

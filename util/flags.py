@@ -6,6 +6,7 @@ import os
 import sys
 
 from util.dist import cleanup, world_size
+from util.precision import PRECISIONS
 
 _UNSET = object()
 
@@ -278,11 +279,12 @@ def add_machine_flags(parser, num_workers, precision=True):
     if precision:
         group.add_argument(
             "--precision",
-            choices=("auto", "bf16", "fp16", "tf32", "fp32"),
+            choices=("auto", *PRECISIONS),
             default="auto",
             help="of the networks; auto: bf16 where the GPU has it, else fp16 (with a loss scaler "
-            "in training), fp32 on a CPU; tf32: float32 with faster products on a GPU. The "
-            "diffusion arithmetic and the network at its first step are float32 in every case",
+            "in training), fp32 on a CPU; tf32: float32 with faster products on a GPU; fp32: "
+            "nothing less, in the tokenizer's convolutions neither. The diffusion arithmetic and "
+            "the network at its first step are float32 in every case",
         )
     group.add_argument("--seed", type=natural, default=1, help="of everything that is drawn")
     if num_workers is not None:
