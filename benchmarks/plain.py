@@ -257,8 +257,11 @@ class PlainMLP(nn.Module):
         self.final_layer.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, t, z):
-        rates = torch.exp(-math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128)
-        angles = t[:, None].float() * rates.to(t.device)[None]
+        # published: made on the host. Here where t is, as exp of two devices may differ by one bit
+        # in some rates, which t magnifies to what the check of differences is about
+        rates = torch.arange(0, 128, dtype=torch.float32, device=t.device)
+        rates = torch.exp(-math.log(10000) * rates / 128)
+        angles = t[:, None].float() * rates[None]
         times = self.time_embed.mlp(torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1))
         x = self.input_proj(x)
         y = times + self.cond_embed(z)

@@ -192,8 +192,9 @@ class Reviver:
     @torch.no_grad()
     def step(self, latents, ids):
         """After each step of the optimiser: the latents (N,C,h,w) and ids (N,h,w) of its batch."""
-        self.uses += torch.bincount(ids.flatten(), minlength=len(self.codes))
-        self.waiting -= ids.numel() * dist.world_size()
+        ids = ids.flatten()  # not bincount, which waits for the device
+        self.uses.index_add_(0, ids, torch.ones_like(ids))
+        self.waiting -= len(ids) * dist.world_size()
         if self.waiting > 0:
             return
         dead = dist.all_reduce(self.uses) == 0

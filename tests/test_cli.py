@@ -20,7 +20,7 @@ import main_tokenizer
 import reproduce
 import sample
 from models import export
-from util import presets
+from util import dist, presets
 from util.checkpoint import LAST, load_checkpoint
 from util.flags import run
 from util.images import GridWriter
@@ -192,6 +192,20 @@ def test_missing_gpu(capsys):
     """A device that is not there is said, with those that are."""
     line = complain(capsys, main_mar.main, "--preset", "digits", "--device", "cuda")
     assert "--device cuda: no such device here; expected cpu or auto" in line
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    """Said by the process that has none; where each is shown its own, all are the first there."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    for visible in (1, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)  # noqa: B023 (not kept)
+        dist.init("cuda")
+    assert [str(device) for device in chosen] == ["cuda:0", "cuda:2"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 2 of this machine: expected at most 2, its GPUs"):
+        dist.init("cuda")
 
 
 def test_errors_leave_no_traceback():

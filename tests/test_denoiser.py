@@ -6,7 +6,6 @@ Run: python -m pytest tests/test_denoiser.py
 import copy
 import itertools
 import math
-import pickle
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from diffusion.solvers import SOLVERS
 from models import denoiser
 from models.diffloss import DiffLoss
 from models.heads import L2
-from util.graphs import Graphs, padded
+from util.graphs import Graphs
 
 
 @pytest.fixture(scope="module")
@@ -121,23 +120,6 @@ def test_what_a_graph_would_record(head, monkeypatch):
     again = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
     assert head.arranged[1] is not arranged
     assert difference(again, plain[8]) < 1e-5
-
-
-def test_recordings_are_not_copied():
-    """A copied or pickled head begins without them."""
-    graphs = Graphs()
-    graphs.recorded["key"] = object()
-    assert not copy.deepcopy(graphs).recorded
-    assert not pickle.loads(pickle.dumps(graphs)).recorded
-    assert graphs("key", lambda x: x + 1, torch.zeros(2)).tolist() == [1, 1]
-
-
-def test_padded():
-    """Never less, at most a quarter more from 32 on, and few sizes."""
-    sizes = [padded(n) for n in range(1, 4097)]
-    assert all(n <= size for n, size in enumerate(sizes, 1))
-    assert all(size <= 1.25 * n for n, size in enumerate(sizes, 1) if n >= 32)
-    assert len(set(sizes)) < 40
 
 
 def test_tables_stay_on_the_host():

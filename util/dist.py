@@ -25,6 +25,10 @@ def init(device, dist_on_itp=False, dist_url="env://"):
     if device.type == "cuda":
         if device.index is not None and world > 1:
             raise ValueError(f"--device {device}: with {world} processes, expected cuda or auto")
+        count = torch.cuda.device_count()
+        local = 0 if count == 1 else local  # where each process is shown a GPU of its own
+        if device.index is None and local >= count:
+            raise ValueError(f"process {local} of this machine: expected at most {count}, its GPUs")
         device = torch.device("cuda", local if device.index is None else device.index)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():

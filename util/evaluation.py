@@ -123,9 +123,8 @@ def compare(summary, reference, extractor):
     if summary.inception_score:
         figures["inception_score"], figures["inception_score_std"] = summary.inception_score
     if reference and reference.has_images:
-        figures["precision"], figures["recall"] = precision_recall(
-            generated=summary.features, real=reference.features
-        )
+        generated, real = (x.features.to(extractor.device) for x in (summary, reference))
+        figures["precision"], figures["recall"] = precision_recall(generated=generated, real=real)
     if summary.accuracy is not None and extractor.name != INCEPTION:
         figures["accuracy"] = summary.accuracy
     return figures

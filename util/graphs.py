@@ -17,6 +17,9 @@ class Graphs:
 
     def __init__(self):
         self.recorded, self.pool, self.possible = {}, None, True
+        # of all its recordings: they share memory only on one, and what a library keeps for a
+        # stream may end with a recording made on it, so nobody else records there
+        self.stream = None
 
     def __reduce__(self):
         return Graphs, ()
@@ -51,17 +54,20 @@ class Graphs:
 
     def _record(self, function, inputs):
         held = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up at the first call
+        self.stream, before = self.stream or torch.cuda.Stream(), torch.cuda.current_stream()
+        self.stream.wait_stream(before)
+        with torch.cuda.stream(self.stream):  # libraries set themselves up at the first call
             function(*held)
-        torch.cuda.current_stream().wait_stream(stream)
+        before.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        # what other threads do meanwhile, a watchdog or a loader, is theirs
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            output = function(*held)
+        try:
+            # what other threads do meanwhile, a watchdog or a loader, is theirs
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                output = function(*held)
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails does not do it itself
         self.pool = graph.pool()
         return graph, held, output, function  # which holds what it reads
 
