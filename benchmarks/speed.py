@@ -559,8 +559,8 @@ class Bench:
     def approximate(self):
         bsz = self.batch_sizes[0]
         print(f"\n## Approximations, batch {bsz}: ours exact against ours approximate\n")
-        if not self.gpu and self.args.model != "tiny":
-            print("left out: hours on a CPU. For a trained model: python -m benchmarks.approximate")
+        if not self.gpu and self.args.model != "tiny" and self.args.sections is SECTIONS:
+            print("left out: most of an hour on a CPU; `--sections approximate` runs it there too")
             return
         labels = torch.arange(bsz, device=self.device) % self.model.class_num
 
@@ -578,7 +578,10 @@ class Bench:
         rows = [[name, f"{1e3 * s:.4g}", f"{ratio:.2f}", far] for name, s, ratio, far in rows]
         table(["mode", "ms", "exact / mode", "distance of latents"], rows)
         self.model.head.max_timestep = None
-        print("\nThe weights are random: a distance says that samples differ, not its cost.")
+        print(
+            "\nThe weights are random: a distance says that samples differ, not its cost. For a "
+            "trained model: python -m benchmarks.approximate"
+        )
 
 
 class Step:
