@@ -329,9 +329,9 @@ def generate_images(
     bar.close()
     advice = "Train the model for longer"
     if isinstance(model.head, Diffused):
-        start = sampling.get("max_timestep") or model.head.max_timestep
         clipped = sampling.get("anneal") or sampling.get("solver", "ddpm") != "ddpm"
-        if (start or (950 if clipped else 999)) > 950:
+        starts = (sampling.get("max_timestep"), model.head.max_timestep, 950 if clipped else 999)
+        if next(start for start in starts if start is not None) > 950:
             advice = f"Start the reverse process lower with --max_timestep 950. {advice}"
     _say_diverged(bad, worst, limit, len(labels), advice)
 

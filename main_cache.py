@@ -95,6 +95,11 @@ def cache(args, folder):
         raise ValueError(
             f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
         )
+    if args.img_size % tokenizer.stride:
+        raise ValueError(
+            f"--img_size {args.img_size}: expected a multiple of {tokenizer.stride}, the stride of "
+            f"{args.tokenizer}"
+        )
     open_folder(args, folder)
     more = {"tokenizer_name": args.tokenizer, "scale": tokenizer.scale, "crop": CROP}
     facts = {"tokenizer": digest(tokenizer.state_dict()), "img_size": args.img_size, **more}

@@ -1,5 +1,6 @@
 """Train a MAR, or evaluate one. `python main_mar.py --help`; several processes by torchrun."""
 
+import os
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -29,6 +30,7 @@ from util.flags import (
     run,
     share,
 )
+from util.image_sets import is_data_set
 from util.images import open_writers, save_image
 from util.logger import Logger, Progress
 from util.lr_sched import learning_rate
@@ -252,6 +254,9 @@ def main(argv=None):
         make_folder(args.log_dir, "--log_dir")
     if args.out and not args.evaluate:
         raise ValueError(f"--out {args.out[0]}: keeps the images of --evaluate, which is not given")
+    measures = args.evaluate or args.online_eval
+    if measures and "data_path" in given and not is_data_set(args.data_path):
+        raise ValueError(f"--data_path {args.data_path}: expected a folder with train/ or 'digits'")
     precision = pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
     if not path and (args.evaluate or Path(args.resume).suffix in WEIGHT_FILES):
@@ -296,7 +301,13 @@ def configure(args, given, checkpoint, source):
         channels = 1 if args.data_path == data.DIGITS else 3
         own = {"name": "pixels", "scale": args.vae_scale, "channels": channels}
     if stored:
-        own = {**stored["tokenizer"], **{k: own[k] for k, flag in chosen.items() if flag in given}}
+        held = stored["tokenizer"]
+        if "tokenizer" in given and (args.tokenizer == "pixels") != (held["name"] == "pixels"):
+            raise ValueError(
+                f"--tokenizer {args.tokenizer}: {source} was trained with {held['name']}; leave "
+                "the flag out to take it from there"
+            )
+        own = {**held, **{k: own[k] for k, flag in chosen.items() if flag in given}}
     tokenizer = build_tokenizer(**own)
     own["scale"] = tokenizer.scale  # the file then says it, whatever the table says one day
 
@@ -403,8 +414,9 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
     if dist.world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=ids)
-    logger = Logger(args.log_dir or args.output_dir, goes_on=start > 0)
     output = Path(args.output_dir)
+    keep_other(output, args.resume if checkpoint else "")
+    logger = Logger(args.log_dir or args.output_dir, goes_on=start > 0)
     progress = Progress(args.epochs * steps, "training", "step", done=start * steps)
     for epoch in range(start, args.epochs):
         largest = engine.train_one_epoch(
@@ -449,6 +461,16 @@ def train(args, model, ema, checkpoint, judge, *, config, tokenizer, device, pre
     print0(f"done: {output / LAST}, samples in {output / 'samples'}")
 
 
+def keep_other(output, resumed):
+    """Rename a checkpoint that this run, which did not begin with it, would replace."""
+    path = output / LAST
+    same = resumed and find_checkpoint(resumed).resolve() == path.resolve()
+    if dist.is_main() and path.is_file() and not same:
+        other = path.with_name(f"{path.stem}-before{path.suffix}")
+        os.replace(path, other)
+        print0(f"NOTE: {path} is of another run, without --resume: it is now {other.name}")
+
+
 def get_loader(args, config, tokenizer, device):
     """The loader of images or, with --use_cached, of moments. Raises ValueError for bad data."""
     size, classes = config["model"]["img_size"], config["model"]["class_num"]
@@ -467,7 +489,7 @@ def get_loader(args, config, tokenizer, device):
 def misfits(args, steps):
     """Lines that say which defaults do not fit a run this short, and what would."""
     if args.warmup_epochs >= args.epochs:
-        fitting = max(1, args.epochs // 20)
+        fitting = max(1, args.epochs // 20) if args.epochs > 1 else 0
         yield (
             f"the warm-up of {args.warmup_epochs:g} epochs is not over in {args.epochs} epochs; "
             f"--warmup_epochs {fitting} would fit"

@@ -158,6 +158,10 @@ def check(args, given):
     idle = [name for name in TRAINING if name in given and not args.epochs]
     if idle:
         raise ValueError(f"--{idle[0]} {getattr(args, idle[0])}: is for training, pass --epochs")
+    if args.tokenizer in TRAINABLE and not args.epochs and "vae_path" not in given:
+        raise ValueError(
+            f"--tokenizer {args.tokenizer}: expected --epochs to train one, or a --vae_path"
+        )
 
 
 def train(args, channels, side, device):

@@ -108,7 +108,8 @@ def main(argv=None):
     model.check_sampling(**sampling)
     if args.num_iter is None:
         sampling["num_iter"] = min(sampling["num_iter"], model.seq_len)
-    args.labels = args.labels or f"0-{min(10, config['model']['class_num']) - 1}"
+    if args.labels is None:
+        args.labels = f"0-{min(10, config['model']['class_num']) - 1}"
     labels = parse_labels(args.labels, config["model"]["class_num"])
     # the classes in turn: splits of the Inception Score take consecutive images
     labels = labels * args.per_class
@@ -221,10 +222,11 @@ def parse_labels(text, class_num):
         return list(range(class_num))
     labels = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdigit() and last.isdigit()):
             raise ValueError(f"--labels {text!r}: expected numbers, ranges as 0-9, all or none")
-        labels += range(int(first), int(last or first) + 1)
+        labels += range(int(first), int(last) + 1)
     wrong = [label for label in labels if label >= class_num]
     if wrong or not labels:
         raise ValueError(f"--labels {text!r}: expected classes from 0 to {class_num - 1}")

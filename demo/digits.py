@@ -146,6 +146,7 @@ def write_loss(path, log):
     axes.set(xlabel="step", ylabel="Diffusion Loss", yscale="log", title="Training on the digits")
     for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         formatter(ScalarFormatter())
+    axes.tick_params(which="both", labelsize=7)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     with replacing(path) as beside:

@@ -215,6 +215,11 @@ class Autoregressive(LatentModel):
         if latents is None:
             tokens = torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device)
             return orders, tokens, self.seq_len
+        if len(latents) != bsz or mask.numel() != bsz * self.seq_len:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} and mask of shape {tuple(mask.shape)}: "
+                f"expected {bsz} latents, and a mask of ({bsz}, {self.seq_len}), the tokens"
+            )
         mask = mask.reshape(bsz, self.seq_len) > 0
         unknown = mask.sum(1)
         if unknown.min() != unknown.max() or not unknown.min():
@@ -239,6 +244,8 @@ class Autoregressive(LatentModel):
         return ORDERS[name]
 
     def _check(self, bsz, orders, cfg_schedule):
+        if bsz < 1:
+            raise ValueError(f"bsz {bsz}: expected 1 or more")
         if cfg_schedule not in CFG_SCHEDULES:
             raise ValueError(
                 f"cfg_schedule {cfg_schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}"

@@ -65,16 +65,29 @@ class LatentModel(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.vae_embed_dim, h * p, w * p)
 
     def embed_labels(self, labels, bsz, generator=None):
-        """Class embeddings (bsz, D). None is no class; in training some labels become that."""
+        """Class embeddings (bsz, D). None is no class; in training some labels become that.
+
+        Raises ValueError for labels that are none, in training only by their type and shape.
+        """
         if labels is None:
             return self.fake_latent.expand(bsz, -1)
-        if labels.shape != (bsz,):
-            raise ValueError(f"labels of shape {tuple(labels.shape)}: expected ({bsz},)")
+        self._check_labels(labels, bsz)
         classes = self.class_emb(labels)
         if self.training:
             dropped = rand((bsz, 1), generator, classes.device) < self.label_drop_prob
             classes = torch.where(dropped, self.fake_latent, classes)
         return classes
+
+    def _check_labels(self, labels, bsz):
+        expected = f"expected ({bsz},) whole numbers from 0 to {self.class_num - 1}, a tensor"
+        if not isinstance(labels, torch.Tensor) or labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"labels {labels}: {expected}")
+        if labels.shape != (bsz,):
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: {expected}")
+        if self.training:  # where nothing waits for the device
+            return
+        if labels.min() < 0 or labels.max() >= self.class_num:
+            raise ValueError(f"labels {labels.tolist()}: {expected}")
 
 
 class TokenEmbedding(nn.Embedding):

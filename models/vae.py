@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from util.download import source_of
 from util.rng import randn
 from util.weights import load_strictly, read_weights
 
@@ -259,7 +260,7 @@ class Autoencoder(nn.Module):
         What is `expected` (arguments of the constructor) is not taken from the file: a file that
         holds something else raises a ValueError that names the first differences.
         """
-        state = cls.read(path)
+        state = load_first_stage(path)
         try:
             variant = cls.variant(state)
         except ValueError as error:
@@ -303,7 +304,7 @@ class AutoencoderKL(Autoencoder):
     Args:
         embed_dim: channels C of a latent.
         ch_mult: widths of the levels, full resolution first, in units of `ch`.
-        ckpt_path: a file to load, in any form that `load_kl_weights` reads; it must fit exactly.
+        ckpt_path: a file to load, in any form that `load_first_stage` reads; it must fit exactly.
         ch: base width.
         encoder_attention, decoder_attention: whether the lowest level attends after each block.
         in_channels: of an image, I below.
@@ -340,11 +341,7 @@ class AutoencoderKL(Autoencoder):
         self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         if ckpt_path is not None:
-            self._load(self.read(ckpt_path), ckpt_path)
-
-    @staticmethod
-    def read(path):
-        return load_kl_weights(path)
+            self._load(load_first_stage(ckpt_path), ckpt_path)
 
     @staticmethod
     def variant(state):
@@ -391,24 +388,18 @@ class AutoencoderKL(Autoencoder):
         return self.encode(images).sample(generator)
 
 
-def load_kl_weights(path):
-    """The weights in a KL autoencoder's file, as `load_first_stage` reads them. Raises as it."""
-    missing = "For the published KL-16, run: python -m util.download kl16"
-    return load_first_stage(path, missing)
-
-
-def load_first_stage(path, missing=""):
+def load_first_stage(path):
     """The weights in an autoencoder's file: a state dict in LDM's names, on the CPU.
 
     Reads the published KL-16 and our own (weights under `model`), LDM's training checkpoints
     (`state_dict`, without the entries of its losses and its EMA), a whole latent diffusion
     checkpoint (of which only `first_stage_model.` is kept), and the diffusers library's names;
-    `.safetensors` or `torch.save`. missing: advice for where there is no such file.
+    `.safetensors` or `torch.save`.
 
     Raises:
         ValueError: the file is missing, damaged, or holds pickled objects that are refused.
     """
-    state = _first_stage(read_weights(path, missing=missing))
+    state = _first_stage(read_weights(path, missing=source_of(path)))
     if any(re.match(_DIFFUSERS, name) for name in state):
         state = _from_diffusers(state)
     return state

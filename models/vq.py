@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.vae import CODEBOOK, Autoencoder, Decoder, Encoder, load_first_stage, read_variant
+from models.vae import CODEBOOK, Autoencoder, Decoder, Encoder, read_variant
 from util import dist
 from util.precision import full_precision
 
@@ -89,10 +89,6 @@ class VQModel(Autoencoder):
         self.quantize = Codebook(num_codes, embed_dim)
         self.quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
-
-    @staticmethod
-    def read(path):
-        return load_first_stage(path)
 
     @staticmethod
     def variant(state):

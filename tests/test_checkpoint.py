@@ -196,6 +196,29 @@ def test_damaged_file(tmp_path):
         load_model(path)
 
 
+def test_flipped_bits_are_found(tmp_path):
+    """By the checksums inside the file, though weights are mapped from it and not read."""
+    path = tmp_path / LAST
+    save(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="the checksum of .* does not fit.*it is damaged"):
+        load_model(path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    """Whole, but of a run that went wrong; the others of the file are fine."""
+    path = tmp_path / LAST
+    save(path)
+    content = torch.load(path, weights_only=True)
+    content["model_ema"]["mask_token"][..., 3] = float("nan")
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"1 of its \d+ weights .* not finite, such as mask_token"):
+        load_model(path)
+    load_model(path, weights="raw")
+
+
 def test_unknown_size_of_published_weights(tmp_path):
     """Weights of no known size are refused rather than given a wrong number of heads."""
     checkpoint = dict(load_checkpoint(PUBLISHED))

@@ -179,6 +179,8 @@ DIGITS = ("--preset", "digits", "--device", "cpu")
         ((*DIGITS, "--max_timestep", "1000"), "--max_timestep: 1000: expected a whole number from"),
         ((*DIGITS, "--head", "ce"), "head 'ce': the tokenizer is continuous, expected diffloss"),
         ((*DIGITS, "--epochs", "0"), "--epochs: 0: expected a whole number, at least 1"),
+        ((*DIGITS, "--device", "meta"), "--device meta: expected cuda, cpu or auto"),
+        ((*DIGITS, "--online_eval", "--data_path", "/no"), "--data_path /no: expected a folder"),
     ],
 )
 def test_wrong_flags_of_training(capsys, tmp_path, flags, message):
@@ -235,6 +237,8 @@ def ckpt(tmp_path_factory):
     [
         (("--labels", "3-12"), "expected classes from 0 to 9"),
         (("--labels", "x"), "expected numbers, ranges"),
+        (("--labels", "0-"), "expected numbers, ranges"),
+        (("--labels", ""), "expected numbers, ranges"),
         (("--labels", "5-3"), "expected classes from 0 to 9"),
         (("--per_class", "0"), "--per_class: 0: expected a whole number, at least 1"),
         (("--per_class", "500"), "a grid of 5000 images, expected at most 1024"),
@@ -253,6 +257,21 @@ def test_wrong_flags_of_sampling(capsys, tmp_path, ckpt, flags, message):
     """The same for sample.py."""
     flags = ("--ckpt", ckpt, "--device", "cpu", "--out", tmp_path / "a.png", *flags)
     assert message in complain(capsys, sample.main, *flags)
+
+
+def test_a_model_keeps_its_kind_of_tokenizer(capsys, tmp_path, ckpt):
+    """Another is refused before it is made."""
+    flags = ("--device", "cpu", "--output_dir", tmp_path, "--resume", ckpt, "--tokenizer", "kl16")
+    line = complain(capsys, main_mar.main, *flags)
+    assert "--tokenizer kl16: " in line and "was trained with pixels; leave the flag out" in line
+
+
+def test_processes_that_do_not_meet(monkeypatch):
+    """A wrong address is one line."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="--dist_url nonsense: process 0 of 2 meets no others"):
+        dist.init("cpu", dist_url="nonsense")
 
 
 def test_missing_checkpoint(capsys):
@@ -477,6 +496,7 @@ def test_a_folder_to_resume_may_have_a_dot(tmp_path):
         ("num_iter=2,17", "--sweep num_iter=17: expected 1 to 16"),
         ("num_sampling_steps=0", "diffusion steps '0'"),
         ("temperature=-1", "--sweep temperature=-1: -1: expected a number, at least 0"),
+        ("cfg=1,1.0", "--sweep cfg=1,1.0: a value is there twice"),
     ],
 )
 def test_wrong_sweeps(capsys, tmp_path, ckpt, axis, message):
@@ -510,6 +530,8 @@ def test_pixels_lose_nothing(tmp_path, capsys):
     assert abs(record["rfd"]) < 1e-6 and record["psnr"] is None and record["images"] == 360
     wrong = (*shlex.split(flags), "--split", "val")
     assert "split 'val': " in complain(capsys, main_tokenizer.main, *wrong)
+    line = complain(capsys, main_tokenizer.main, "--tokenizer", "vq", "--output_dir", tmp_path)
+    assert "--tokenizer vq: expected --epochs to train one, or a --vae_path" in line
 
 
 def test_a_terminal_gets_no_other_files(tmp_path):

@@ -344,6 +344,18 @@ def test_the_first_reverse_step_is_in_float32(model, monkeypatch):
         ({"cfg_schedule": "cosine"}, "cfg_schedule 'cosine': expected one of constant, linear"),
         ({"labels": torch.arange(2)}, r"labels of shape \(2,\): expected \(3,\)"),
         ({"orders": torch.zeros(3, 4)}, r"orders of shape \(3, 4\): expected \(3, 16\)"),
+        ({"labels": [1, 2, 3]}, r"labels \[1, 2, 3\]: expected \(3,\) whole numbers .*, a tensor"),
+        ({"labels": torch.rand(3)}, r"expected \(3,\) whole numbers from 0 to 9"),
+        ({"labels": torch.tensor([0, 1, 10])}, r"labels \[0, 1, 10\]: expected .* from 0 to 9"),
+        ({"n": 0}, "bsz 0: expected 1 or more"),
+        (
+            {"latents": torch.zeros(2, 16, 4, 4), "mask": torch.ones(3, 16)},
+            r"latents of shape \(2, 16, 4, 4\) .*: expected 3 latents, and a mask of \(3, 16\)",
+        ),
+        (
+            {"latents": torch.zeros(3, 16, 4, 4), "mask": torch.ones(3, 64)},
+            r"mask of shape \(3, 64\): expected 3 latents, and a mask of \(3, 16\)",
+        ),
         ({"temperature": -1.0}, r"temperature -1\.0: expected 0 or more"),
         ({"latents": torch.zeros(3, 16, 4, 4)}, "latents and mask: expected both"),
         ({"generator": [generator()]}, "1 generators for a batch of 3"),

@@ -302,6 +302,8 @@ def test_real_images_are_the_floor(tmp_path):
         (lambda p: folder(p / "size", pictures(9, 0, side=32)), "32×32 pixels, expected 24×24"),
         (lambda p: damaged(p), "0003.png: not a readable image"),
         (lambda p: truncated(p), "not a readable .npz"),
+        (lambda p: flipped(p), "not a readable .npz .*the checksum of arr_0.npy"),
+        (lambda p: npz(p, arr_0=np.zeros(9, np.uint8)), r"arr_0 is uint8 \(9,\), expected uint8"),
     ],
 )
 def test_bad_references(tmp_path, make, message):
@@ -331,6 +333,14 @@ def damaged(path):
     root = folder(path / "damaged", pictures(9, 0))
     (root / "0003.png").write_bytes(b"nothing")
     return root
+
+
+def flipped(path):
+    file = npz(path, arr_0=pictures(9, 0))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    return file
 
 
 def truncated(path):

@@ -137,6 +137,17 @@ def test_what_is_known_is_carried_over(made, tmp_path):
         data.check_cache(tmp_path / "images", "a" * 64, 32)
 
 
+def test_damage_is_not_converted(copied, tmp_path):
+    """As files of their own damaged latents would look whole."""
+    path = copied / "shard-00001.moments.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="1 damaged files: shard-00001.moments.npy"):
+        caches.convert(copied, tmp_path / "images", "images")
+    assert not (tmp_path / "images").exists()
+
+
 def test_conversion_to_files_goes_on(made, tmp_path):
     """Missing and damaged files are written, whole ones kept, those of other latents refused."""
     caches.convert(made, tmp_path / "images", "images")

@@ -296,8 +296,10 @@ def test_unknown_tokenizer_and_missing_weights():
     """Both are one line that says what there is."""
     with pytest.raises(ValueError, match="tokenizer 'vq9': expected one of kl16, kl8, pixels"):
         build_tokenizer("vq9")
-    with pytest.raises(ValueError, match="nowhere.ckpt: no such file. .*util.download kl16"):
+    with pytest.raises(ValueError, match="nowhere.ckpt: no such file. .*util.download --help"):
         build_tokenizer("kl16", "nowhere.ckpt")
+    with pytest.raises(ValueError, match="ldm_vq16.ckpt: no such file. .*util.download ldm_vq16"):
+        build_tokenizer("vq16", "folder/ldm_vq16.ckpt")
 
 
 # Training

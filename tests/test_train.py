@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path, monkeypatch):
     assert resumed["epoch"] == 1
     for part in ("model", "model_ema"):
         assert equal(resumed[part], expected[part]), part
+
+
+def test_another_run_in_the_same_folder_is_kept(run, tmp_path, capsys):
+    """Without --resume the checkpoint there is renamed, with it it is replaced."""
+    shutil.copy(run[0] / LAST, tmp_path / LAST)
+    train(tmp_path, "--epochs", "1", "--seed", "2")
+    assert "without --resume: it is now checkpoint-last-before.pth" in capsys.readouterr().out
+    kept = load_checkpoint(tmp_path / "checkpoint-last-before.pth")
+    assert equal(kept["model"], run[1]["model"])
+    train(tmp_path, "--seed", "2", "--resume", str(tmp_path))
+    assert "it is now" not in capsys.readouterr().out
+    again = load_checkpoint(tmp_path / "checkpoint-last-before.pth")
+    assert equal(again["model"], run[1]["model"])
 
 
 def stopping_after(epochs):

@@ -14,7 +14,7 @@ import torch
 from rule import GOLDEN, by_rule, rule_input
 from safetensors.torch import save_file
 
-from models.vae import AutoencoderKL, DiagonalGaussian, kl_variant, load_kl_weights
+from models.vae import AutoencoderKL, DiagonalGaussian, kl_variant, load_first_stage
 from util.weights import load_strictly, read_weights
 
 KL8 = {"embed_dim": 4, "ch_mult": (1, 2, 4, 4), "encoder_attention": False}
@@ -232,7 +232,7 @@ def test_model_comes_before_model_ema_and_state_dict(save):
     state = tiny().state_dict()
     other = {k: torch.zeros_like(v) for k, v in state.items()}
     path = save({"model_ema": other, "state_dict": other, "model": state})
-    assert_same_state(load_kl_weights(path), state)
+    assert_same_state(load_first_stage(path), state)
 
 
 def to_diffusers(state, levels, old):
@@ -275,7 +275,7 @@ def test_diffusers_there_and_back(save, changes, old, name):
     model = tiny(**changes)
     levels = len(model.config["ch_mult"])
     path = save(to_diffusers(model.state_dict(), levels, old), name)
-    assert_same_state(load_kl_weights(path), model.state_dict())
+    assert_same_state(load_first_stage(path), model.state_dict())
     loaded = AutoencoderKL.from_file(path)
     assert loaded.config == model.config
     images = rule_input("image", (1, model.config["in_channels"], 16, 16))
@@ -372,7 +372,7 @@ def test_truncated_file_is_a_clear_error(save, name, kept):
     whole = path.read_bytes()
     path.write_bytes(whole[: kept if isinstance(kept, int) else int(kept * len(whole))])
     with pytest.raises(ValueError, match="truncated") as caught:
-        load_kl_weights(path)
+        load_first_stage(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -383,7 +383,7 @@ def test_other_files_are_a_clear_error(tmp_path, content):
     path = tmp_path / "vae.ckpt"
     path.write_bytes(content)
     with pytest.raises(ValueError, match="no weight file"):
-        load_kl_weights(path)
+        load_first_stage(path)
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3, "args": "x"}, {}, [torch.ones(2)]])
@@ -419,10 +419,10 @@ def test_pickled_objects_are_refused(save, tmp_path):
     folder = tmp_path / "made"
     path = save({"model": tiny().state_dict(), "extra": Runs(str(folder))})
     with pytest.raises(ValueError, match=r"vae\.ckpt: refused.*\.mkdir.*its state dict alone"):
-        load_kl_weights(path)
+        load_first_stage(path)
     assert not folder.exists()
     with pytest.raises(ValueError, match=r"refused.*Stranger"):
-        load_kl_weights(save({"model": tiny().state_dict(), "extra": Stranger()}))
+        load_first_stage(save({"model": tiny().state_dict(), "extra": Stranger()}))
 
 
 def test_published_extras_are_harmless(save, monkeypatch):
@@ -441,4 +441,4 @@ def test_published_extras_are_harmless(save, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(Exception, match="not an allowed global"):
         torch.load(path, weights_only=True)  # so this file does hold what it should
-    assert_same_state(load_kl_weights(path), state)
+    assert_same_state(load_first_stage(path), state)

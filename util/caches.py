@@ -72,8 +72,8 @@ def convert(source, folder, layout, workers=4):
     "images". What is there already is kept.
 
     Shards are float16 (see util.shards): back in files of float32, moments are rounded. Returns
-    (written, skipped) images. Raises ValueError where `source` is no cache or has that layout, or
-    `folder` holds other latents.
+    (written, skipped) images. Raises ValueError where `source` is no cache, has that layout or is
+    damaged, or `folder` holds other latents.
     """
     found = layout_of(source)
     if found in (None, layout):
@@ -119,6 +119,7 @@ def _to_shards(source, folder, facts, workers):
 
 
 def _to_images(source, folder, facts, workers):
+    verify(source, workers)  # what damage became would look whole
     dataset = ShardedCache(source)
     names = dataset.names()
     for name in names:

@@ -13,7 +13,8 @@ def init(device, dist_on_itp=False, dist_url="env://"):
     """Join the other processes, if a launcher such as torchrun says there are any.
 
     device: "cuda", "cpu" or "auto" (cuda where there is one). Returns this process's device.
-    dist_on_itp: the launcher is Open MPI. Raises ValueError for a device that is not there.
+    dist_on_itp: the launcher is Open MPI. Raises ValueError for a device that is not there, and
+    where the other processes are not.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if dist_on_itp:
@@ -33,14 +34,20 @@ def init(device, dist_on_itp=False, dist_url="env://"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         cuda = device.type == "cuda"
-        dist.init_process_group(
-            "nccl" if cuda else "gloo",
-            dist_url,
-            TIMEOUT,
-            world,
-            rank,
-            device_id=device if cuda else None,
-        )
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                dist_url,
+                TIMEOUT,
+                world,
+                rank,
+                device_id=device if cuda else None,
+            )
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"--dist_url {dist_url}: process {rank} of {world} meets no others ({reason})"
+            ) from error
     return device
 
 
@@ -51,6 +58,8 @@ def _pick(name):
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: expected cuda, cpu or auto") from None
+    if device.type not in ("cuda", "cpu"):
+        raise ValueError(f"--device {name}: expected cuda, cpu or auto")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: no such device here; expected cpu or auto")
     return device

@@ -1,24 +1,28 @@
 """Fetch published weights: python -m util.download kl16 mar_base mar_large mar_huge."""
 
-import argparse
 import hashlib
-import sys
+import shutil
 import urllib.request
 import zipfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-from util.files import replacing
+from util.files import check_zip, replacing
+from util.flags import Parser, run
 
 _DROPBOX = "https://www.dropbox.com/scl/fi/"
+_LDM = "https://ommer-lab.com/files/latent-diffusion/"
 
-# name -> (where it goes, where it comes from); the authors publish no checksums
+# name -> (where it goes, where it comes from); the authors publish no checksums. Of an archive, the
+# one checkpoint in it goes there
 FILES = {
     "kl16": (
         "pretrained_models/vae/kl16.ckpt",
         _DROPBOX + "hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
     ),
+    "ldm_kl16": ("pretrained_models/vae/ldm_kl16.ckpt", _LDM + "kl-f16.zip"),
+    "ldm_vq16": ("pretrained_models/vae/ldm_vq16.ckpt", _LDM + "vq-f16.zip"),
     "mar_base": (
         "pretrained_models/mar/mar_base/checkpoint-last.pth",
         _DROPBOX + "f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
@@ -57,22 +61,34 @@ def download(name, overwrite=False):
                         file.write(chunk)
                         digest.update(chunk)
                         bar.update(len(chunk))
-            _check(beside, total)
+            size = beside.stat().st_size
+            if total and size != total:
+                raise OSError(f"{size} bytes arrived, expected {total}")
+            check_zip(beside)  # what torch.save writes is a zip too
+            if url.endswith(".zip"):
+                _unpack(beside)
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{name}: could not be fetched from {url} ({error})") from error
-    print(f"{path}: sha256 {digest.hexdigest()}")
+    print(f"{path}: sha256 of what was fetched {digest.hexdigest()}")
     return path
 
 
-def _check(path, total):
-    """What torch.save writes is a zip, and a zip has a checksum of each of its parts."""
-    size = path.stat().st_size
-    if total and size != total:
-        raise OSError(f"{size} bytes arrived, expected {total}")
+def _unpack(path):
+    """An archive becomes the checkpoint in it."""
     with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise OSError(f"{damaged} inside is damaged")
+        found = [name for name in archive.namelist() if name.endswith(".ckpt")]
+        if len(found) != 1:
+            raise OSError(f"expected one .ckpt in it, found {', '.join(archive.namelist())}")
+        with replacing(path) as beside, archive.open(found[0]) as source, beside.open("wb") as file:
+            shutil.copyfileobj(source, file)
+
+
+def source_of(path):
+    """Advice for where a tokenizer's file is not there."""
+    for name, (known, _) in FILES.items():
+        if Path(path).name == Path(known).name:
+            return f"To fetch it: python -m util.download {name}"
+    return "Published ones: python -m util.download --help; main_tokenizer.py trains small ones"
 
 
 def download_pretrained_vae(overwrite=False):
@@ -91,17 +107,15 @@ def download_pretrained_marh(overwrite=False):
     return download("mar_huge", overwrite)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="+", choices=FILES, metavar="NAME", help=", ".join(FILES))
+def main(argv=None):
+    parser = Parser(description=__doc__)
+    listed = "; ".join(f"{name}: to {path}" for name, (path, _) in FILES.items())
+    parser.add_argument("names", nargs="+", choices=FILES, metavar="NAME", help=listed)
     parser.add_argument("--overwrite", action="store_true", help="fetch again what is there")
-    args = parser.parse_args()
-    try:
-        for name in args.names:
-            download(name, args.overwrite)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    args = parser.parse_args(argv)
+    for name in args.names:
+        download(name, args.overwrite)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -12,6 +12,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import DIGITS, ImageFolder, digits, listing, read_image
 from util.dist import broadcast, is_main
+from util.files import check_zip
 from util.images import to_uint8
 
 
@@ -73,14 +74,15 @@ class Array(Dataset):
 
     def __init__(self, path, img_size):
         self.images = _mapped(path, "arr_0")
-        shape, side = self.images.shape, img_size or self.images.shape[1]
-        if not len(self.images):
-            raise ValueError(f"{path}: arr_0 holds no images")
+        shape = self.images.shape
+        side = img_size or (shape[1] if len(shape) == 4 else "side")
         if shape[1:] != (side, side, 3) or self.images.dtype != np.uint8:
             raise ValueError(
                 f"{path}: arr_0 is {self.images.dtype} {shape}, expected uint8 "
                 f"(N, {side}, {side}, 3)"
             )
+        if not len(self.images):
+            raise ValueError(f"{path}: arr_0 holds no images")
 
     def __len__(self):
         return len(self.images)
@@ -111,8 +113,8 @@ def open_images(path, img_size=None):
         return Folder(path, img_size)
     if path.suffix != ".npz":
         raise ValueError(f"{path}: expected a folder of images or an .npz")
-    if "arr_0" not in open_npz(path):
-        raise ValueError(f"{path}: expected images in arr_0, found {', '.join(open_npz(path))}")
+    if "arr_0" not in (found := open_npz(path)):
+        raise ValueError(f"{path}: expected images in arr_0, found {', '.join(found)}")
     return Array(path, img_size)
 
 
@@ -121,6 +123,7 @@ def open_npz(path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
+        check_zip(path)  # `_mapped` would not notice
         file = np.load(path)
         return {name: None if name == "arr_0" else file[name] for name in file.files}
     except Exception as error:

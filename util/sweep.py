@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -38,6 +39,7 @@ LABELS = {
     "inception_score": "IS",
 }
 LOGARITHMIC = ("num_sampling_steps", "seconds_per_image")
+COLUMNS = 3  # panels side by side
 # file -> (axis that must vary, x of the plot): the shapes of the paper's figures
 PLOTS = {
     "diffusion_steps": ("num_sampling_steps", "num_sampling_steps"),  # figure 4
@@ -60,6 +62,8 @@ def parse_grid(texts):
             axes[name] = [AXES[name](value) for value in values.split(",")]
         except ArgumentTypeError as error:
             raise ValueError(f"--sweep {text}: {error}") from None
+        if len(set(axes[name])) < len(axes[name]):
+            raise ValueError(f"--sweep {text}: a value is there twice")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
@@ -122,10 +126,14 @@ def _plot(rows, axis, x, others, metrics, path):
     lines = {}
     for row in sorted(rows, key=lambda row: _position(row[x])):
         lines.setdefault(tuple(row[name] for name in others), []).append(row)
-    figure, panels = plt.subplots(
-        1, len(metrics), figsize=(4 * len(metrics), 3.4), squeeze=False, layout="constrained"
-    )
-    for panel, metric in zip(panels[0], metrics, strict=True):
+    columns = min(len(metrics), COLUMNS)
+    down = math.ceil(len(metrics) / columns)
+    size = 4.2 * columns, 3.2 * down + 0.12 * len(lines) + 0.3
+    figure, panels = plt.subplots(down, columns, figsize=size, squeeze=False, layout="constrained")
+    panels = list(panels.flat)
+    for panel in panels[len(metrics) :]:
+        panel.set_axis_off()
+    for panel, metric in zip(panels, metrics, strict=False):
         for setting, line in sorted(lines.items(), key=lambda item: list(map(_position, item[0]))):
             label = ", ".join(f"{LABELS[n]} {v}" for n, v in zip(others, setting, strict=True))
             xs, ys = [_position(row[x]) for row in line], [row[metric] for row in line]
@@ -137,15 +145,18 @@ def _plot(rows, axis, x, others, metrics, path):
                 )
         if x in LOGARITHMIC:
             panel.set_xscale("log")
-            panel.xaxis.set_minor_formatter(NullFormatter())
         if x == axis:
+            panel.xaxis.set_minor_formatter(NullFormatter())
             ticks = {_position(row[x]): str(row[x]) for row in rows}
             panel.set_xticks(list(ticks), ticks.values())
         if metric in (real := rows[0].get("real") or {}):
             panel.axhline(real[metric], color="grey", linestyle="--", linewidth=1, label="real")
         panel.set(xlabel=LABELS[x], ylabel=LABELS.get(metric, metric))
+        panel.tick_params(which="both", labelsize=8)
+        panel.margins(0.1)  # of the points' names
         panel.grid(alpha=0.3)
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right", fontsize=9)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150, format="png")
     plt.close(figure)

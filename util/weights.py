@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from util.files import check_zip
+
 _SHOWN = 3  # differences of each kind that a message spells out
 
 
@@ -79,6 +81,8 @@ def read_file(path, missing=""):
         with torch.serialization.safe_globals(_HARMLESS):
             # mapped, so that eight processes of a node do not each hold a copy
             mapped = zipfile.is_zipfile(path)
+            if mapped:
+                check_zip(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
@@ -92,12 +96,12 @@ def read_file(path, missing=""):
             ) from error
         reason = f"{type(error).__name__}: {error}".splitlines()[0].split(". ")[0].rstrip(": ")
         raise ValueError(
-            f"{path}: cannot be read ({reason}); it is truncated, or no weight file"
+            f"{path}: cannot be read ({reason}); it is damaged, truncated, or no weight file"
         ) from error
 
 
 def load_strictly(module, state, source, hint=""):
-    """Load `state` into `module`; every name and every shape must agree.
+    """Load `state` into `module`; every name and shape must agree, and all values be finite.
 
     Args:
         module: any `nn.Module`.
@@ -106,8 +110,8 @@ def load_strictly(module, state, source, hint=""):
         hint: a sentence for the end of the message, for whoever knows more about the module.
 
     Raises:
-        ValueError: they differ. The module is then as it was. The message gives the first few
-            differences of each kind and the count of all.
+        ValueError: they differ, or are not finite. The module is then as it was. The message gives
+            the first few differences of each kind and the count of all.
     """
     own = module.state_dict()
     shapes = [
@@ -120,6 +124,12 @@ def load_strictly(module, state, source, hint=""):
     kinds = (shapes, unexpected, missing)
     count = sum(map(len, kinds))
     if not count:
+        bad = [name for name, value in state.items() if not value.isfinite().all()]
+        if bad:
+            raise ValueError(
+                f"{source}: {len(bad)} of its {len(state)} weights have values that are not "
+                f"finite, such as {bad[0]}: it is damaged, or of a run that diverged"
+            )
         module.load_state_dict(state, strict=True)
         return
     shown = [difference for kind in kinds for difference in kind[:_SHOWN]]
