@@ -78,9 +78,14 @@ def main(argv=None):
         help="on a CPU, leave linear layers to torch on both sides: what is gained without oneDNN",
     )
     parser.add_argument(
-        "--peak_tflops", type=positive, default=790, help="of the GPU, for MFU and roofline"
+        "--peak_tflops",
+        type=positive,
+        default=790,
+        help="of the GPU, for MFU and roofline; the default is an H200's",
     )
-    parser.add_argument("--peak_tbs", type=positive, default=4.3, help="TB/s of its memory")
+    parser.add_argument(
+        "--peak_tbs", type=positive, default=4.3, help="TB/s of its memory; the default too"
+    )
     add_device_flag(parser)
     args = parser.parse_args(argv)
 
