@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from inspect import signature
+from itertools import count as counted
 from pathlib import Path
 
 import torch
@@ -254,7 +255,7 @@ def main(argv=None):
         make_folder(args.log_dir, "--log_dir")
     if args.out and not args.evaluate:
         raise ValueError(f"--out {args.out[0]}: keeps the images of --evaluate, which is not given")
-    measures = args.evaluate or args.online_eval
+    measures = (args.evaluate or args.online_eval) and args.reference == "auto"
     if measures and "data_path" in given and not is_data_set(args.data_path):
         raise ValueError(f"--data_path {args.data_path}: expected a folder with train/ or 'digits'")
     precision = pick_precision(args.precision, device)
@@ -272,7 +273,8 @@ def main(argv=None):
     model.check_sampling(**sampling_settings(args))
     ema = EMA(model, args.ema_rate)
     if checkpoint:
-        load_strictly(model, checkpoint["model"], path)
+        if not args.evaluate:
+            load_strictly(model, checkpoint["model"], path)
         load_strictly(ema.module, checkpoint["model_ema"], path)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print0(f"{config['model']['name']}: {size:.1f}M parameters, {precision} on {device}")
@@ -466,9 +468,10 @@ def keep_other(output, resumed):
     path = output / LAST
     same = resumed and find_checkpoint(resumed).resolve() == path.resolve()
     if dist.is_main() and path.is_file() and not same:
-        other = path.with_name(f"{path.stem}-before{path.suffix}")
+        names = (path.with_name(f"{path.stem}-before{n}{path.suffix}") for n in counted(1))
+        other = next(name for name in names if not name.exists())
         os.replace(path, other)
-        print0(f"NOTE: {path} is of another run, without --resume: it is now {other.name}")
+        print0(f"NOTE: {path} is of another run, not resumed here: it is now {other.name}")
 
 
 def get_loader(args, config, tokenizer, device):

@@ -101,6 +101,7 @@ def main(argv=None):
     args, given = get_parser().parse_given(argv)
     check(args, given)
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    precision = pick_precision(args.precision, device)  # also of the convolutions measured
     make_folder(args.output_dir, "--output_dir")
     dataset = get_images(args)
     channels, _, side = dataset[0][0].shape
@@ -108,7 +109,7 @@ def main(argv=None):
     extractor = Extractor(name, args.inception_weights, device, side)
     if args.epochs:
         args.vae_path = Path(args.output_dir) / "tokenizer.ckpt"
-        train(args, channels, side, device)
+        train(args, channels, side, device, precision)
     own = {"channels": channels} if args.tokenizer == "pixels" else {"vae_path": args.vae_path}
     tokenizer = build_tokenizer(args.tokenizer, scale=args.vae_scale, **own).to(device)
     if not args.epochs and args.vae_embed_dim not in (None, tokenizer.channels):
@@ -164,7 +165,7 @@ def check(args, given):
         )
 
 
-def train(args, channels, side, device):
+def train(args, channels, side, device, precision):
     """Train a network on images (channels, side, side) and write it to args.vae_path."""
     if args.data_path == data.DIGITS:
         dataset = data.digits("train")
@@ -199,7 +200,7 @@ def train(args, channels, side, device):
         epochs=args.epochs,
         lr=args.lr,
         device=device,
-        precision=pick_precision(args.precision, device),
+        precision=precision,
         seed=args.seed,
         logger=logger,
     )

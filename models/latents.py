@@ -81,13 +81,15 @@ class LatentModel(nn.Module):
     def _check_labels(self, labels, bsz):
         expected = f"expected ({bsz},) whole numbers from 0 to {self.class_num - 1}, a tensor"
         if not isinstance(labels, torch.Tensor) or labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"labels {labels}: {expected}")
+            kind = getattr(labels, "dtype", type(labels).__name__)
+            raise ValueError(f"labels of type {kind}: {expected}")
         if labels.shape != (bsz,):
             raise ValueError(f"labels of shape {tuple(labels.shape)}: {expected}")
         if self.training:  # where nothing waits for the device
             return
-        if labels.min() < 0 or labels.max() >= self.class_num:
-            raise ValueError(f"labels {labels.tolist()}: {expected}")
+        low, high = labels.min().item(), labels.max().item()
+        if low < 0 or high >= self.class_num:
+            raise ValueError(f"labels from {low} to {high}: {expected}")
 
 
 class TokenEmbedding(nn.Embedding):

@@ -270,7 +270,7 @@ def test_processes_that_do_not_meet(monkeypatch):
     """A wrong address is one line."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="--dist_url nonsense: process 0 of 2 meets no others"):
+    with pytest.raises(ValueError, match="--dist_url nonsense: process 0 of 2 cannot join others"):
         dist.init("cpu", dist_url="nonsense")
 
 

@@ -45,12 +45,14 @@ class Played(TorchDispatchMode):
 
 @pytest.fixture
 def device(monkeypatch):
-    """torch.cuda as the recorder uses it. Yields the graphs made, and the streams set after one."""
-    made, restored, before = [], [], MagicMock(name="before")
+    """torch.cuda as the recorder uses it. Gives the graphs made, whether the stream of before was
+    set again after each, and (stream, pool) of each."""
+    made, restored, used, before = [], [], [], MagicMock(name="before")
 
     @contextlib.contextmanager
     def capture(graph, pool, stream, capture_error_mode):
         made.append(graph)
+        used.append((stream, pool))
         with graph:
             yield
 
@@ -67,7 +69,7 @@ def device(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Graphs, "usable", lambda self, device: self.possible)
     monkeypatch.setattr(models.linear, "enabled", False)  # of a CPU alone
-    return made, restored
+    return made, restored, used
 
 
 def test_replays_what_it_recorded(device):
@@ -85,6 +87,8 @@ def test_replays_what_it_recorded(device):
     assert graphs("add", lambda x: x + 1, torch.ones(3)).tolist() == [2, 2, 2]
     assert calls == [1, 1, 3, 3]  # to warm up and to record
     assert [graph.replays for graph in device[0]] == [2, 1, 1] and all(device[1])
+    streams, pools = zip(*device[2], strict=True)
+    assert len(set(streams)) == 1 and pools == (None, "pool", "pool")  # so they share memory
 
 
 def test_keeps_a_limited_number(device, monkeypatch):

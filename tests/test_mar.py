@@ -344,9 +344,12 @@ def test_the_first_reverse_step_is_in_float32(model, monkeypatch):
         ({"cfg_schedule": "cosine"}, "cfg_schedule 'cosine': expected one of constant, linear"),
         ({"labels": torch.arange(2)}, r"labels of shape \(2,\): expected \(3,\)"),
         ({"orders": torch.zeros(3, 4)}, r"orders of shape \(3, 4\): expected \(3, 16\)"),
-        ({"labels": [1, 2, 3]}, r"labels \[1, 2, 3\]: expected \(3,\) whole numbers .*, a tensor"),
-        ({"labels": torch.rand(3)}, r"expected \(3,\) whole numbers from 0 to 9"),
-        ({"labels": torch.tensor([0, 1, 10])}, r"labels \[0, 1, 10\]: expected .* from 0 to 9"),
+        ({"labels": [1, 2, 3]}, r"labels of type list: expected \(3,\) whole numbers .*, a tensor"),
+        (
+            {"labels": torch.rand(3)},
+            r"type torch.float32: expected \(3,\) whole numbers from 0 to 9",
+        ),
+        ({"labels": torch.tensor([0, 1, 10])}, "labels from 0 to 10: expected .* from 0 to 9"),
         ({"n": 0}, "bsz 0: expected 1 or more"),
         (
             {"latents": torch.zeros(2, 16, 4, 4), "mask": torch.ones(3, 16)},

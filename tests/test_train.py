@@ -112,16 +112,17 @@ def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path, monkeypatch):
 
 
 def test_another_run_in_the_same_folder_is_kept(run, tmp_path, capsys):
-    """Without --resume the checkpoint there is renamed, with it it is replaced."""
+    """Unless it is resumed: then its checkpoint is replaced. Two kept ones do not meet."""
     shutil.copy(run[0] / LAST, tmp_path / LAST)
     train(tmp_path, "--epochs", "1", "--seed", "2")
-    assert "without --resume: it is now checkpoint-last-before.pth" in capsys.readouterr().out
-    kept = load_checkpoint(tmp_path / "checkpoint-last-before.pth")
-    assert equal(kept["model"], run[1]["model"])
+    first = tmp_path / "checkpoint-last-before1.pth"
+    assert f"it is now {first.name}" in capsys.readouterr().out
+    assert equal(load_checkpoint(first)["model"], run[1]["model"])
     train(tmp_path, "--seed", "2", "--resume", str(tmp_path))
     assert "it is now" not in capsys.readouterr().out
-    again = load_checkpoint(tmp_path / "checkpoint-last-before.pth")
-    assert equal(again["model"], run[1]["model"])
+    train(tmp_path, "--epochs", "3", "--resume", str(first))
+    assert "it is now checkpoint-last-before2.pth" in capsys.readouterr().out
+    assert equal(load_checkpoint(first)["model"], run[1]["model"])
 
 
 def stopping_after(epochs):

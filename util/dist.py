@@ -44,9 +44,9 @@ def init(device, dist_on_itp=False, dist_url="env://"):
                 device_id=device if cuda else None,
             )
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ValueError(
-                f"--dist_url {dist_url}: process {rank} of {world} meets no others ({reason})"
+                f"--dist_url {dist_url}: process {rank} of {world} cannot join others ({reason})"
             ) from error
     return device
 

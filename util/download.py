@@ -86,7 +86,7 @@ def _unpack(path):
 def source_of(path):
     """Advice for where a tokenizer's file is not there."""
     for name, (known, _) in FILES.items():
-        if Path(path).name == Path(known).name:
+        if "vae" in Path(known).parts and Path(path).name == Path(known).name:
             return f"To fetch it: python -m util.download {name}"
     return "Published ones: python -m util.download --help; main_tokenizer.py trains small ones"
 

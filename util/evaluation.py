@@ -32,6 +32,7 @@ from util.metrics import (
     frechet_distance,
     precision_recall,
 )
+from util.precision import full_precision
 
 WORKERS = 4
 MANIFOLD_IMAGES = 10_000  # of a data set, for precision and recall: as many as ADM's reference has
@@ -124,7 +125,9 @@ def compare(summary, reference, extractor):
         figures["inception_score"], figures["inception_score_std"] = summary.inception_score
     if reference and reference.has_images:
         generated, real = (x.features.to(extractor.device) for x in (summary, reference))
-        figures["precision"], figures["recall"] = precision_recall(generated=generated, real=real)
+        with full_precision(real.device.type):  # distances are differences of products
+            found = precision_recall(generated=generated, real=real)
+        figures["precision"], figures["recall"] = found
     if summary.accuracy is not None and extractor.name != INCEPTION:
         figures["accuracy"] = summary.accuracy
     return figures

@@ -2,6 +2,7 @@
 
 import os
 import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,8 +22,11 @@ def check_zip(path):
 
     About a second a GB; who maps such a file sees no damage. Raises zipfile.BadZipFile.
     """
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zlib.error, EOFError) as error:  # of what is compressed
+        raise zipfile.BadZipFile(str(error)) from None
     if damaged:
         raise zipfile.BadZipFile(f"the checksum of {damaged} inside does not fit")
 

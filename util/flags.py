@@ -172,27 +172,27 @@ def add_sampling_flags(parser, **defaults):
         metavar="T",
         help="start the reverse process at this timestep instead of 999; 950 keeps a model that "
         "is small or not trained for long from diverging (default: the checkpoint's, else 999). "
-        "Price: 980 instead of 950 is 11.4",
+        "Price: 980 instead of 950 is 12.1",
     )
     group = parser.add_argument_group(
         "faster sampling that approximates",
         "Off unless given, here or in the training of the checkpoint. Prices are those on the "
         "digits (benchmarks/RESULTS.md): how many times as many images a second, and the Fréchet "
-        "distance, which is 11.3 for exact sampling.",
+        "distance, which is 11.9 for exact sampling.",
     )
     group.add_argument(
         "--solver",
         choices=("ddpm", "ddim", "dpm++"),
         help="of the reverse process: ddim and dpm++ need no noise and fewer --num_sampling_steps, "
-        "and start at 950 (default: ddpm). Price: 10 steps of dpm++ 2.9 times, 11.0; of ddim 2.9 "
-        "times, 14.2",
+        "and start at 950 (default: ddpm). Price: 10 steps of dpm++ 2.9 times, 10.8; of ddim 3.1 "
+        "times, 13.3",
     )
     group.add_argument(
         "--anneal",
         metavar="KIND",
         help="diffusion steps that fall as tokens become known: linear, cosine or two-stage, from "
         "50 to 5, or as in linear:100:10; starts at 950; none is off (default: off). Price: "
-        "linear 2.0 times, 11.7; cosine 1.8, 11.6; two-stage 2.1, 12.5",
+        "linear 2.0 times, 12.5; cosine 1.8, 12.7; two-stage 2.0, 13.4",
     )
     group.add_argument(
         "--cfg_interval",
@@ -207,7 +207,7 @@ def add_sampling_flags(parser, **defaults):
         type=count,
         metavar="P",
         help="compute all features every P steps, between them only what changed most; of the "
-        "bidirectional models (default: 1). Price: 2 is 1.03 times, 11.5; 4 is 1.08 times, 11.9",
+        "bidirectional models (default: 1). Price: 2 is 1.02 times, 11.9; 4 is 1.06 times, 12.2",
     )
 
 

@@ -93,6 +93,10 @@ class Array(Dataset):
 
 def _mapped(path, name):
     """An array of an .npz, left on the disk if it is not compressed: it may have 10 GB."""
+    try:
+        check_zip(path)  # a map would not notice
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path}: not a readable .npz ({error})") from error
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
         info = archive.getinfo(f"{name}.npy")
         np.lib.format.read_magic(member)
@@ -123,7 +127,6 @@ def open_npz(path):
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        check_zip(path)  # `_mapped` would not notice
         file = np.load(path)
         return {name: None if name == "arr_0" else file[name] for name in file.files}
     except Exception as error:
