@@ -31,7 +31,7 @@ from util.flags import (
     run,
     share,
 )
-from util.image_sets import is_data_set
+from util.image_sets import check_data_set
 from util.images import open_writers, save_image
 from util.logger import Logger, Progress
 from util.lr_sched import learning_rate
@@ -256,8 +256,8 @@ def main(argv=None):
     if args.out and not args.evaluate:
         raise ValueError(f"--out {args.out[0]}: keeps the images of --evaluate, which is not given")
     measures = (args.evaluate or args.online_eval) and args.reference == "auto"
-    if measures and "data_path" in given and not is_data_set(args.data_path):
-        raise ValueError(f"--data_path {args.data_path}: expected a folder with train/ or 'digits'")
+    if measures and "data_path" in given:
+        check_data_set(args.data_path)
     precision = pick_precision(args.precision, device)
     path = find_checkpoint(args.resume) if args.resume else None
     if not path and (args.evaluate or Path(args.resume).suffix in WEIGHT_FILES):

@@ -21,7 +21,7 @@ from util.flags import (
     positive,
     run,
 )
-from util.image_sets import is_data_set
+from util.image_sets import check_data_set
 from util.images import open_writers
 from util.precision import pick_precision
 from util.sweep import find_result, parse_grid, write_sweep
@@ -147,8 +147,8 @@ def check(args, points, labels, model):
     """Refuse what cannot be done before any of it is; returns writers. Raises ValueError."""
     if args.sweep and not args.reference:
         raise ValueError("--sweep: expected a --reference to measure against")
-    if args.data_path and not is_data_set(args.data_path):
-        raise ValueError(f"--data_path {args.data_path}: expected a folder with train/ or 'digits'")
+    if args.data_path:
+        check_data_set(args.data_path)
     if args.output_dir:
         make_folder(args.output_dir, "--output_dir")
     if args.sweep and args.out:

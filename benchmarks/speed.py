@@ -84,7 +84,7 @@ def main(argv=None):
         help="of the GPU, for MFU and roofline; the default is an H200's",
     )
     parser.add_argument(
-        "--peak_tbs", type=positive, default=4.3, help="TB/s of its memory; the default too"
+        "--peak_tbs", type=positive, default=4.3, help="TB/s of its memory; also an H200's"
     )
     add_device_flag(parser)
     args = parser.parse_args(argv)

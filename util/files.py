@@ -20,7 +20,7 @@ def make_folder(path, flag):
 def check_zip(path):
     """Read all of a zip, which files of torch and numpy are, to compare its checksums.
 
-    About a second a GB; who maps such a file sees no damage. Raises zipfile.BadZipFile.
+    0.2 s a GB in memory; who maps such a file sees no damage. Raises zipfile.BadZipFile.
     """
     try:
         with zipfile.ZipFile(path) as archive:

@@ -21,6 +21,12 @@ def is_data_set(source):
     return source == DIGITS or (source is not None and (Path(source) / "train").is_dir())
 
 
+def check_data_set(path):
+    """Raises ValueError for a --data_path that is not one."""
+    if not is_data_set(path):
+        raise ValueError(f"--data_path {path}: expected a folder with train/ or '{DIGITS}'")
+
+
 def real_images(source, img_size, split):
     """The real images of a data set, as those of a model are: (uint8 (H, W, 3), label).
 
