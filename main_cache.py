@@ -13,7 +13,7 @@ from models import TOKENIZERS, build_tokenizer
 from util import caches, data, dist
 from util.dist import print0
 from util.files import make_folder
-from util.flags import Parser, add_machine_flags, add_tokenizer_flags, count, run
+from util.flags import Parser, add_machine_flags, add_tokenizer_flags, positive_int, run
 from util.shards import layout_of
 from util.weights import digest
 
@@ -30,7 +30,9 @@ def get_parser():
         help="a folder with train/class/image files",
     )
     group.add_argument("--cached_path", required=True, metavar="DIR", help="where the latents go")
-    group.add_argument("--batch_size", type=count, default=128, help="images at once, a process")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=128, help="images at once, a process"
+    )
     group.add_argument(
         "--layout",
         choices=("images", "shards"),

@@ -24,12 +24,12 @@ from util.flags import (
     add_machine_flags,
     add_sampling_flags,
     add_tokenizer_flags,
-    amount,
     approximations,
-    count,
-    natural,
+    fraction,
+    nonnegative,
+    nonnegative_int,
+    positive_int,
     run,
-    share,
 )
 from util.image_sets import check_data_set
 from util.images import open_writers, save_image
@@ -85,19 +85,22 @@ def get_parser():
     group.add_argument("--model", choices=MODELS, default="mar_large", help="backbone and its size")
     group.add_argument(
         "--vae_stride",
-        type=count,
+        type=positive_int,
         metavar="S",
         help="pixels a latent, along a side (default: the tokenizer's)",
     )
     group.add_argument(
         "--patch_size",
-        type=count,
+        type=positive_int,
         metavar="P",
         help="P×P latents are one token (default: the tokenizer's: kl16 1, kl8 2, pixels 4)",
     )
-    group.add_argument("--class_num", type=count, default=1000, help="classes")
+    group.add_argument("--class_num", type=positive_int, default=1000, help="classes")
     group.add_argument(
-        "--buffer_size", type=count, default=64, help="class tokens in front of the encoder's"
+        "--buffer_size",
+        type=positive_int,
+        default=64,
+        help="class tokens in front of the encoder's",
     )
     group.add_argument(
         "--head",
@@ -105,12 +108,16 @@ def get_parser():
         help="what models a token: Diffusion Loss, cross-entropy over codes, or L2 (default: that "
         "which fits the tokenizer, diffloss or ce)",
     )
-    group.add_argument("--diffloss_d", type=count, default=3, help="blocks of the denoising MLP")
-    group.add_argument("--diffloss_w", type=count, default=1024, help="width of the denoising MLP")
-    group.add_argument("--attn_dropout", type=share, default=0.1, help="dropout of attention")
-    group.add_argument("--proj_dropout", type=share, default=0.1, help="dropout of projections")
     group.add_argument(
-        "--mask_ratio_min", type=share, default=0.7, help="least share of unknown tokens"
+        "--diffloss_d", type=positive_int, default=3, help="blocks of the denoising MLP"
+    )
+    group.add_argument(
+        "--diffloss_w", type=positive_int, default=1024, help="width of the denoising MLP"
+    )
+    group.add_argument("--attn_dropout", type=fraction, default=0.1, help="dropout of attention")
+    group.add_argument("--proj_dropout", type=fraction, default=0.1, help="dropout of projections")
+    group.add_argument(
+        "--mask_ratio_min", type=fraction, default=0.7, help="least share of unknown tokens"
     )
     group.add_argument(
         "--mask_ratio_per_rank",
@@ -119,11 +126,14 @@ def get_parser():
         "another",
     )
     group.add_argument(
-        "--label_drop_prob", type=share, default=0.1, help="share of labels dropped, for guidance"
+        "--label_drop_prob",
+        type=fraction,
+        default=0.1,
+        help="share of labels dropped, for guidance",
     )
     group.add_argument(
         "--diffusion_batch_mul",
-        type=count,
+        type=positive_int,
         default=1,
         help="timesteps drawn for each token (the paper's models: 4)",
     )
@@ -145,25 +155,35 @@ def get_parser():
     group.add_argument(
         "--list_presets", action="store_true", help="show the presets with their flags, and stop"
     )
-    group.add_argument("--epochs", type=count, default=400, help="passes over the data")
-    group.add_argument("--batch_size", type=count, default=16, help="images a process and batch")
+    group.add_argument("--epochs", type=positive_int, default=400, help="passes over the data")
     group.add_argument(
-        "--accum_iter", type=count, default=1, help="batches per step of the optimiser"
+        "--batch_size", type=positive_int, default=16, help="images a process and batch"
     )
     group.add_argument(
-        "--lr", type=amount, help="peak learning rate (default: --blr × total batch / 256)"
+        "--accum_iter", type=positive_int, default=1, help="batches per step of the optimiser"
     )
-    group.add_argument("--blr", type=amount, default=1e-4, help="the rate for 256 images a step")
-    group.add_argument("--min_lr", type=amount, default=0.0, help="where a cosine ends")
+    group.add_argument(
+        "--lr", type=nonnegative, help="peak learning rate (default: --blr × total batch / 256)"
+    )
+    group.add_argument(
+        "--blr", type=nonnegative, default=1e-4, help="the rate for 256 images a step"
+    )
+    group.add_argument("--min_lr", type=nonnegative, default=0.0, help="where a cosine ends")
     group.add_argument(
         "--lr_schedule", choices=("constant", "cosine"), default="constant", help="after warm-up"
     )
-    group.add_argument("--warmup_epochs", type=amount, default=100, help="linear, from 0")
+    group.add_argument("--warmup_epochs", type=nonnegative, default=100, help="linear, from 0")
     group.add_argument(
-        "--weight_decay", type=amount, default=0.02, help="not on biases, 1-D parameters, the head"
+        "--weight_decay",
+        type=nonnegative,
+        default=0.02,
+        help="not on biases, 1-D parameters, the head",
     )
     group.add_argument(
-        "--grad_clip", type=amount, default=3.0, help="largest norm of the gradient; 0 is no limit"
+        "--grad_clip",
+        type=nonnegative,
+        default=3.0,
+        help="largest norm of the gradient; 0 is no limit",
     )
     group.add_argument(
         "--compile",
@@ -171,7 +191,7 @@ def get_parser():
         help="compile the blocks and the head with torch.compile: minutes at the start, fewer "
         "milliseconds a step",
     )
-    group.add_argument("--ema_rate", type=share, default=0.9999, help="of the averaged weights")
+    group.add_argument("--ema_rate", type=fraction, default=0.9999, help="of the averaged weights")
 
     group = parser.add_argument_group("data")
     group.add_argument(
@@ -200,12 +220,14 @@ def get_parser():
         "A folder without one starts anew (default: a new run)",
     )
     group.add_argument(
-        "--start_epoch", type=natural, default=0, help="epoch to begin with, if not resumed"
+        "--start_epoch", type=nonnegative_int, default=0, help="epoch to begin with, if not resumed"
     )
-    group.add_argument("--save_last_freq", type=count, default=5, help="epochs between checkpoints")
+    group.add_argument(
+        "--save_last_freq", type=positive_int, default=5, help="epochs between checkpoints"
+    )
     group.add_argument(
         "--eval_freq",
-        type=count,
+        type=positive_int,
         default=40,
         help="epochs between grids of samples, and between evaluations with --online_eval",
     )
@@ -227,8 +249,10 @@ def get_parser():
         help="with --evaluate, keep the images: .png a grid, .npz one file, else a folder "
         "(default: none)",
     )
-    group.add_argument("--num_images", type=count, default=50000, help="as many of each class")
-    group.add_argument("--eval_bsz", type=count, default=64, help="images sampled at once")
+    group.add_argument(
+        "--num_images", type=positive_int, default=50000, help="as many of each class"
+    )
+    group.add_argument("--eval_bsz", type=positive_int, default=64, help="images sampled at once")
 
     add_evaluation_flags(parser)
     add_tokenizer_flags(parser, TOKENIZERS)

@@ -32,9 +32,9 @@ from util.flags import (
     add_extractor_flags,
     add_machine_flags,
     add_tokenizer_flags,
-    amount,
-    count,
-    natural,
+    nonnegative,
+    nonnegative_int,
+    positive_int,
     run,
 )
 from util.images import grid, save_image
@@ -63,11 +63,13 @@ def get_parser():
     )
     group.add_argument(
         "--num_images",
-        type=count,
+        type=positive_int,
         metavar="N",
         help="measure N images, evenly spread over the data set (default: all)",
     )
-    group.add_argument("--batch_size", type=count, default=64, help="images at once, a process")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=64, help="images at once, a process"
+    )
     group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="the results")
     add_tokenizer_flags(parser, TOKENIZERS)
     add_training_flags(parser)
@@ -83,10 +85,14 @@ def add_training_flags(parser):
         "train; --batch_size and --vae_embed_dim (here 4 if not given) count as well",
     )
     group.add_argument(
-        "--epochs", type=natural, default=0, help="train for so many first; 0: only measure"
+        "--epochs", type=nonnegative_int, default=0, help="train for so many first; 0: only measure"
     )
-    group.add_argument("--lr", type=amount, default=1e-3, help="at the start, then half a cosine")
-    group.add_argument("--ch", type=count, default=32, help="base width (LDM's networks: 128)")
+    group.add_argument(
+        "--lr", type=nonnegative, default=1e-3, help="at the start, then half a cosine"
+    )
+    group.add_argument(
+        "--ch", type=positive_int, default=32, help="base width (LDM's networks: 128)"
+    )
     group.add_argument(
         "--ch_mult",
         default="1,2",
@@ -94,7 +100,9 @@ def add_training_flags(parser):
         help="widths of the levels in base widths, full resolution first; each level but the "
         "first halves the image, so 1,2 has stride 2 and LDM's 1,1,2,2,4 stride 16",
     )
-    group.add_argument("--num_codes", type=count, default=256, metavar="K", help="of a vq network")
+    group.add_argument(
+        "--num_codes", type=positive_int, default=256, metavar="K", help="of a vq network"
+    )
 
 
 def main(argv=None):

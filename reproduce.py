@@ -26,7 +26,14 @@ import sample
 from util import dist
 from util.data import DIGITS
 from util.files import replacing
-from util.flags import Parser, add_device_flag, add_extractor_flags, count, natural, run
+from util.flags import (
+    Parser,
+    add_device_flag,
+    add_extractor_flags,
+    nonnegative_int,
+    positive_int,
+    run,
+)
 from util.presets import PAPER
 from util.sweep import markdown
 
@@ -119,19 +126,28 @@ def get_parser():
         metavar="DIR",
         help="a folder with train/class/image files, or 'digits'",
     )
-    parser.add_argument("--img_size", type=count, default=8, metavar="N", help="side of an image")
-    parser.add_argument("--class_num", type=count, default=10, metavar="N", help="classes")
+    parser.add_argument(
+        "--img_size", type=positive_int, default=8, metavar="N", help="side of an image"
+    )
+    parser.add_argument("--class_num", type=positive_int, default=10, metavar="N", help="classes")
     parser.add_argument(
         "--ch_mult", default="1,2", help="levels of the tokenizers: their stride is 2^(levels − 1)"
     )
-    parser.add_argument("--num_codes", type=count, default=256, metavar="N", help="of the VQ one")
-    parser.add_argument("--tokenizer_epochs", type=count, default=40, help="of its training")
-    parser.add_argument("--epochs", type=count, default=100, help="of each model's training")
     parser.add_argument(
-        "--seeds", type=natural, nargs="+", default=[1, 2, 3], metavar="S", help="a run for each"
+        "--num_codes", type=positive_int, default=256, metavar="N", help="of the VQ one"
+    )
+    parser.add_argument("--tokenizer_epochs", type=positive_int, default=40, help="of its training")
+    parser.add_argument("--epochs", type=positive_int, default=100, help="of each model's training")
+    parser.add_argument(
+        "--seeds",
+        type=nonnegative_int,
+        nargs="+",
+        default=[1, 2, 3],
+        metavar="S",
+        help="a run for each",
     )
     parser.add_argument(
-        "--num_images", type=count, default=1000, metavar="N", help="samples an evaluation"
+        "--num_images", type=positive_int, default=1000, metavar="N", help="samples an evaluation"
     )
     parser.add_argument("--output_dir", default="./output_dir/reproduce", help="all that is made")
     add_device_flag(parser)

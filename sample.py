@@ -17,8 +17,8 @@ from util.flags import (
     add_machine_flags,
     add_sampling_flags,
     approximations,
-    count,
     positive,
+    positive_int,
     run,
 )
 from util.image_sets import check_data_set
@@ -45,7 +45,11 @@ def get_parser():
         "(default: the first ten)",
     )
     group.add_argument(
-        "--per_class", type=count, default=8, metavar="N", help="images of each of the labels"
+        "--per_class",
+        type=positive_int,
+        default=8,
+        metavar="N",
+        help="images of each of the labels",
     )
     group.add_argument(
         "--out",
@@ -54,7 +58,9 @@ def get_parser():
         help=".png: all in a grid; .npz: one file of uint8 NHWC, for ADM's evaluator; any other "
         "name: a folder of PNGs (default: samples.png, or with --reference nothing)",
     )
-    group.add_argument("--batch_size", type=count, default=64, help="images at once, a process")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=64, help="images at once, a process"
+    )
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vae_path", metavar="FILE", help="its weights (default: as in training)")
     group.add_argument(

@@ -17,7 +17,7 @@ import engine_mar as engine
 from models import build_tokenizer, load_model
 from util import dist
 from util.evaluation import Accumulator, open_judge
-from util.flags import Parser, add_device_flag, add_extractor_flags, count, run
+from util.flags import Parser, add_device_flag, add_extractor_flags, positive_int, run
 from util.metrics import frechet_distance
 from util.precision import pick_precision
 
@@ -57,9 +57,11 @@ def main(argv=None):
     parser.add_argument(
         "--reference", default="digits", metavar="PATH", help="as for sample.py --reference"
     )
-    parser.add_argument("--num_images", type=count, default=1000, help="a round and mode")
-    parser.add_argument("--batch_size", type=count, default=250, help="images at once")
-    parser.add_argument("--rounds", type=count, default=5, help="counted, each of another seed")
+    parser.add_argument("--num_images", type=positive_int, default=1000, help="a round and mode")
+    parser.add_argument("--batch_size", type=positive_int, default=250, help="images at once")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=5, help="counted, each of another seed"
+    )
     add_extractor_flags(parser)
     add_device_flag(parser)
     args = parser.parse_args(argv)

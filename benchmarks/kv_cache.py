@@ -11,17 +11,21 @@ import time
 import torch
 
 from models.ar import AR
-from util.flags import Parser, count, run
+from util.flags import Parser, positive_int, run
 from util.rng import image_generators
 
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sides", type=count, nargs="+", default=[8, 16, 32], help="of the grid")
-    parser.add_argument("--width", type=count, default=256, help="of the model")
-    parser.add_argument("--depth", type=count, default=6, help="blocks")
-    parser.add_argument("--batch_size", type=count, default=4, help="images at once")
-    parser.add_argument("--rounds", type=count, default=5, help="counted, after one that is not")
+    parser.add_argument(
+        "--sides", type=positive_int, nargs="+", default=[8, 16, 32], help="of the grid"
+    )
+    parser.add_argument("--width", type=positive_int, default=256, help="of the model")
+    parser.add_argument("--depth", type=positive_int, default=6, help="blocks")
+    parser.add_argument("--batch_size", type=positive_int, default=4, help="images at once")
+    parser.add_argument(
+        "--rounds", type=positive_int, default=5, help="counted, after one that is not"
+    )
     args = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads, width {args.width}, {args.depth} blocks, float32")
     print("tokens  difference  cached ms/token  plain ms/token  plain/cached")

@@ -31,7 +31,7 @@ from models.order import token_counts
 from util import caches, dist
 from util.data import cached_set, training_loader, write_moments
 from util.ema import EMA
-from util.flags import Parser, add_device_flag, count, number, positive, run
+from util.flags import Parser, add_device_flag, finite, positive, positive_int, run
 from util.precision import autocast
 from util.rng import image_generators
 
@@ -45,27 +45,34 @@ LOADED = 2048  # images of the loader's caches
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=HEADS, default="base", help="its size")
-    parser.add_argument("--diffloss_d", type=count, help="blocks of the head (default: table 4's)")
-    parser.add_argument("--diffloss_w", type=count, help="width of the head (default: table 4's)")
+    parser.add_argument(
+        "--diffloss_d", type=positive_int, help="blocks of the head (default: table 4's)"
+    )
+    parser.add_argument(
+        "--diffloss_w", type=positive_int, help="width of the head (default: table 4's)"
+    )
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=SECTIONS, help="what to measure"
     )
     parser.add_argument(
-        "--batch_sizes", type=count, nargs="+", help="of sampling (default: 1 4, on a GPU 1 16 256)"
+        "--batch_sizes",
+        type=positive_int,
+        nargs="+",
+        help="of sampling (default: 1 4, on a GPU 1 16 256)",
     )
     parser.add_argument(
-        "--train_batch", type=count, help="images a training step (default: 2, on a GPU 64)"
+        "--train_batch", type=positive_int, help="images a training step (default: 2, on a GPU 64)"
     )
-    parser.add_argument("--rounds", type=count, default=5, help="counted, after a cold one")
-    parser.add_argument("--num_iter", type=count, default=64, help="autoregressive steps")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="counted, after a cold one")
+    parser.add_argument("--num_iter", type=positive_int, default=64, help="autoregressive steps")
     parser.add_argument(
         "--timed_steps",
-        type=count,
+        type=positive_int,
         default=4,
         help="so many of these are timed, from the middle of equal parts of the whole",
     )
     parser.add_argument("--num_sampling_steps", default="100", help="diffusion steps")
-    parser.add_argument("--cfg", type=number, default=3.0, help="guidance scale")
+    parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="(default: fp32, on a GPU bf16)"
     )

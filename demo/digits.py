@@ -26,7 +26,7 @@ from models import build_tokenizer, load_model
 from util.data import DIGITS
 from util.evaluation import Accumulator, open_judge
 from util.files import replacing
-from util.flags import Parser, count, natural, run
+from util.flags import Parser, nonnegative_int, positive_int, run
 from util.images import grid, save_image, to_uint8
 from util.logger import Stopwatch
 from util.metrics import frechet_distance
@@ -42,8 +42,10 @@ STRIP_STEPS = (0, 1, 2, 4, 8, 12, 16)  # of 16: one token a step
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint that was trained on digits")
-    parser.add_argument("--num_images", type=count, default=1000, help="samples a row of the table")
-    parser.add_argument("--seed", type=natural, default=0, help="of the samples")
+    parser.add_argument(
+        "--num_images", type=positive_int, default=1000, help="samples a row of the table"
+    )
+    parser.add_argument("--seed", type=nonnegative_int, default=0, help="of the samples")
     args = parser.parse_args(argv)
     model, config = load_model(args.ckpt)
     tokenizer = build_tokenizer(**config["tokenizer"])

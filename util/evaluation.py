@@ -22,7 +22,7 @@ from util.data import DIGITS, plain_loader
 from util.dist import print0
 from util.features import INCEPTION, Extractor, pick_extractor
 from util.files import make_folder, replacing
-from util.flags import Parser, add_device_flag, add_evaluation_flags, count, run
+from util.flags import Parser, add_device_flag, add_evaluation_flags, positive_int, run
 from util.image_sets import is_data_set, open_images, open_npz, real_images
 from util.logger import Progress
 from util.metrics import (
@@ -453,7 +453,7 @@ def main(argv=None):
     )
     parser.add_argument(
         "--img_size",
-        type=count,
+        type=positive_int,
         metavar="N",
         help="side that the images must have (default: that of the first)",
     )

@@ -25,12 +25,12 @@ def _number(kind, expected, fits):
     return convert
 
 
-count = _number(int, "a whole number, at least 1", lambda n: n >= 1)
-natural = _number(int, "a whole number, at least 0", lambda n: n >= 0)
-amount = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
-number = _number(float, "a number", math.isfinite)
+positive_int = _number(int, "an integer, at least 1", lambda n: n >= 1)
+nonnegative_int = _number(int, "an integer, at least 0", lambda n: n >= 0)
+nonnegative = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
+finite = _number(float, "a number", math.isfinite)
 positive = _number(float, "a number above 0", lambda x: 0 < x < float("inf"))
-share = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+fraction = _number(float, "a number from 0 to 1", lambda x: 0 <= x <= 1)
 
 
 class Help(argparse.HelpFormatter):
@@ -42,12 +42,12 @@ class Help(argparse.HelpFormatter):
     def _get_default_metavar_for_optional(self, action):
         metavars = {
             int: "N",
-            count: "N",
-            natural: "N",
-            number: "X",
+            positive_int: "N",
+            nonnegative_int: "N",
+            finite: "X",
             positive: "X",
-            amount: "X",
-            share: "X",
+            nonnegative: "X",
+            fraction: "X",
         }
         return metavars.get(action.type, action.dest.upper())
 
@@ -113,7 +113,11 @@ def add_tokenizer_flags(parser, tokenizers):
         help="what turns images into latents; kl, vq and vq_latent take any network of their kind",
     )
     group.add_argument(
-        "--img_size", type=count, default=256, metavar="N", help="side of an image, in pixels"
+        "--img_size",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="side of an image, in pixels",
     )
     group.add_argument(
         "--vae_path",
@@ -124,7 +128,7 @@ def add_tokenizer_flags(parser, tokenizers):
     )
     group.add_argument(
         "--vae_embed_dim",
-        type=count,
+        type=positive_int,
         metavar="C",
         help="channels of a latent (default: the tokenizer's; for pixels, the data's)",
     )
@@ -147,13 +151,18 @@ def add_sampling_flags(parser, **defaults):
             words += " (default: the checkpoint's)"
         group.add_argument(f"--{name}", default=default, help=words, **kwargs)
 
-    add("num_iter", "autoregressive steps, 1 to the number of tokens", type=count, metavar="K")
+    add(
+        "num_iter",
+        "autoregressive steps, 1 to the number of tokens",
+        type=positive_int,
+        metavar="K",
+    )
     add(
         "num_sampling_steps",
         "diffusion steps of a token: a count, counts of sections (10,10,20) or ddimN",
         metavar="S",
     )
-    add("cfg", "guidance scale; 1 is no guidance", type=number, metavar="W")
+    add("cfg", "guidance scale; 1 is no guidance", type=finite, metavar="W")
     add(
         "cfg_schedule",
         "guidance over the steps: 1 to --cfg as tokens become known, or --cfg throughout",
@@ -165,10 +174,10 @@ def add_sampling_flags(parser, **defaults):
         help="in which tokens are generated, and a causal model is trained; confidence needs "
         "cross-entropy (default: the model's, random, but raster for a new causal one)",
     )
-    add("temperature", "of the diffusion noise, or of the logits", type=amount, metavar="T")
+    add("temperature", "of the diffusion noise, or of the logits", type=nonnegative, metavar="T")
     group.add_argument(
         "--max_timestep",
-        type=_number(int, "a whole number from 0 to 999", lambda n: 0 <= n <= 999),
+        type=_number(int, "an integer from 0 to 999", lambda n: 0 <= n <= 999),
         metavar="T",
         help="start the reverse process at this timestep instead of 999; 950 keeps a model that "
         "is small or not trained for long from diverging (default: the checkpoint's, else 999). "
@@ -196,7 +205,7 @@ def add_sampling_flags(parser, **defaults):
     )
     group.add_argument(
         "--cfg_interval",
-        type=share,
+        type=fraction,
         nargs=2,
         metavar=("A", "B"),
         help="guidance only while the share of the steps that are done is from A to B (default: "
@@ -204,7 +213,7 @@ def add_sampling_flags(parser, **defaults):
     )
     group.add_argument(
         "--refresh_every",
-        type=count,
+        type=positive_int,
         metavar="P",
         help="compute all features every P steps, between them only what changed most; of the "
         "bidirectional models (default: 1). Price: 2 is 1.02 times, 11.9; 4 is 1.06 times, 12.2",
@@ -286,11 +295,13 @@ def add_machine_flags(parser, num_workers, precision=True):
             "nothing less, in the tokenizer's convolutions neither. The diffusion arithmetic and "
             "the network at its first step are float32 in every case",
         )
-    group.add_argument("--seed", type=natural, default=1, help="of everything that is drawn")
+    group.add_argument(
+        "--seed", type=nonnegative_int, default=1, help="of everything that is drawn"
+    )
     if num_workers is not None:
         group.add_argument(
             "--num_workers",
-            type=natural,
+            type=nonnegative_int,
             default=num_workers,
             help="loader processes, each",
         )

@@ -15,9 +15,14 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullFormatter
 
 from util.files import replacing
-from util.flags import amount, count, number
+from util.flags import finite, nonnegative, positive_int
 
-AXES = {"cfg": number, "temperature": amount, "num_iter": count, "num_sampling_steps": str}
+AXES = {
+    "cfg": finite,
+    "temperature": nonnegative,
+    "num_iter": positive_int,
+    "num_sampling_steps": str,
+}
 METRICS = (
     "fid",
     "frechet_distance",
