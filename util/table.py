@@ -1,0 +1,28 @@
+"""Tables of names: what a flag chooses from, and what a new row makes available everywhere."""
+
+from importlib import import_module
+
+
+class Table(dict):
+    """Name -> object. A row may be the text "module:attribute", imported when it is looked up.
+
+    So flags know every name before torch is loaded, which takes seconds. kind: what the rows are,
+    for the ValueError that an unknown name raises.
+    """
+
+    def __init__(self, kind, rows):
+        super().__init__(rows)
+        self.kind = kind
+
+    def __getitem__(self, name):
+        row = self.get(name)
+        if row is None:
+            raise ValueError(f"{self.kind} {name!r}: expected one of {', '.join(self)}")
+        if isinstance(row, str):
+            module, _, attribute = row.partition(":")
+            row = self[name] = getattr(import_module(module), attribute)
+        return row
+
+    def rows(self):
+        """(name, object) of every row."""
+        return [(name, self[name]) for name in self]
