@@ -1,8 +1,8 @@
-# Two commands: `make demo` and `make test`. Both first make .venv and install into it.
+# `make demo`, `make test` and `make test-slow`. All first create .venv and install into it.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-slow clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,10 @@ test: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests
+
+# what takes more than about ten seconds, most of it in several processes
+test-slow: .venv/installed
+	$(BIN)/python -m pytest tests -m slow
 
 clean:
 	rm -rf .venv output_dir *.egg-info

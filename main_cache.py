@@ -1,21 +1,17 @@
 """Cache the tokenizer's latents of a folder of images. `python main_cache.py --help`.
 
-Training with --use_cached then needs no encoder. For each image class/name.ext a file
-class/name.ext.npz is written, with the moments of the image and of its mirror image, or with
---layout shards a few large files for all; a run that was stopped goes on where it was. --verify and
---convert_from need no tokenizer.
+Training with --use_cached then needs no encoder. For each image class/name.ext, a file
+class/name.ext.npz holds the moments of the image and of its mirror image; with --layout shards, a
+few large files hold all. An interrupted run resumes where it stopped. --verify and --convert_from
+need no tokenizer.
 """
 
 from pathlib import Path
 
-import engine_mar as engine
-from models import TOKENIZERS, build_tokenizer
-from util import caches, data, dist
-from util.dist import print0
+from models.settings import TOKENIZERS
+from util.data import DATASETS, kind_or_folder
 from util.files import make_folder
 from util.flags import Parser, add_machine_flags, add_tokenizer_flags, positive_int, run
-from util.shards import layout_of
-from util.weights import digest
 
 CROP = "center_crop_arr (ADM)"
 
@@ -27,72 +23,100 @@ def get_parser():
         "--data_path",
         default="./data/imagenet",
         metavar="DIR",
-        help="a folder with train/class/image files",
+        help=DATASETS["folder"].path,
     )
-    group.add_argument("--cached_path", required=True, metavar="DIR", help="where the latents go")
+    group.add_argument("--cached_path", required=True, metavar="DIR", help="folder of the cache")
     group.add_argument(
-        "--batch_size", type=positive_int, default=128, help="images at once, a process"
+        "--batch_size", type=positive_int, default=128, help="images per batch and process"
     )
     group.add_argument(
         "--layout",
         choices=("images", "shards"),
         default="images",
-        help="images: a float32 .npz for each, as published; shards: a few large float16 arrays, "
-        "which load many times as fast",
+        help="images: a float32 .npz per image, as published; shards: a few large float16 arrays, "
+        "which load many times faster",
     )
     group.add_argument(
         "--verify",
         action="store_true",
-        help="write nothing: read all of --cached_path, of either layout, and name what is damaged",
+        help="only read all of --cached_path, in either layout, and report damaged files",
     )
     group.add_argument(
         "--convert_from",
         default="",
         metavar="DIR",
-        help="take the latents from this cache of the other layout (default: from the images)",
+        help="convert the latents from this cache in the other layout (default: encode images)",
     )
-    add_tokenizer_flags(parser, [name for name in TOKENIZERS if name != "pixels"])
+    add_tokenizer_flags(parser, TOKENIZERS)
     add_machine_flags(parser, num_workers=10, precision=False)
     return parser
 
 
 def main(argv=None):
+    """Run the script."""
     args = get_parser().parse_args(argv)
+    folder = Path(args.cached_path)
     if args.verify and args.convert_from:
         raise ValueError(f"--convert_from {args.convert_from}: not together with --verify")
-    if args.verify:
-        dist.init("cpu", args.dist_on_itp, args.dist_url)
-        layout, images = caches.verify(args.cached_path, args.num_workers)
-        print0(f"{images} images, all whole, in the layout {layout}: {args.cached_path}")
-        return
-    folder = Path(args.cached_path)
     if args.convert_from and Path(args.convert_from).resolve() == folder.resolve():
         raise ValueError(f"--convert_from {args.convert_from}: expected another than --cached_path")
-    written, skipped = (convert if args.convert_from else cache)(args, folder)
+    if args.verify:
+        verify_cache(args)
+        return
+    written, skipped = (convert_cache if args.convert_from else cache_images)(args, folder)
+
+    from util.dist import print0
+
     print0(f"{written} written, {skipped} there already: {folder}")
 
 
-def open_folder(args, folder):
-    """Make the folder. Raises ValueError where it holds a cache of the other layout."""
-    make_folder(args.cached_path, "--cached_path")
-    if (found := layout_of(folder)) not in (None, args.layout):
-        raise ValueError(
-            f"--cached_path {folder}: holds a cache with --layout {found}, expected another folder "
-            f"for {args.layout}"
-        )
+def verify_cache(args):
+    """Read a whole cache. Raises ValueError if it is damaged."""
+    from util import dist
+    from util.data.convert import verify
+
+    dist.init("cpu", args.dist_on_itp, args.dist_url)
+    layout, images = verify(args.cached_path, args.num_workers)
+    dist.print0(f"{images} images, all whole, in the layout {layout}: {args.cached_path}")
 
 
-def convert(args, folder):
-    """From the other layout. Returns (written, skipped) images."""
+def convert_cache(args, folder):
+    """Write latents from a cache of the other layout. Returns (written, skipped) images."""
+    from util import dist
+    from util.data.convert import convert
+
     dist.init("cpu", args.dist_on_itp, args.dist_url)
     open_folder(args, folder)
-    return caches.convert(args.convert_from, folder, args.layout, args.num_workers)
+    return convert(args.convert_from, folder, args.layout, args.num_workers)
 
 
-def cache(args, folder):
-    """From images, by a tokenizer. Returns (written, skipped) images."""
+def cache_images(args, folder):
+    """Encode images with a tokenizer and write the latents. Returns (written, skipped) images."""
+    import engine_mar as engine
+    from util import dist
+    from util.data.cached import check_cache
+
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
-    tokenizer = build_tokenizer(args.tokenizer, args.vae_path, scale=args.vae_scale).to(device)
+    tokenizer = open_tokenizer(args).to(device)
+    open_folder(args, folder)
+    facts = describe(args, tokenizer)
+    check_cache(folder, write=args.layout == "images" and dist.is_main(), **facts)
+    dataset = open_images(args, folder / "data_checked.txt")
+    classes = len(dataset.classes)
+    dist.print0(f"{len(dataset)} images of {classes} classes, {args.tokenizer} on {device}")
+    how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": device}
+    if args.layout == "shards":
+        return engine.cache_shards(tokenizer, dataset, folder, facts, **how)
+    return engine.cache_latents(tokenizer, dataset, folder, **how)
+
+
+def open_tokenizer(args):
+    """The tokenizer. Raises ValueError if flags do not fit it."""
+    from models import arguments_of_tokenizer, build_tokenizer
+
+    channels = kind_or_folder(args.data_path).channels
+    own = arguments_of_tokenizer(args.tokenizer, channels=channels, vae_path=args.vae_path)
+    tokenizer = build_tokenizer(args.tokenizer, **own, scale=args.vae_scale, shift=args.vae_shift)
     if args.vae_embed_dim not in (None, tokenizer.channels):
         raise ValueError(
             f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
@@ -102,19 +126,44 @@ def cache(args, folder):
             f"--img_size {args.img_size}: expected a multiple of {tokenizer.stride}, the stride of "
             f"{args.tokenizer}"
         )
-    open_folder(args, folder)
-    more = {"tokenizer_name": args.tokenizer, "scale": tokenizer.scale, "crop": CROP}
-    facts = {"tokenizer": digest(tokenizer.state_dict()), "img_size": args.img_size, **more}
-    write = args.layout == "images" and dist.is_main()
-    data.check_cache(folder, facts["tokenizer"], args.img_size, write=write, **more)
-    dataset = data.image_folder(
-        args.data_path, args.img_size, args.num_workers, folder / "data_checked.txt", flip=False
-    )
-    print0(f"{len(dataset)} images of {len(dataset.classes)} classes, {args.tokenizer} on {device}")
-    how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": device}
-    if args.layout == "shards":
-        return engine.cache_shards(tokenizer, dataset, folder, facts, **how)
-    return engine.cache_latents(tokenizer, dataset, folder, **how)
+    return tokenizer
+
+
+def describe(args, tokenizer):
+    """All that the latents depend on, name -> value, for the manifest of the cache."""
+    from util.weights import digest
+
+    facts = {"tokenizer": digest(tokenizer.state_dict()), "img_size": args.img_size}
+    facts |= {"tokenizer_name": args.tokenizer, "scale": tokenizer.scale, "crop": CROP}
+    if tokenizer.shift:  # absent from older caches
+        facts["shift"] = tokenizer.shift
+    return facts
+
+
+def open_folder(args, folder):
+    """Create the folder. Raises ValueError if it holds a cache in the other layout."""
+    from util.data.shards import layout_of
+
+    make_folder(args.cached_path, "--cached_path")
+    if (found := layout_of(folder)) not in (None, args.layout):
+        raise ValueError(
+            f"--cached_path {folder}: holds a cache with --layout {found}, expected another folder "
+            f"for {args.layout}"
+        )
+
+
+def open_images(args, record):
+    """The images to cache, checked. Raises ValueError, also if they have no names."""
+    from util.data import open_data
+
+    workers = args.num_workers
+    dataset = open_data(args.data_path, "train", args.img_size, workers=workers, record=record)
+    if not hasattr(dataset, "name"):
+        raise ValueError(
+            f"--data_path {args.data_path}: its images have no names for files of latents; "
+            f"expected {DATASETS['folder'].path}"
+        )
+    return dataset
 
 
 if __name__ == "__main__":

@@ -1,35 +1,25 @@
-"""Measure a tokenizer on a data set, or train one first. `python main_tokenizer.py --help`.
+"""Evaluate a tokenizer on a data set, or train one first. `python main_tokenizer.py --help`.
 
-With --epochs a kl or a vq network is trained from scratch and written to tokenizer.ckpt, weights
-and scale, which --tokenizer kl (or vq, vq_latent) --vae_path tokenizer.ckpt then takes in every
-script. The losses are those of `losses` in models/vae.py and models/vq.py: absolute error and what
-the kind needs. LDM's perceptual and adversarial losses, which make the images sharp, are not there
-yet.
+With --epochs, a KL or VQ network is trained from scratch. It is written to tokenizer.ckpt, with the
+scale (and with --per_channel the shift) of its latents; every script takes it by --tokenizer kl (or
+vq, vq_latent) --vae_path tokenizer.ckpt. The losses are those of `losses` in models/vae.py and
+models/vq.py, without LDM's perceptual and adversarial losses, which make images sharp.
 
-Measuring prints and adds to results.jsonl: the Fréchet distance of decoded images to the same
-images (rFID), PSNR, SSIM, and the mean and deviation of the latents, one over which is the scale to
-use, or the share of the codes that are in use. Writes reconstructions.png, images above their
-decodings.
+Evaluation prints, and appends to results.jsonl, the Fréchet distance between reconstructed and
+original images (rFID), PSNR, SSIM, and the mean and standard deviation of the latents; --vae_scale
+is one over the latter. For a discrete tokenizer it gives the fraction of codes in use instead. It
+writes reconstructions.png, images above their reconstructions.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Subset
-
-import engine_mar as engine
-from models import TOKENIZERS, build_tokenizer
-from models.vae import AutoencoderKL
-from models.vq import Reviver, VQModel
-from util import data, dist
-from util.dist import print0
-from util.evaluation import few_images, report
-from util.features import Extractor, pick_extractor
+from models.settings import TOKENIZERS
+from util.data import describe_paths, has_images, kind_or_folder
+from util.evaluation.settings import NETWORK, Evaluation
 from util.files import make_folder, replacing
 from util.flags import (
     Parser,
-    add_extractor_flags,
     add_machine_flags,
     add_tokenizer_flags,
     nonnegative,
@@ -37,14 +27,28 @@ from util.flags import (
     positive_int,
     run,
 )
-from util.images import grid, save_image
-from util.logger import Logger
-from util.precision import pick_precision
-from util.weights import digest
+from util.settings import Settings, add_flags, from_flags, setting
 
 TRAINABLE = ("kl", "vq", "vq_latent")
-TRAINING = ("lr", "ch", "ch_mult", "num_codes")  # flags that say nothing without --epochs
-EMBED_DIM = 4  # of a network that is trained, unless --vae_embed_dim says otherwise
+EMBED_DIM = 4  # of trained networks, unless --vae_embed_dim is given
+
+
+@dataclass(frozen=True)
+class Training(Settings):
+    """Settings of the training of a network."""
+
+    epochs: int = setting(0, "train for this many epochs; 0: only evaluate", type=nonnegative_int)
+    lr: float = setting(
+        1e-3, "initial learning rate, decayed to 0 over half a cosine", type=nonnegative
+    )
+    ch: int = setting(32, "base width (LDM's networks: 128)", type=positive_int)
+    ch_mult: str = setting(
+        "1,2",
+        "width of each level in base widths, full resolution first; each level but the first "
+        "halves the image, so 1,2 has stride 2 and LDM's 1,1,2,2,4 stride 16",
+        metavar="M,M,…",
+    )
+    num_codes: int = setting(256, "number of codes of a vq network", type=positive_int, metavar="K")
 
 
 def get_parser():
@@ -53,218 +57,295 @@ def get_parser():
     group.add_argument(
         "--data_path",
         default="./data/imagenet",
-        metavar="DIR",
-        help="a folder with train/class/image files, or 'digits': the built-in 8×8 digits",
+        metavar="PATH",
+        help=describe_paths(),
     )
     group.add_argument(
         "--split",
         default="train",
-        help="the folder below it, such as val; of the digits train or test",
+        help="split to evaluate: train, or another one of the data set, such as val or test",
     )
     group.add_argument(
         "--num_images",
         type=positive_int,
         metavar="N",
-        help="measure N images, evenly spread over the data set (default: all)",
+        help="evaluate N images, spread evenly over the data set (default: all)",
     )
     group.add_argument(
-        "--batch_size", type=positive_int, default=64, help="images at once, a process"
+        "--batch_size", type=positive_int, default=64, help="images per batch and process"
     )
     group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="the results")
     add_tokenizer_flags(parser, TOKENIZERS)
-    add_training_flags(parser)
-    add_extractor_flags(parser.add_argument_group("figures"))
+    group = parser.add_argument_group(
+        "training",
+        f"of a {', '.join(TRAINABLE)} network on the train split, with random flips if the data "
+        "set has them; --batch_size and --vae_embed_dim (here 4 by default) apply as well",
+    )
+    add_flags(group, Training)
+    group = parser.add_argument_group("metrics")
+    group.add_argument(
+        "--per_channel",
+        action="store_true",
+        help="one scale and shift per channel of the latents, which then has mean 0 and standard "
+        "deviation 1; off: one scale for all, no shift",
+    )
+    add_flags(group, Evaluation, only=NETWORK)
     add_machine_flags(parser, num_workers=10)
     return parser
 
 
-def add_training_flags(parser):
-    group = parser.add_argument_group(
-        "training",
-        f"of a {', '.join(TRAINABLE)} network on train/ with random flips, or on the digits' "
-        "train; --batch_size and --vae_embed_dim (here 4 if not given) count as well",
-    )
-    group.add_argument(
-        "--epochs", type=nonnegative_int, default=0, help="train for so many first; 0: only measure"
-    )
-    group.add_argument(
-        "--lr", type=nonnegative, default=1e-3, help="at the start, then half a cosine"
-    )
-    group.add_argument(
-        "--ch", type=positive_int, default=32, help="base width (LDM's networks: 128)"
-    )
-    group.add_argument(
-        "--ch_mult",
-        default="1,2",
-        metavar="M,M,…",
-        help="widths of the levels in base widths, full resolution first; each level but the "
-        "first halves the image, so 1,2 has stride 2 and LDM's 1,1,2,2,4 stride 16",
-    )
-    group.add_argument(
-        "--num_codes", type=positive_int, default=256, metavar="K", help="of a vq network"
-    )
-
-
 def main(argv=None):
     args, given = get_parser().parse_given(argv)
-    check(args, given)
+    training = from_flags(Training, args)
+    check(args, given, training)
+    if "img_size" not in given:
+        args.img_size = kind_or_folder(args.data_path).defaults.get("img_size", args.img_size)
+
+    from util import dist
+    from util.evaluation.features import Extractor, pick_extractor
+    from util.precision import pick_precision
+
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
-    precision = pick_precision(args.precision, device)  # also of the convolutions measured
+    precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
     make_folder(args.output_dir, "--output_dir")
     dataset = get_images(args)
     channels, _, side = dataset[0][0].shape
+    tokenizer = None if training.epochs else get_tokenizer(args, channels)
     name = pick_extractor(args.extractor, args.data_path)
     extractor = Extractor(name, args.inception_weights, device, side)
-    if args.epochs:
+    if not tokenizer:
         args.vae_path = Path(args.output_dir) / "tokenizer.ckpt"
-        train(args, channels, side, device, precision)
-    own = {"channels": channels} if args.tokenizer == "pixels" else {"vae_path": args.vae_path}
-    tokenizer = build_tokenizer(args.tokenizer, scale=args.vae_scale, **own).to(device)
-    if not args.epochs and args.vae_embed_dim not in (None, tokenizer.channels):
+        train(args, training, channels, side, device, precision)
+        tokenizer = get_tokenizer(args, channels)
+    measure(args, training, tokenizer.to(device), dataset, extractor, device)
+
+
+def check(args, given, training):
+    """Raises ValueError for flags that contradict each other."""
+    if training.epochs and args.tokenizer not in TRAINABLE:
         raise ValueError(
-            f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
+            f"--epochs {training.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "
+            f"be trained: {', '.join(TRAINABLE)}"
         )
-    print0(f"{len(dataset)} images, {args.tokenizer} on {device}")
-
-    figures, pairs = engine.evaluate_tokenizer(
-        tokenizer,
-        dataset,
-        extractor,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=device,
-        seed=args.seed,
-    )
-    if not dist.is_main():
-        return
-    settings = {"images": len(dataset), "data_path": args.data_path, "split": args.split}
-    settings |= {"img_size": side, "tokenizer": args.tokenizer, "scale_used": tokenizer.scale}
-    settings |= {"weights_sha256": digest(tokenizer.state_dict()), "seed": args.seed}
-    settings |= {"extractor": name, "extractor_sha256": extractor.sha256}
-    if args.epochs:
-        settings["epochs"] = args.epochs
-    report(figures, settings, few_images(len(dataset), extractor), output_dir=args.output_dir)
-    path = Path(args.output_dir) / "reconstructions.png"
-    save_image(path, grid(pairs, len(pairs) // 2, min_side=64))
-    print0(f"in {args.output_dir}: results.jsonl, {path.name} (images above, decoded below)")
-
-
-def check(args, given):
-    """What the flags ask for together. Raises ValueError."""
-    if args.epochs and args.tokenizer not in TRAINABLE:
-        raise ValueError(
-            f"--epochs {args.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can be "
-            f"trained: {', '.join(TRAINABLE)}"
-        )
-    if args.data_path == data.DIGITS and "img_size" in given and args.img_size != 8:
-        raise ValueError(f"--img_size {args.img_size}: the digits are 8×8, expected 8")
-    for name in ("vae_path", "vae_scale"):
-        if args.epochs and name in given:
+    for name in ("vae_path", "vae_scale", "vae_shift"):
+        if training.epochs and name in given:
             raise ValueError(
                 f"--{name} {getattr(args, name)}: with --epochs the network is trained from "
                 "scratch and its scale measured; leave the flag out"
             )
-    idle = [name for name in TRAINING if name in given and not args.epochs]
-    if idle:
-        raise ValueError(f"--{idle[0]} {getattr(args, idle[0])}: is for training, pass --epochs")
-    if args.tokenizer in TRAINABLE and not args.epochs and "vae_path" not in given:
+    idle = given & set(Training.names()) - {"epochs"}
+    if idle and not training.epochs:
+        name = min(idle)
+        raise ValueError(f"--{name} {getattr(args, name)}: is for training, pass --epochs")
+    if args.tokenizer in TRAINABLE and not training.epochs and "vae_path" not in given:
         raise ValueError(
             f"--tokenizer {args.tokenizer}: expected --epochs to train one, or a --vae_path"
         )
 
 
-def train(args, channels, side, device, precision):
+# ---- measuring ------------------------------------------------------------------------------
+
+
+def get_tokenizer(args, channels):
+    """The tokenizer to measure. Raises ValueError for flags that do not fit it."""
+    from models import arguments_of_tokenizer, build_tokenizer
+
+    own = arguments_of_tokenizer(args.tokenizer, channels=channels, vae_path=args.vae_path)
+    own |= {"scale": args.vae_scale, "shift": args.vae_shift}
+    tokenizer = build_tokenizer(args.tokenizer, **own)
+    if args.epochs:  # the flags were those of the trained network
+        return tokenizer
+    if args.vae_embed_dim not in (None, tokenizer.channels):
+        raise ValueError(
+            f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
+        )
+    if args.per_channel and tokenizer.num_codes:
+        raise ValueError(f"--per_channel: the code indices of {args.tokenizer} have no scale")
+    return tokenizer
+
+
+def measure(args, training, tokenizer, dataset, extractor, device):
+    """Evaluate a tokenizer on a data set; report metrics and write reconstructions."""
+    import engine_tokenizer as engine
+    from util.dist import is_main, print0
+    from util.evaluation.reports import few_images, report
+    from util.images import grid, save_image
+
+    print0(f"{len(dataset)} images, {args.tokenizer} on {device}")
+    metrics, pairs = engine.evaluate_tokenizer(
+        tokenizer,
+        dataset,
+        extractor,
+        **loading(args, device),
+        per_channel=args.per_channel and not tokenizer.num_codes,
+    )
+    if not is_main():
+        return
+    lists = {name: value for name, value in metrics.items() if isinstance(value, list)}
+    metrics = {name: value for name, value in metrics.items() if name not in lists}
+    settings = stated(args, training, tokenizer, dataset, extractor) | lists
+    report(metrics, settings, few_images(len(dataset), extractor), output_dir=args.output_dir)
+    path = Path(args.output_dir) / "reconstructions.png"
+    save_image(path, grid(pairs, len(pairs) // 2, min_side=64))
+    if lists and not training.epochs:  # otherwise they are in the file
+        print0(f"--vae_scale={joined(lists['scale_per_channel'])}")
+        print0(f"--vae_shift={joined(lists['shift_per_channel'])}")
+    print0(f"in {args.output_dir}: results.jsonl, {path.name} (images above, decoded below)")
+
+
+def stated(args, training, tokenizer, dataset, extractor):
+    """All that the metrics depend on, for the report."""
+    from util.weights import digest
+
+    settings = {"images": len(dataset), "data_path": args.data_path, "split": args.split}
+    settings |= {"img_size": dataset[0][0].shape[-1], "tokenizer": args.tokenizer}
+    settings |= {"scale_used": tokenizer.scale}
+    settings |= {"shift_used": tokenizer.shift} if tokenizer.shift else {}
+    settings |= {"weights_sha256": digest(tokenizer.state_dict()), "seed": args.seed}
+    settings |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
+    return settings | ({"epochs": training.epochs} if training.epochs else {})
+
+
+def joined(numbers):
+    """A list of numbers in the format of a flag, to six digits."""
+    return ",".join(f"{number:.6g}" for number in numbers)
+
+
+def loading(args, device):
+    """Arguments of engine_tokenizer for reading a data set in evaluation."""
+    how = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    return {**how, "device": device, "seed": args.seed}
+
+
+def get_images(args):
+    """The images to evaluate, (image in [−1, 1], label) each. Raises ValueError."""
+    from torch.utils.data import Subset
+
+    dataset = open_split(args, args.split, flip=False)
+    if not has_images(args.data_path):
+        raise ValueError(f"--data_path {args.data_path}: a stream, expected images to measure")
+    count = min(args.num_images or len(dataset), len(dataset))
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+
+
+def open_split(args, split, flip):
+    """A split of the data set, its images checked. Raises ValueError."""
+    from util.data import open_data
+
+    record = Path(args.output_dir) / f"data_checked_{split}.txt"
+    how = {"flip": flip, "workers": args.num_workers, "record": record}
+    return open_data(args.data_path, split, args.img_size, **how)
+
+
+# ---- training -------------------------------------------------------------------------------
+
+
+def train(args, training, channels, side, device, precision):
     """Train a network on images (channels, side, side) and write it to args.vae_path."""
-    if args.data_path == data.DIGITS:
-        dataset = data.digits("train")
-    else:
-        record = Path(args.output_dir) / "data_checked_train.txt"
-        dataset = data.image_folder(args.data_path, args.img_size, args.num_workers, record)
-    torch.manual_seed(args.seed)  # the weights, the same on every process
-    network = new_network(args, channels).to(device)
+    import torch
+
+    import engine_tokenizer as engine
+    from util import dist
+    from util.logger import Logger
+
+    dataset = open_split(args, "train", flip=True)
+    torch.manual_seed(args.seed)  # initial weights, the same on every process
+    network = new_network(args, training, channels).to(device)
     if side % network.stride:
         raise ValueError(
-            f"--ch_mult {args.ch_mult}: images of {side} pixels, expected a multiple of the "
+            f"--ch_mult {training.ch_mult}: images of {side} pixels, expected a multiple of the "
             f"stride {network.stride}"
         )
-    pin = args.pin_mem and device.type == "cuda"
-    loader = data.training_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
-    parallel = network
-    if dist.world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(network, device_ids=ids)
-    total = args.batch_size * dist.world_size()
-    size = sum(p.numel() for p in network.parameters())
-    print0(f"{len(dataset)} images, {len(loader)} steps of {total} an epoch, {size:,} parameters")
-
-    reviver = None
-    if network.num_codes:
-        reviver = Reviver(network, torch.Generator(device).manual_seed(args.seed))
     logger = Logger(args.output_dir)
     engine.train_tokenizer(
-        parallel,
-        loader,
-        reviver,
-        epochs=args.epochs,
-        lr=args.lr,
+        dist.wrap(network, device),
+        get_loader(args, dataset, network, device),
+        get_reviver(args, network, device),
+        epochs=training.epochs,
+        lr=training.lr,
         device=device,
         precision=precision,
         seed=args.seed,
         logger=logger,
     )
     logger.close()
-    scale = engine.latent_scale(
-        network,
-        dataset,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        device=device,
-        seed=args.seed,
+    scale, shift = engine.latent_scale(
+        network, dataset, **loading(args, device), per_channel=args.per_channel
     )
     if dist.is_main():
-        recipe = {name: getattr(args, name) for name in ("epochs", "lr", "batch_size", "seed")}
-        config = {"network": network.config, "data_path": args.data_path, "img_size": side}
-        content = {"model": network.state_dict(), "scale": scale, "config": {**config, **recipe}}
-        with replacing(args.vae_path) as beside:
-            torch.save(content, beside)
-        print0(f"{args.vae_path}: scale {scale:.4f}")
+        save(args, training, network, side, scale, shift)
     dist.barrier()
 
 
-def new_network(args, channels):
-    """The network that the flags describe, its weights random. Attention is in the middle only."""
+def get_loader(args, dataset, network, device):
+    """The loader of the training images."""
+    from util import dist
+    from util.data.loader import open_loader
+    from util.dist import print0
+
+    pin = args.pin_mem and device.type == "cuda"
+    loader = open_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
+    total = args.batch_size * dist.world_size()
+    size = sum(p.numel() for p in network.parameters())
+    print0(
+        f"{loader.images} images, {loader.steps} steps of {total} per epoch, {size:,} parameters"
+    )
+    return loader
+
+
+def get_reviver(args, network, device):
+    """The Reviver of a VQModel's codes, or None."""
+    import torch
+
+    from models.vq import Reviver
+
+    if not network.num_codes:
+        return None
+    return Reviver(network, torch.Generator(device).manual_seed(args.seed))
+
+
+def new_network(args, training, channels):
+    """A network with random weights, configured by the flags, with attention only in the middle."""
+    from models.vae import AutoencoderKL
+    from models.vq import VQModel
+
     shared = {
         "embed_dim": args.vae_embed_dim or EMBED_DIM,
-        "ch": args.ch,
-        "ch_mult": parse_ch_mult(args.ch_mult),
+        "ch": training.ch,
+        "ch_mult": parse_ch_mult(training.ch_mult),
         "encoder_attention": False,
         "decoder_attention": False,
         "in_channels": channels,
     }
     if args.tokenizer == "kl":
         return AutoencoderKL(**shared)
-    return VQModel(num_codes=args.num_codes, **shared)
+    return VQModel(num_codes=training.num_codes, **shared)
 
 
 def parse_ch_mult(text):
-    """Such as "1,2,4" to (1, 2, 4). Raises ValueError."""
+    """A text such as "1,2,4" to (1, 2, 4). Raises ValueError."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--ch_mult {text!r}: expected whole numbers, at least 1, such as 1,2,4")
+        raise ValueError(f"--ch_mult {text!r}: expected integers, at least 1, such as 1,2,4")
     return tuple(int(part) for part in parts)
 
 
-def get_images(args):
-    """The images to measure, (image in [−1, 1], label) each. Raises ValueError."""
-    if args.data_path == data.DIGITS:
-        dataset = data.digits(args.split)
-    else:
-        record = Path(args.output_dir) / f"data_checked_{args.split}.txt"
-        dataset = data.image_folder(
-            args.data_path, args.img_size, args.num_workers, record, flip=False, split=args.split
-        )
-    count = min(args.num_images or len(dataset), len(dataset))
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+def save(args, training, network, side, scale, shift):
+    """Write a trained network to args.vae_path, for `build_tokenizer`."""
+    import torch
+
+    from util.dist import print0
+
+    config = {"network": network.config, "data_path": args.data_path, "img_size": side}
+    config |= {"epochs": training.epochs, "lr": training.lr}
+    config |= {"batch_size": args.batch_size, "seed": args.seed}
+    content = {"model": network.state_dict(), "scale": scale, "config": config}
+    if shift:
+        content["shift"] = shift
+    with replacing(args.vae_path) as beside:
+        torch.save(content, beside)
+    shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
+    print0(f"{args.vae_path}: scale {shown}")
 
 
 if __name__ == "__main__":

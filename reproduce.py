@@ -1,10 +1,10 @@
 """Reproduce the paper's tables at small scale. `python reproduce.py --help`.
 
 Every row of a table is trained with the same data, steps, batches and learning rate, on models of
-equal size, and evaluated in the same way, several times with different seeds. What is there already
-is not done again. Writes, into --output_dir: TABLE.md, with the paper's figures beside ours,
-TABLE.png, and a grid of samples of each row. Discrete rows need a VQ tokenizer and continuous ones
-a KL tokenizer: both are trained first, with the same network, on the same data.
+equal size, and evaluated in the same way, for several seeds. Existing results are reused. Writes to
+--output_dir: TABLE.md, with the paper's numbers beside ours, TABLE.png, and a grid of samples for
+each row. Discrete rows need a VQ tokenizer and continuous ones a KL tokenizer; both are trained
+first, with the same network, on the same data.
 """
 
 import json
@@ -14,32 +14,26 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no screen is needed
-
-import matplotlib.pyplot as plt
-
 import main_mar
 import main_tokenizer
 import sample
-from util import dist
-from util.data import DIGITS
+from models.presets import PAPER
+from util.data import describe_paths, kind_or_folder
+from util.evaluation.settings import NETWORK, Evaluation
+from util.evaluation.sweep import markdown
 from util.files import replacing
 from util.flags import (
     Parser,
     add_device_flag,
-    add_extractor_flags,
     nonnegative_int,
     positive_int,
     run,
 )
-from util.presets import PAPER
-from util.sweep import markdown
+from util.settings import add_flags
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 
-# what is trained: name -> flags that differ
+# training runs: name -> flags that differ
 KL, VQ = {"tokenizer": "kl"}, {"tokenizer": "vq"}
 DIFF, CE = {**KL, "head": "diffloss"}, {**VQ, "head": "ce"}
 RASTER = {"model": "ar_tiny", "order": "raster"}
@@ -66,7 +60,7 @@ RUNS = {
 
 @dataclass
 class Row:
-    """A row of a table. run: of RUNS. steps: of sampling, as a share of the tokens."""
+    """A row of a table. run: name in RUNS. steps: sampling steps as a fraction of the tokens."""
 
     label: str
     run: str
@@ -122,9 +116,9 @@ def get_parser():
     )
     parser.add_argument(
         "--data_path",
-        default=DIGITS,
+        default="digits",
         metavar="DIR",
-        help="a folder with train/class/image files, or 'digits'",
+        help=describe_paths(),
     )
     parser.add_argument(
         "--img_size", type=positive_int, default=8, metavar="N", help="side of an image"
@@ -134,31 +128,37 @@ def get_parser():
         "--ch_mult", default="1,2", help="levels of the tokenizers: their stride is 2^(levels − 1)"
     )
     parser.add_argument(
-        "--num_codes", type=positive_int, default=256, metavar="N", help="of the VQ one"
+        "--num_codes", type=positive_int, default=256, metavar="N", help="codes of the VQ tokenizer"
     )
-    parser.add_argument("--tokenizer_epochs", type=positive_int, default=40, help="of its training")
-    parser.add_argument("--epochs", type=positive_int, default=100, help="of each model's training")
+    parser.add_argument(
+        "--tokenizer_epochs", type=positive_int, default=40, help="epochs per tokenizer"
+    )
+    parser.add_argument(
+        "--epochs", type=positive_int, default=100, help="training epochs per model"
+    )
     parser.add_argument(
         "--seeds",
         type=nonnegative_int,
         nargs="+",
         default=[1, 2, 3],
         metavar="S",
-        help="a run for each",
+        help="seeds, one run each",
     )
     parser.add_argument(
-        "--num_images", type=positive_int, default=1000, metavar="N", help="samples an evaluation"
+        "--num_images", type=positive_int, default=1000, metavar="N", help="samples per evaluation"
     )
-    parser.add_argument("--output_dir", default="./output_dir/reproduce", help="all that is made")
+    parser.add_argument(
+        "--output_dir", default="./output_dir/reproduce", help="folder of all outputs"
+    )
     add_device_flag(parser)
-    add_extractor_flags(parser)
+    add_flags(parser, Evaluation, only=NETWORK)
     return parser
 
 
 def main(argv=None):
     args = get_parser().parse_args(argv)
     if args.num_images % args.class_num:
-        raise ValueError(f"--num_images {args.num_images}: expected as many of each class")
+        raise ValueError(f"--num_images {args.num_images}: expected the same number per class")
     train_tokenizers(args)
     if args.what == "figures":
         figures(args)
@@ -167,7 +167,7 @@ def main(argv=None):
 
 
 def train_tokenizers(args):
-    """A KL and a VQ tokenizer of the same network, once for all seeds."""
+    """Train a KL and a VQ tokenizer with the same network, once for all seeds."""
     for name in ("kl", "vq"):
         folder = Path(args.output_dir) / f"tokenizer-{name}"
         if (folder / "results.jsonl").is_file():
@@ -191,7 +191,9 @@ def train_tokenizers(args):
 
 
 def train(args, name, seed):
-    """The checkpoint of a run, trained unless it is there whole."""
+    """The checkpoint of a run, trained unless it is complete already."""
+    from util.checkpoint import LAST
+
     folder = Path(args.output_dir) / name / f"seed{seed}"
     done = folder / "done.json"
     flags = {"preset": "digits", **data_flags(args), **RUNS[name], "epochs": args.epochs}
@@ -202,15 +204,15 @@ def train(args, name, seed):
         flags["patch_size"] = math.isqrt(args.img_size**2 // tokens(args))
     flags |= {"class_num": args.class_num, "num_workers": workers(args), "seed": seed}
     flags |= {"eval_freq": args.epochs, "output_dir": folder}
-    said = {key: str(value) for key, value in flags.items()}
+    used = {key: str(value) for key, value in flags.items()}
     if done.is_file():
-        if json.loads(done.read_text()) != said:
+        if json.loads(done.read_text()) != used:
             raise ValueError(f"{folder}: made with other flags; pass another --output_dir")
     else:
         call(main_mar.main, {**flags, "resume": folder})
         with replacing(done) as beside:
-            beside.write_text(json.dumps(said))
-    return folder / main_mar.LAST
+            beside.write_text(json.dumps(used))
+    return folder / LAST
 
 
 def evaluate(args, row, seed, sweep):
@@ -238,7 +240,7 @@ def evaluate(args, row, seed, sweep):
 
 
 def tokens(args):
-    """How many tokens an image has, in every run."""
+    """The number of tokens per image, in every run."""
     levels = len(args.ch_mult.split(","))
     return (args.img_size // 2 ** (levels - 1)) ** 2
 
@@ -247,7 +249,7 @@ def table(args):
     """Train and evaluate every row, and write the table."""
     rows, folder = TABLES[args.what], Path(args.output_dir)
     found = {row.label: [] for row in rows}
-    for seed in args.seeds:  # all rows once, then again: a stopped run is a smaller table
+    for seed in args.seeds:  # seed by seed, so that an interrupted run gives a smaller table
         for row in rows:
             lines, flags = evaluate(args, row, seed, [f"cfg={','.join(map(str, GUIDANCE))}"])
             points = {line["cfg"]: line for line in lines}
@@ -268,7 +270,7 @@ def distance_name(record):
 
 
 def write_table(args, rows, found):
-    """The table so far. found: label -> (record without guidance, with the best) of each seed."""
+    """Write the table so far. found: label -> (record without, with best guidance) per seed."""
     one = found[rows[0].label][0][0]
     distance, real = distance_name(one), one["real"]
     lines = []
@@ -277,7 +279,7 @@ def write_table(args, rows, found):
         cell = {"row": row.label, "paper: FID/IS": row.paper}
         for words, records in (("no guidance", plain), ("best guidance", best)):
             for name, short in ((distance, "distance"), ("inception_score", "IS")):
-                if name not in records[0]:  # of an extractor without classes
+                if name not in records[0]:  # if the extractor has no classes
                     continue
                 cell[f"{short}, {words}"] = spread([record[name] for record in records])
             if "accuracy" in records[0]:
@@ -288,8 +290,8 @@ def write_table(args, rows, found):
     text = f"# {args.what} at small scale\n\n{markdown(lines)}\n"
     text += (
         f"{args.data_path}, {args.epochs} epochs, {one['images']} samples, features of "
-        f"{one['extractor']}. Mean ± deviation over the seeds. As many real training images have "
-        f"a distance of {real[distance]:.2f}"
+        f"{one['extractor']}. Mean ± standard deviation over the seeds. The same number of real "
+        f"training images has a distance of {real[distance]:.2f}"
     )
     text += f", IS {real['inception_score']:.2f}" if "inception_score" in real else ""
     text += f", accuracy {100 * real['accuracy']:.1f}" if "accuracy" in real else ""
@@ -307,16 +309,17 @@ def spread(values, digits=2):
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def plot(path, rows, found, distance, floor):
-    """Each seed of each row as a dot, without and with guidance, beside real images."""
-    figure, panels = plt.subplots(
-        1, 2, figsize=(11, 0.8 + 0.45 * len(rows)), sharey=True, sharex=True, layout="constrained"
-    )
+def plot(path, rows, found, distance, baseline):
+    """Plot each seed of each row as a dot, without and with guidance, and real images."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((11, 0.8 + 0.45 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, sharex=True)
     for panel, which, title in zip(panels, (0, 1), ("no guidance", "best guidance"), strict=True):
         for y, row in enumerate(rows):
             values = [pair[which][distance] for pair in found[row.label]]
             panel.plot(values, [y] * len(values), "o", alpha=0.7)
-        panel.axvline(floor, color="grey", linestyle="--", linewidth=1, label="real images")
+        panel.axvline(baseline, color="gray", linestyle="--", linewidth=1, label="real images")
         panel.set(title=title, xlabel="Fréchet distance", xscale="log")
         panel.grid(alpha=0.3)
         panel.legend()
@@ -324,11 +327,10 @@ def plot(path, rows, found, distance, floor):
     panels[0].invert_yaxis()
     with replacing(path) as beside:
         figure.savefig(beside, dpi=150, format="png")
-    plt.close(figure)
 
 
 def figures(args):
-    """Diffusion steps, temperature, and speed against accuracy, of the first seed."""
+    """Plot diffusion steps, temperature, and speed against accuracy, for the first seed."""
     seed, folder = args.seeds[0], Path(args.output_dir)
     mar = Row("MAR", "mar-diff")
     for name, sweep in {
@@ -342,7 +344,9 @@ def figures(args):
 
 
 def speed(args, seed, folder):
-    """Fréchet distance against seconds an image: MAR by its steps, AR, DiT by diffusion steps."""
+    """Plot Fréchet distance against seconds per image, over steps of MAR and of DiT, and for AR."""
+    from matplotlib.figure import Figure
+
     length, lines, rows = tokens(args), {}, []
     for steps in sorted({1, 2, 4, 8, length // 4, length // 2, length}):
         row = Row("MAR", "mar-diff", steps / length)
@@ -353,7 +357,8 @@ def speed(args, seed, folder):
         sweep = ["cfg=2", f"num_sampling_steps={steps}"]
         row = Row("DiT", "dit-diff", 1 / length)
         lines.setdefault("DiT", []).append((steps, evaluate(args, row, seed, sweep)))
-    figure, panel = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure((6, 4), layout="constrained")
+    panel = figure.subplots()
     for name, points in lines.items():
         records = []
         for steps, (found, _) in points:
@@ -361,23 +366,22 @@ def speed(args, seed, folder):
             if name == "DiT":
                 fitting = [r for r in fitting if r["num_sampling_steps"] == str(steps)]
             records.append(fitting[-1])
-            rows.append({"model": name, "steps": steps, **figures_of(fitting[-1])})
+            rows.append({"model": name, "steps": steps, **metrics_of(fitting[-1])})
         xs = [record["seconds_per_image"] for record in records]
         ys = [record[distance_name(record)] for record in records]
         panel.plot(xs, ys, marker="o", label=name)
         for (steps, _), x, y in zip(points, xs, ys, strict=True):
             panel.annotate(str(steps), (x, y), (3, 3), textcoords="offset points", fontsize=7)
-    panel.set(xlabel="seconds an image", ylabel="Fréchet distance", xscale="log", yscale="log")
+    panel.set(xlabel="seconds per image", ylabel="Fréchet distance", xscale="log", yscale="log")
     panel.grid(alpha=0.3)
     panel.legend()
     with replacing(folder / "figure_speed.png") as beside:
         figure.savefig(beside, dpi=150, format="png")
-    plt.close(figure)
     with replacing(folder / "figure_speed.md") as beside:
         beside.write_text(markdown(rows))
 
 
-def figures_of(record):
+def metrics_of(record):
     return {k: record[k] for k in (distance_name(record), "accuracy", "seconds_per_image")}
 
 
@@ -386,14 +390,17 @@ def data_flags(args):
 
 
 def workers(args):
-    return 0 if args.data_path == DIGITS else 4
+    most = kind_or_folder(args.data_path).workers
+    return 4 if most is None else min(4, most)
 
 
 def call(main, flags, *more):
-    """Call a script with flags, a dict; None stands for a flag left out."""
-    said = [str(part) for k, v in flags.items() if v is not None for part in (f"--{k}", v)]
-    dist.print0(f"\n$ {main.__module__}.py {' '.join([*said, *more])}")
-    main([*said, *more])
+    """Call a script with flags, a dict; flags that are None are omitted."""
+    argv = [str(part) for k, v in flags.items() if v is not None for part in (f"--{k}", v)]
+    from util.dist import print0
+
+    print0(f"\n$ {main.__module__}.py {' '.join([*argv, *more])}")
+    main([*argv, *more])
 
 
 if __name__ == "__main__":

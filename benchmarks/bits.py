@@ -1,10 +1,10 @@
-"""Whether a change keeps the numbers: python -m benchmarks.bits --out bits.json --compare old.json
+"""Check that results do not change: python -m benchmarks.bits --out bits.json --compare old.json
 
 On the digits, every backbone × head × order × tokenizer kind is trained for 22 steps by the real
-scripts, and sampled in every way there is. What is written: the loss of each step, a digest of the
-trained weights and of the decoded samples in float32, the metrics of an evaluation and the bytes of
-caches. Run it before a change and after it on the same machine: floating point differs between
-processors, and with the number of threads, which is one here.
+scripts, and sampled in every way. It records the loss of each step, a digest of the trained weights
+and of the decoded samples in float32, the metrics of an evaluation and the bytes of caches. Run it
+before and after a change on the same machine: floating-point results differ between processors, and
+with the number of threads, which is one here.
 """
 
 import contextlib
@@ -29,11 +29,12 @@ from util.checkpoint import load_checkpoint
 from util.flags import Parser, run
 from util.weights import digest
 
-# 11 steps an epoch
+# 11 steps per epoch
 TRAIN = "--preset digits --device cpu --batch_size 128 --epochs 2 --warmup_epochs 1 --eval_freq 99"
-TRAIN += " --num_sampling_steps 5 --diffloss_d 2 --diffloss_w 32 --num_workers 0"
-MAR, RASTER, RANDOM = "--model mar_tiny", "--model ar_tiny", "--model ar_tiny --order random"
-DIT = "--model dit_tiny"
+TRAIN += " --num_sampling_steps 5 --num_workers 0"
+SMALL = "--diffloss_d 2 --diffloss_w 32"
+MAR, RASTER = f"--model mar_tiny {SMALL}", f"--model ar_tiny {SMALL}"
+RANDOM, DIT = f"{RASTER} --order random", "--model dit_tiny"
 TOKENIZERS = {
     "pixels": "--tokenizer pixels",
     "kl": "--tokenizer kl --vae_path {kl}",
@@ -91,9 +92,11 @@ def cases():
 
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, metavar="FILE", help="where to write them")
-    parser.add_argument("--compare", metavar="FILE", help="what an earlier run wrote")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name has it")
+    parser.add_argument("--out", required=True, metavar="FILE", help="output file")
+    parser.add_argument("--compare", metavar="FILE", help="output file of an earlier run")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only cases whose name contains it"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +107,7 @@ def main(argv=None):
 
 
 def record(folder, only=""):
-    """Name -> what must not change."""
+    """Name -> values that must not change."""
     found, losses, decoded = {}, [], []
 
     def note_loss(module, inputs, output):
@@ -140,11 +143,7 @@ def record(folder, only=""):
             out = folder / name.replace(" ", "-")
             losses.clear()
             call(main_mar.main, f"{TRAIN} {flags.format(**paths)} --output_dir {out}")
-            checkpoint = (
-                load_checkpoint(out)
-                if out.is_file()
-                else load_checkpoint(out / "checkpoint-last.pth")
-            )
+            checkpoint = load_checkpoint(out / "checkpoint-last.pth")
             one = {
                 "losses": list(losses),
                 "weights": digest(checkpoint["model"]),
@@ -172,7 +171,7 @@ METRICS = (
 
 
 def evaluation(folder, ckpt):
-    """Metrics of samples, and those of real images beside them."""
+    """Metrics of samples and of real images."""
     flags = f"--preset digits --resume {ckpt} --output_dir {folder / 'evaluated'} --device cpu"
     flags += f" --evaluate --num_images 40 --num_iter 4 --stats_dir {folder / 'stats'}"
     call(main_mar.main, flags)
@@ -183,7 +182,7 @@ def evaluation(folder, ckpt):
 
 
 def caches(folder, paths):
-    """The bytes of both layouts of a cache of twelve pictures."""
+    """The bytes of both layouts of a cache of twelve images."""
     draw = np.random.default_rng(0)
     for i in range(12):
         path = folder / "pictures" / "train" / "ab"[i % 2] / f"{i}.png"
@@ -204,18 +203,18 @@ def caches(folder, paths):
 
 
 def call(main, flags):
-    """A script with flags, its output kept back unless it fails."""
-    said = io.StringIO()
+    """Run a script with flags, showing its output only if it fails."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             main(shlex.split(flags))
     except BaseException:
-        print(said.getvalue()[-2000:], file=sys.stderr)
+        print(output.getvalue()[-2000:], file=sys.stderr)
         raise
 
 
 def compare(before, after):
-    """Print what differs; 1 if anything does."""
+    """Print the differences; returns 1 if there are any."""
     differing = 0
     for name in sorted({*before, *after}):
         one, other = before.get(name), after.get(name)
@@ -232,7 +231,7 @@ def compare(before, after):
 
 
 def how(one, other):
-    """What differs, in words: of losses the largest difference."""
+    """A difference in words; for losses, the largest one."""
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
         return f"by {max(abs(a - b) for a, b in zip(one, other, strict=True)):.3g} at most"
     return f"{one} before, {other} after"

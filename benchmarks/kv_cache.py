@@ -1,7 +1,7 @@
-"""What the cache of keys and values saves: python -m benchmarks.kv_cache
+"""The savings of the key/value cache: python -m benchmarks.kv_cache
 
-A causal model samples sequences of growing length with and without it, in turns, in one process;
-the L2 head, so that what is measured is the backbone. First the largest difference of the samples
+A causal model samples sequences of growing length with and without it, in turns, in one process,
+with the L2 head, so that the backbone is measured. First the largest difference of the samples
 is printed, then medians: with the cache, the time of one token hardly grows with the length.
 """
 
@@ -18,13 +18,13 @@ from util.rng import image_generators
 def main(argv=None):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--sides", type=positive_int, nargs="+", default=[8, 16, 32], help="of the grid"
+        "--sides", type=positive_int, nargs="+", default=[8, 16, 32], help="sides of the token grid"
     )
-    parser.add_argument("--width", type=positive_int, default=256, help="of the model")
-    parser.add_argument("--depth", type=positive_int, default=6, help="blocks")
-    parser.add_argument("--batch_size", type=positive_int, default=4, help="images at once")
+    parser.add_argument("--width", type=positive_int, default=256, help="width of the model")
+    parser.add_argument("--depth", type=positive_int, default=6, help="number of blocks")
+    parser.add_argument("--batch_size", type=positive_int, default=4, help="images per batch")
     parser.add_argument(
-        "--rounds", type=positive_int, default=5, help="counted, after one that is not"
+        "--rounds", type=positive_int, default=5, help="rounds counted, after a cold one"
     )
     args = parser.parse_args(argv)
     print(f"{torch.get_num_threads()} threads, width {args.width}, {args.depth} blocks, float32")
@@ -35,7 +35,7 @@ def main(argv=None):
             img_size=side, vae_stride=1, embed_dim=args.width, depth=args.depth, head="l2"
         ).eval()
         start_cache = model.start_cache
-        sides = {"cached": start_cache, "plain": lambda: None}
+        sides = {"cached": start_cache, "plain": lambda sampling: None}
         seconds, samples = {name: [] for name in sides}, {}
         for _ in range(1 + args.rounds):
             for name, start in sides.items():

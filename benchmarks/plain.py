@@ -1,8 +1,8 @@
-"""The model as it is commonly written, to be compared with: the baseline of `benchmarks.speed`.
+"""The model as it is commonly written: the baseline of `benchmarks.speed`.
 
 The same network with the same names of parameters, computed the straightforward way of the
 published code: the head is trained on all tokens and masked afterwards, guidance doubles the state
-of the reverse process, each step of it makes its tables anew on the host, tokens are picked by
+of the reverse process, each step of it recreates its tables on the host, tokens are picked by
 boolean masks, and the averaged weights are updated one parameter at a time.
 """
 
@@ -105,11 +105,10 @@ class PlainMAR(nn.Module):
     @torch.no_grad()
     def step(self, tokens, mask, orders, labels, step, num_iter, cfg, noise=None):
         """One of the steps of `sample`: the tokens and the mask (N, L) after it."""
-        bsz, device, streams = len(tokens), tokens.device, 1
+        bsz, device, guided = len(tokens), tokens.device, cfg != 1.0
         classes = self.class_emb(labels)
         masks, both = mask, tokens
-        if cfg != 1.0:
-            streams = 2
+        if guided:
             classes = torch.cat([classes, self.fake_latent.repeat(bsz, 1)])
             masks, both = torch.cat([mask, mask]), torch.cat([tokens, tokens])
         z = self.decode(self.encode(both, masks, classes), masks)
@@ -124,15 +123,17 @@ class PlainMAR(nn.Module):
             1, orders[:, : int(length.item())], torch.ones_like(mask)
         )
         if step >= num_iter - 1:
-            asked = mask.bool()
+            to_predict = mask.bool()
         else:
-            asked = torch.logical_xor(mask.bool(), following.bool())
-        z = z[torch.cat([asked] * streams).nonzero(as_tuple=True)]
+            to_predict = torch.logical_xor(mask.bool(), following.bool())
+        z = z[torch.cat([to_predict] * (2 if guided else 1)).nonzero(as_tuple=True)]
         scale = 1 + (cfg - 1) * (self.seq_len - length) / self.seq_len
-        drawn = None if noise is None else noise[:, asked]
-        sampled = self.diffloss.sample(z, scale, guided=streams == 2, noise=drawn)
+        drawn = None if noise is None else noise[:, to_predict]
+        sampled = self.diffloss.sample(z, scale, guided=guided, noise=drawn)
+        if guided:
+            sampled, _ = sampled.chunk(2)
         tokens = tokens.clone()
-        tokens[asked.nonzero(as_tuple=True)] = sampled.chunk(streams)[0].to(tokens.dtype)
+        tokens[to_predict.nonzero(as_tuple=True)] = sampled.to(tokens.dtype)
         return tokens, following
 
 
@@ -144,8 +145,13 @@ class PlainDiffLoss(nn.Module):
         self.channels = head.in_channels
         self.net = PlainMLP(head.net)
         self.train_tables = Tables(create_diffusion())
-        self.tables = Tables(head.gen_diffusion)
-        self.first = self.tables.count  # how many of its steps are taken: the last ones
+        self.tables = Tables(create_diffusion(head.spacing))
+        self.start_at(None)
+
+    def start_at(self, timestep):
+        """Start the reverse process at this timestep or just below; None is its end."""
+        timesteps = self.tables.arrays["timesteps"]
+        self.count = len(timesteps) if timestep is None else int((timesteps <= timestep).sum())
 
     def forward(self, target, z, mask, t, noise):
         """Mean over masked rows of the squared error of the noise and the variational term."""
@@ -176,7 +182,7 @@ class PlainDiffLoss(nn.Module):
         x = torch.randn(rows, self.channels, device=z.device) if noise is None else noise[0]
         if guided:
             x = torch.cat([x, x])
-        for i in reversed(range(self.first)):
+        for i in reversed(range(self.count)):
             t = torch.tensor([i] * len(x), device=z.device)
             if guided:
                 output = self._guided(x, t, z, cfg)
@@ -202,7 +208,7 @@ class PlainDiffLoss(nn.Module):
 
 
 class Tables:
-    """The tables of a diffusion as numpy arrays on the host, looked up there for each use."""
+    """The tables of a diffusion as NumPy arrays on the host, looked up there for each use."""
 
     names = (
         "timesteps",
@@ -213,7 +219,6 @@ class Tables:
     )
 
     def __init__(self, diffusion):
-        self.count = diffusion.num_steps
         self.arrays = {name: getattr(diffusion, name).numpy() for name in self.names}
         self.arrays["log_betas"] = diffusion.betas.log().numpy()
         self.arrays["recip"] = np.sqrt(1 / self.arrays["alphas_cumprod"])
@@ -228,7 +233,7 @@ class Tables:
         return torch.tensor(self.arrays["timesteps"].tolist(), device=t.device)[t]
 
     def posterior(self, predicted, v, x, t):
-        """Mean and log-variance of the step before, for predicted noise and v."""
+        """Mean and log-variance of the previous x, for predicted noise and v."""
         low = self.at("posterior_log_variance_clipped", t, x.shape)
         high = self.at("log_betas", t, x.shape)
         share = (v + 1) / 2
@@ -240,7 +245,7 @@ class Tables:
 
 
 class PlainMLP(nn.Module):
-    """The denoising MLP, each layer by itself, for rows that have their own t and z."""
+    """The denoising MLP, layer by layer, for rows with individual t and z."""
 
     def __init__(self, net):
         super().__init__()
@@ -290,13 +295,13 @@ def _cdf(x):
 
 @torch.no_grad()
 def update_ema(averages, parameters, rate):
-    """One parameter at a time."""
+    """Update one parameter at a time."""
     for average, parameter in zip(averages, parameters, strict=True):
         average.detach().mul_(rate).add_(parameter, alpha=1 - rate)
 
 
 def optimizer(model, weight_decay=0.02):
-    """AdamW as the published code makes it: what torch picks by itself."""
+    """AdamW as in the published code: the default implementation of torch."""
     some = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith("diffloss.")]
     chosen = {id(p) for p in some}
     none = [p for p in model.parameters() if id(p) not in chosen]

@@ -1,20 +1,17 @@
-"""Gaussian diffusion of single tokens. `create_diffusion` is the door."""
+"""Gaussian diffusion of single tokens. `create_diffusion` is the entry point."""
 
-from diffusion.gaussian import GaussianDiffusion
-from diffusion.schedule import cosine_betas
+from util.table import Table
 
-SCHEDULES = {"cosine": cosine_betas}
+SCHEDULES = Table("noise_schedule", {"cosine": "diffusion.gaussian:cosine_betas"})
 
 
 def create_diffusion(timestep_respacing="", noise_schedule="cosine", highest=None, log_snr=False):
-    """A diffusion with learned-range variance that predicts noise.
+    """A GaussianDiffusion with learned-range variance whose network predicts the noise.
 
-    timestep_respacing: "" keeps every step (training), else as in
+    timestep_respacing: "" uses every step (training), else as in
     `diffusion.schedule.spaced_timesteps`. highest, log_snr: see `GaussianDiffusion`. Raises
     ValueError for an unknown schedule or spacing.
     """
-    if noise_schedule not in SCHEDULES:
-        raise ValueError(
-            f"noise_schedule {noise_schedule!r}: expected one of {', '.join(SCHEDULES)}"
-        )
+    from diffusion.gaussian import GaussianDiffusion  # torch is not needed to parse flags
+
     return GaussianDiffusion(SCHEDULES[noise_schedule](), timestep_respacing, highest, log_snr)

@@ -1,35 +1,56 @@
 """The diffusion process of one token: noising, training loss, reverse process.
 
-It knows nothing of sequences or images: rows go in, rows come out, and the denoising network is a
+It knows nothing of sequences or images: it maps rows to rows, and the denoising network is a
 function `network(x, t)` of noisy rows x (..., C) and their timesteps t (...), giving (..., 2C):
 the predicted noise and the interpolation v between two log-variances. All arithmetic here is in
-float32, whatever precision the network runs in; the tables are made in float64.
+float32, whatever the precision of the network; the tables are computed in float64.
 """
 
 import math
 
 import torch
 
-from diffusion.schedule import even_log_snr, spaced_timesteps
-from diffusion.solvers import SOLVERS, ancestral
+from diffusion.schedule import TRAIN_STEPS, spaced_timesteps
+from diffusion.solvers import SOLVERS, reverse
+
+
+def cosine_betas(steps=TRAIN_STEPS):
+    """β_i of the cosine schedule (Nichol and Dhariwal 2021, eq. 17): (steps,), float64."""
+
+    def alpha_bar(s):
+        return math.cos((s + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    betas = [1 - alpha_bar((i + 1) / steps) / alpha_bar(i / steps) for i in range(steps)]
+    return torch.tensor(betas, dtype=torch.float64, device="cpu").clamp(max=0.999)
+
+
+def even_log_snr(count, alphas_cumprod, highest):
+    """`count` timesteps from `highest` to 0 at even steps of log(ᾱ/(1 − ᾱ)), ascending.
+
+    For solvers of higher order (Lu et al. 2022). alphas_cumprod: (T,). Fewer if several steps fall
+    on the same timestep.
+    """
+    log_snr = (alphas_cumprod / (1 - alphas_cumprod)).log()
+    wanted = torch.linspace(0, 1, count, dtype=log_snr.dtype, device=log_snr.device)
+    wanted = log_snr[highest] + (log_snr[0] - log_snr[highest]) * wanted
+    return sorted({int((log_snr - value).abs().argmin()) for value in wanted})
 
 
 class GaussianDiffusion:
     """A (possibly respaced) Gaussian diffusion with learned-range variance.
 
-    betas: (T,) of the process that was trained. spacing: as in `spaced_timesteps`. highest: kept
-    timesteps above it become it (None: none does). log_snr: as many timesteps as that keeps, but
-    at even steps of the log signal-to-noise ratio. Step i of this
-    object, 0 ≤ i < num_steps, is the trained process's timestep `timesteps[i]`. The tables below
-    are those of the respaced process (Nichol and Dhariwal 2021, eq. 19), each (num_steps,),
-    float64, on the CPU.
+    betas: (T,), of the trained process. spacing: as in `spaced_timesteps`. highest: upper limit to
+    which timesteps are clipped (None: no limit). log_snr: use equally many timesteps, but at even
+    steps of the log signal-to-noise ratio. Step i of this object, 0 ≤ i < num_steps, is the trained
+    process's timestep `timesteps[i]`. The tables below are those of the respaced process (Nichol
+    and Dhariwal 2021, eq. 19), each (num_steps,), float64, on the CPU.
     """
 
     def __init__(self, betas, spacing="", highest=None, log_snr=False):
         kept = spaced_timesteps(spacing, len(betas))
         if highest is not None:
             kept = sorted({min(t, highest) for t in kept})
-        # on the host whatever torch's default device is: each step asks for numbers
+        # on the host, whatever torch's default device: each step reads plain numbers
         alphas_cumprod = torch.cumprod(1 - betas.double(), 0)
         if log_snr:
             kept = even_log_snr(len(kept), alphas_cumprod, kept[-1])
@@ -40,7 +61,7 @@ class GaussianDiffusion:
             [torch.ones(1, dtype=torch.float64, device="cpu"), self.alphas_cumprod[:-1]]
         )
         self.betas = 1 - self.alphas_cumprod / previous
-        # again, from the rounded betas: all tables are then those of one process
+        # recomputed from the rounded betas, so that all tables describe the same process
         self.alphas_cumprod = torch.cumprod(1 - self.betas, 0)
 
         # q(x_{t-1} | x_t, x_0), Ho et al. 2020, eqs. 6 and 7
@@ -48,11 +69,11 @@ class GaussianDiffusion:
         self.posterior_mean_coef1 = self.betas * previous.sqrt() / unknown
         self.posterior_mean_coef2 = (1 - previous) * alphas.sqrt() / unknown
         variance = self.betas * (1 - previous) / unknown
-        # the first is zero, whose logarithm is not wanted: the second stands in
+        # the first is zero, without a logarithm: the second replaces it
         variance[0] = variance[1] if self.num_steps > 1 else self.betas[0]
         self.posterior_log_variance_clipped = variance.log()
 
-        # x_0 = from_x·x_t − from_noise·ε, and the same put into the posterior mean
+        # x_0 = from_x·x_t − from_noise·ε, and the same substituted into the posterior mean
         self.x_start_from_x = self.alphas_cumprod.rsqrt()
         self.x_start_from_noise = (1 / self.alphas_cumprod - 1).sqrt()
         self.mean_from_x = self.posterior_mean_coef1 * self.x_start_from_x
@@ -83,47 +104,31 @@ class GaussianDiffusion:
             losses["loss"] = losses["mse"] + losses["vb"]
         return losses
 
-    def p_sample(self, network, x, i, noise=None, temperature=1.0):
-        """One reverse step: x_i (..., C) to x_{i−1}. `i` is a host integer.
+    def sample(self, network, x, noise=None, temperature=1.0, max_timestep=None, solver="ddpm"):
+        """The whole reverse process from x (..., C), standard normal, to x_0.
 
-        x_{i−1} = mean + τ·σ_i·δ with δ = `noise` (paper, section 3.2); none at the last step, i=0.
+        noise: (num_steps, ..., C), one draw per step; not needed at temperature 0. max_timestep:
+        start at the largest timestep that does not exceed it. See `diffusion.solvers`.
         """
-        temperature = 0.0 if noise is None else temperature
-        return self._take(ancestral(self, i), network, x, noise, temperature)[0]
-
-    def p_sample_loop(self, network, x, noise=None, temperature=1.0, max_timestep=None):
-        """The reverse process from x (..., C), standard normal, to x_0.
-
-        noise: (num_steps, ..., C), one draw a step; not needed at temperature 0. max_timestep:
-        start at the largest kept timestep that is not above it. 1/sqrt(ᾱ) is 20,291 at t = 999
-        and 13 at t = 950: a network not yet accurate diverges when started at the very end.
-        """
-        if temperature and noise is None:
+        if temperature and noise is None and SOLVERS[solver].draws_noise:
             raise ValueError(f"temperature {temperature} needs noise; without it expected 0")
-        x, previous = x.float(), None
-        for step in self.steps(max_timestep):
-            drawn = noise[step.index] if temperature else None
-            x, previous = self._take(step, network, x, drawn, temperature, previous)
-        return x
+
+        def predict(x, step):
+            t = self._on("timesteps", x.device)[step.index].expand(x.shape[:-1])
+            return network(x, t).float().chunk(2, dim=-1)
+
+        return reverse(self.steps(max_timestep, solver), predict, x.float(), noise, temperature)
 
     def steps(self, max_timestep=None, solver="ddpm"):
-        """The reverse process in the order in which it is run: a tuple of `ReverseStep`.
+        """The reverse process in execution order: a tuple of `ReverseStep`.
 
-        solver: one of `diffusion.solvers.SOLVERS`. Raises ValueError for another.
+        solver: a row of `diffusion.solvers.SOLVERS`. Raises ValueError for another.
         """
-        if solver not in SOLVERS:
-            raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
-        count = self.first_step(max_timestep)
-        return tuple(SOLVERS[solver](self, i, i == count - 1) for i in reversed(range(count)))
-
-    def _take(self, step, network, x, noise, temperature, previous=None):
-        """x after a step, and what the next one needs to know of x_0."""
-        t = self._on("timesteps", x.device)[step.index].expand(x.shape[:-1])
-        predicted, v = network(x, t).float().chunk(2, dim=-1)
-        return step(x, predicted, v, noise, temperature, previous), step.start(x, predicted)
+        step, count = SOLVERS[solver].step, self.first_step(max_timestep)
+        return tuple(step(self, i, i == count - 1) for i in reversed(range(count)))
 
     def first_step(self, max_timestep=None):
-        """How many steps the reverse process has when started at `max_timestep` (None: all)."""
+        """The number of reverse steps when starting at `max_timestep` (None: all)."""
         if max_timestep is None:
             return self.num_steps
         count = int((self.timesteps <= max_timestep).sum())
@@ -137,8 +142,8 @@ class GaussianDiffusion:
     def _variational_bound(self, x_start, t, error, v):
         """L_{t−1} of Ho et al. 2020, eq. 5, in bits, averaged over channels: (...).
 
-        error: ε_θ − ε. The two means differ by a multiple of it; subtracting the means themselves
-        would lose the digits that matter at small t.
+        error: ε_θ − ε. The two means differ by a multiple of it; subtracting the means would lose
+        significant digits at small t.
         """
         shift = self._at("mean_from_noise", t, error) * error
         log_variance = self._log_variance(v, t)
@@ -158,7 +163,7 @@ class GaussianDiffusion:
         return self._on(table, like.device)[t].unsqueeze(-1)
 
     def _on(self, name, device):
-        """A table on a device, floats in float32; copied there once."""
+        """A table on a device, floats in float32; copied only once."""
         if (name, device) not in self._on_device:
             table = getattr(self, name)
             table = table.float() if table.is_floating_point() else table
@@ -174,7 +179,7 @@ def normal_kl(shift, log_variance1, log_variance2):
 
 
 def discretized_nll(shift, x, log_scale):
-    """−log P(x) of a Gaussian with mean x − shift on the 256 grey levels of [−1, 1], in nats."""
+    """−log P(x) of a Gaussian with mean x − shift on the 256 gray levels of [−1, 1], in nats."""
     per_scale = (-log_scale).exp()
     upper = _normal_cdf((shift + 1 / 255) * per_scale)
     lower = _normal_cdf((shift - 1 / 255) * per_scale)
@@ -184,5 +189,5 @@ def discretized_nll(shift, x, log_scale):
 
 
 def _normal_cdf(x):
-    # the tanh approximation, as the released weights were trained with
+    # the tanh approximation that the released weights were trained with
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

@@ -1,33 +1,30 @@
-"""What every generalized autoregressive model of tokens shares (paper, section 3.4).
+"""Generalized autoregression: sets of tokens, each predicted from those before (section 3.4).
 
-A model predicts sets of tokens in an order, each from the tokens known before. Here are the parts
-that do not depend on its backbone, its order or its head: the loss and the sampling loop. A
-backbone supplies `teach`, z at the positions asked for in training, and `predict`, z at those asked
-for in sampling. A head (`models.heads`) turns z into a loss or into tokens.
+    p(x¹, …, xⁿ) = p(X¹, …, X^K) = ∏_k p(X^k | X¹, …, X^{k−1})
+
+where X^k is the set of tokens generated at step k. This module holds what does not depend on the
+backbone: the loss, and the wiring of the head. A backbone supplies `training_targets` and
+`predict`; the loop over the steps is in models/sampling.py.
 """
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
-from models.diffloss import Diffused
-from models.heads import HEADS
-from models.latents import LatentModel, TokenEmbedding
-from models.layers import Block
-from models.order import ORDERS, token_counts
+from models.latents import LatentModel, TokenEmbedding, take
+from models.layers import Attention, Block
+from models.options import check_options, named_by
+from models.sampling import check_sampling, sample_steps
+from models.settings import HEADS, ORDERS, Sampling
 
-CFG_SCHEDULES = {
-    "constant": lambda cfg, remaining, length: cfg,
-    # the published code counts one token as unknown even after the last step: kept for parity
-    "linear": lambda cfg, remaining, length: 1 + (cfg - 1) * (length - max(remaining, 1)) / length,
-}
+# the published constructor's defaults for the options of Diffusion Loss
+HEAD_DEFAULTS = {"diffloss_d": 3, "diffloss_w": 1024, "diffusion_batch_mul": 4}
 
 
 class Autoregressive(LatentModel):
     """Base of the backbones. Parameters are named and ordered as in the published checkpoints.
 
-    Attributes: `order`, in which it samples unless told otherwise; `one_at_a_time`, whether it can
-    only generate one token a step; `head_name`, the name of its head's parameters.
+    Attributes: `order`, the default order of sampling; `one_at_a_time`, whether it can generate
+    only one token per step; `head_name`, the prefix of its head's parameters.
     """
 
     one_at_a_time = False
@@ -35,83 +32,86 @@ class Autoregressive(LatentModel):
     compiled = False
 
     def forward(self, latents, labels, generator=None, step_generator=None):
-        """The training loss, a scalar, of latents (N, C, h, w) with labels (N,).
+        """The training loss, a scalar: latents (N, C, h, w), labels (N,).
 
-        step_generator: on the CPU, of what is drawn once for the whole step, so that processes can
-        share it; `generator` if not given.
+        step_generator: CPU generator of the values drawn once per step, which processes can share;
+        `generator` if not given.
         """
         tokens = self.patchify(latents)  # (N, L, C·p²)
         orders = self.sample_orders(len(tokens), generator)  # (N, L)
         classes = self.embed_labels(labels, len(tokens), generator)  # (N, D)
-        tokens = take(tokens, orders)
-        target, z = self.teach(tokens, orders, classes, generator, step_generator)
-        return self.head(target, z, generator=generator)
+        tokens = take(tokens, orders)  # (N, L, C·p²), in the order of generation
+        targets, z = self.training_targets(tokens, orders, classes, generator, step_generator)
+        return self.head(targets, z, generator=generator)  # (N, n, C·p²), (N, n, D): a scalar
 
-    def teach(self, tokens, orders, classes, generator=None, step_generator=None):
-        """In one training step: the tokens asked for (N, A, C·p²) and z (N, A, D) for them.
+    # ---- what a backbone supplies --------------------------------------------------------------
 
-        tokens: (N, L, C·p²), in the order of orders (N, L).
+    def training_targets(self, tokens, orders, classes, generator=None, step_generator=None):
+        """The tokens to predict in one training step (N, n, C·p²), and z (N, n, D) for them.
+
+        tokens: (N, L, C·p²), in the order of orders (N, L). classes: (N, D).
         """
         raise NotImplementedError
 
-    def predict(self, tokens, orders, asked, classes, cache=None):
-        """z (S·N, A, D) of the tokens asked, a slice of the orders (N, L).
+    def predict(self, tokens, orders, to_predict, classes, cache=None):
+        """z (S·N, n, D) of the tokens at orders[:, to_predict], a slice of n.
 
-        tokens: (N, L, C·p²) in the same order, known after the slice. classes: (S·N, D), for S
-        streams of the same tokens (with and without class, under guidance). cache: of
-        `start_cache`, holding what was computed for the last ones of the known.
+        tokens: (N, L, C·p²) in the order of orders (N, L), known after the slice. classes: (S·N,
+        D), the conditional embeddings, followed by the unconditional ones if S is 2 (guidance).
+        cache: the result of `start_cache`, which holds what earlier steps computed.
         """
         raise NotImplementedError
 
-    def start_cache(self):
-        """What `predict` keeps from one step of sampling to the next; None for nothing."""
+    def start_cache(self, sampling):
+        """The cache that `predict` uses across sampling steps; None for no cache.
 
-    def compile_training(self):
-        """Compile the blocks and the network of the head, for training alone; sampling has too many
-        lengths. Parameters and their names stay."""
-        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-        for block in self.modules():
-            if isinstance(block, Block):
-                block.compile(dynamic=False)
-        if isinstance(self.head, Diffused):
-            self.head.net.compile(dynamic=True)  # of as many rows as tokens are masked
-        self.compiled = True
+        Raises ValueError for a `sampling.refresh_every` that the backbone does not support.
+        """
+        if sampling.refresh_every != 1:
+            raise ValueError(
+                f"refresh_every {sampling.refresh_every}: {type(self).__name__} supports only 1"
+            )
 
-    def streams(self, progress, begin, end):
-        """How many streams are needed when so much is done: 2 where guidance acts, else 1."""
-        return 2 if begin <= progress < end else 1
+    def needs_unconditional(self, done, interval):
+        """Whether unconditional z is needed too, once the fraction `done` of the steps is done.
 
-    def start_lazily(self, refresh_every, order):
-        """The cache that leaves out what hardly changes. Raises ValueError where there is none."""
-        raise ValueError(f"refresh_every {refresh_every}: {type(self).__name__} knows only 1")
-
-    @property
-    def head(self):
-        """What turns z into a loss or into tokens."""
-        return self.get_submodule(self.head_name)
-
-    def sample_orders(self, bsz, generator=None):
-        """Orders (bsz, L) to train in."""
-        return ORDERS[self.order].start(bsz, self.seq_len, generator, self.fake_latent.device)
+        interval: (begin, end), the fractions between which guidance is applied.
+        """
+        begin, end = interval
+        return begin <= done < end
 
     def check_orders(self, orders, name):
         """Raises ValueError for orders (N, L), or their name, that this backbone cannot follow."""
 
-    def check_sampling(
-        self,
-        order=None,
-        solver="ddpm",
-        anneal=None,
-        cfg_interval=(0.0, 1.0),
-        refresh_every=1,
-        **more,
-    ):
-        """Raises ValueError for what `sample_steps` would refuse, before any work."""
-        self._pick_order(order)
-        _interval(cfg_interval)
-        self.head.start_sampling(solver=solver, anneal=anneal)
-        if refresh_every != 1:
-            self.start_lazily(refresh_every, order)
+    # ---- shared by all -------------------------------------------------------------------------
+
+    @property
+    def head(self):
+        """The Head that turns z into a loss or into tokens."""
+        return self.get_submodule(self.head_name)
+
+    def sample_orders(self, bsz, generator=None):
+        """Orders (bsz, L) to train in."""
+        return ORDERS[self.order]().start(bsz, self.seq_len, generator, self.fake_latent.device)
+
+    def statistics(self, reduce=None):
+        """Name -> number to log, since the last call; see Head."""
+        return self.head.statistics(reduce)
+
+    def advice(self, sampling):
+        """What to try if samples diverge: a sentence."""
+        return self.head.advice(sampling)
+
+    def to_compile(self):
+        """(module, dynamic) for each module to compile for training. Parameter names stay."""
+        self.compiled = True
+        blocks = [(module, False) for module in self.modules() if isinstance(module, Block)]
+        # the head has one row per masked token, so their number varies
+        return blocks + [(module, True) for module in self.head.to_compile()]
+
+    def check(self, sampling):
+        """Raises ValueError for a Sampling that `sample_steps` would refuse, before any work."""
+        check_sampling(self, sampling)
 
     def sample_tokens(
         self,
@@ -124,13 +124,12 @@ class Autoregressive(LatentModel):
         progress=False,
         **kwargs,
     ):
-        """Sampled latents (bsz, C, h, w): the last of `sample_steps`, which says what it takes."""
+        """Sampled latents (bsz, C, h, w): the last of `sample_steps`, which documents `kwargs`."""
         steps = self.sample_steps(bsz, num_iter, cfg, cfg_schedule, labels, temperature, **kwargs)
         for latents, _ in tqdm(steps, total=num_iter, disable=not progress, leave=False):
             last = latents
         return last
 
-    @torch.no_grad()
     def sample_steps(
         self,
         bsz,
@@ -139,170 +138,54 @@ class Autoregressive(LatentModel):
         cfg_schedule="linear",
         labels=None,
         temperature=1.0,
-        orders=None,
         generator=None,
-        max_timestep=None,
+        orders=None,
         latents=None,
         mask=None,
-        order=None,
-        solver="ddpm",
-        anneal=None,
-        cfg_interval=(0.0, 1.0),
-        refresh_every=1,
+        **settings,
     ):
-        """Sample in num_iter steps, yielding latents (bsz, C, h, w) and mask (bsz, L) after each.
+        """Sample step by step, yielding latents (bsz, C, h, w) and the mask (bsz, L) after each.
 
-        In the mask 1 is a token not yet generated. num_iter: L is one token at a time. cfg,
-        cfg_schedule: guidance scale and its course over the steps (`CFG_SCHEDULES`). labels:
-        (bsz,), or None for no class. orders: (bsz, L), drawn by `order` (`ORDERS`) if not given,
-        which is the model's own if not given. generator: as in util.rng; a sequence holds one for
-        each image. max_timestep: see `DiffLoss`. latents, mask: tokens to keep where the mask
-        (bsz, L), or of as many entries, is 0 (inpainting); as many in each image.
-
-        What approximates: solver, anneal: see `DiffLoss.start_sampling`. cfg_interval: guidance
-        acts while the share of the steps that are done is at least the first and below the second
-        (Kynkäänniemi et al. 2024, over autoregressive steps). refresh_every: steps between those
-        that are computed in full, see `models.lazy`.
+        In the mask, 1 marks a token not yet generated. labels: (bsz,), or None for no class.
+        generator: as in util.rng; a sequence holds one per image. orders: (bsz, L), drawn if not
+        given. latents, mask: for inpainting; tokens are preserved where the mask, of bsz·L entries,
+        is 0, the same number in each image. settings: the other fields of models.settings.Sampling.
         Raises ValueError for arguments that do not fit.
         """
-        policy = self._pick_order(order)
-        self._check(bsz, orders, cfg_schedule)
-        orders, tokens, unknown = self._start(bsz, policy, orders, generator, latents, mask)
-        self.check_orders(orders, order)
-        self._check_steps(num_iter, unknown)
-        begin, end = _interval(cfg_interval) if cfg != 1.0 else (0.0, 0.0)
-        both = torch.cat([self.embed_labels(labels, bsz), self.embed_labels(None, bsz)])
-        cache = self.start_lazily(refresh_every, order) if refresh_every != 1 else None
-        cache = cache or self.start_cache()
-        draw = self.head.start_sampling(
-            temperature, max_timestep=max_timestep, solver=solver, anneal=anneal
+        sampling = Sampling.of(
+            num_iter=num_iter,
+            cfg=cfg,
+            cfg_schedule=cfg_schedule,
+            temperature=temperature,
+            **settings,
         )
-
-        for step, remaining in enumerate(token_counts(unknown, num_iter)):
-            progress = step / num_iter
-            asked = slice(policy.first_asked(remaining), unknown)
-            scale = CFG_SCHEDULES[cfg_schedule](cfg, remaining, self.seq_len)
-            if not begin <= progress < end:
-                scale = 1.0
-            streams = self.streams(progress, begin, end)
-            if cache and streams == 1:
-                cache.keep(bsz)
-            z = self.predict(tokens, orders, asked, both[: streams * bsz], cache)
-            z, z_uncond = z.chunk(2) if streams == 2 else (z, None)
-            sampled = draw(z, scale, z_uncond, generator, progress).to(tokens.dtype)
-            orders, sampled = policy.settle(
-                orders,
-                sampled,
-                unknown,
-                remaining,
-                lambda ids: self.head.confidence(ids, z, scale, z_uncond),  # noqa: B023 (not kept)
-                (step + 1) / num_iter,
-                generator,
-            )
-            tokens[:, remaining:unknown] = sampled
-            unknown = remaining
-            places = torch.zeros_like(tokens).scatter(1, columns(orders, tokens), tokens)
-            still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :unknown], 1.0)
-            yield self.unpatchify(places), still
-
-    def _start(self, bsz, policy, orders, generator, latents, mask):
-        """Orders, tokens in them to begin with, and how many tokens of each image are unknown."""
-        device = self.fake_latent.device
-        if orders is None:
-            orders = policy.start(bsz, self.seq_len, generator, device)
-        if (latents is None) != (mask is None):
-            raise ValueError("latents and mask: expected both (inpainting) or neither")
-        if latents is None:
-            tokens = torch.zeros(bsz, self.seq_len, self.token_embed_dim, device=device)
-            return orders, tokens, self.seq_len
-        if len(latents) != bsz or mask.numel() != bsz * self.seq_len:
-            raise ValueError(
-                f"latents of shape {tuple(latents.shape)} and mask of shape {tuple(mask.shape)}: "
-                f"expected {bsz} latents, and a mask of ({bsz}, {self.seq_len}), the tokens"
-            )
-        mask = mask.reshape(bsz, self.seq_len) > 0
-        unknown = mask.sum(1)
-        if unknown.min() != unknown.max() or not unknown.min():
-            raise ValueError(
-                f"masks with {unknown.tolist()} unknown tokens: expected as many in each, and some"
-            )
-        # known tokens go to the end of the order, where those already generated are
-        unknown_first = (~mask).gather(1, orders).byte().argsort(dim=1, stable=True)
-        orders = orders.gather(1, unknown_first)
-        tokens = self.patchify(latents).float().masked_fill(mask.unsqueeze(-1), 0.0)
-        return orders, take(tokens, orders), int(unknown[0])
-
-    def _pick_order(self, name):
-        name = name or self.order
-        if name not in ORDERS:
-            raise ValueError(f"order {name!r}: expected one of {', '.join(ORDERS)}")
-        if name == "confidence" and (self.one_at_a_time or not hasattr(self.head, "confidence")):
-            raise ValueError(
-                "order 'confidence': expected a bidirectional model with the cross-entropy head, "
-                f"this is {type(self).__name__} with {type(self.head).__name__}"
-            )
-        return ORDERS[name]
-
-    def _check(self, bsz, orders, cfg_schedule):
-        if bsz < 1:
-            raise ValueError(f"bsz {bsz}: expected 1 or more")
-        if cfg_schedule not in CFG_SCHEDULES:
-            raise ValueError(
-                f"cfg_schedule {cfg_schedule!r}: expected one of {', '.join(CFG_SCHEDULES)}"
-            )
-        if orders is not None and orders.shape != (bsz, self.seq_len):
-            raise ValueError(
-                f"orders of shape {tuple(orders.shape)}: expected ({bsz}, {self.seq_len})"
-            )
-
-    def _check_steps(self, num_iter, unknown):
-        if self.one_at_a_time and num_iter != unknown:
-            raise ValueError(
-                f"num_iter {num_iter}: expected {unknown}, causal attention gives one token a step"
-            )
-        if not 1 <= num_iter <= unknown:
-            raise ValueError(
-                f"num_iter {num_iter}: expected 1 to {unknown}, the number of tokens to generate"
-            )
+        return sample_steps(self, bsz, sampling, labels, generator, orders, latents, mask)
 
     def _token_embedding(self, width):
-        """What embeds a token, (…, C) to (…, width): its kind follows the tokenizer's."""
+        """The embedding of tokens (…, C) as (…, width): a table for code indices, else linear."""
         if self.num_codes:
             return TokenEmbedding(self.num_codes, width)
         return nn.Linear(self.token_embed_dim, width)
 
-    def _add_head(self, name, z_channels, **diffloss):
-        """The head of this name (`HEADS`), or that which fits; `diffloss`: arguments of a DiffLoss.
+    @classmethod
+    def parts(cls, head):
+        """The classes that receive options, given the name of the head."""
+        return Block, Attention, HEADS[head]
 
-        Raises ValueError for an unknown name, and for one that the tokenizer has no use for.
+    def _add_head(self, name, z_channels, options):
+        """Add the head of this name (None: the one that fits), with the options that it takes.
+
+        Raises ValueError for a head that does not fit the tokenizer, and for unknown options.
         """
         name = name or ("ce" if self.num_codes else "diffloss")
-        if name not in HEADS:
-            raise ValueError(f"head {name!r}: expected one of {', '.join(HEADS)}")
         if HEADS[name].discrete != bool(self.num_codes):
             kind = "discrete" if self.num_codes else "continuous"
-            fitting = [n for n, head in HEADS.items() if head.discrete == bool(self.num_codes)]
+            fitting = [n for n, head in HEADS.rows() if head.discrete == bool(self.num_codes)]
             raise ValueError(
                 f"head {name!r}: the tokenizer is {kind}, expected {' or '.join(fitting)}"
             )
+        check_options(self, options, *self.parts(name))
         self.head_name = name
         out = self.num_codes or self.token_embed_dim
-        arguments = diffloss if name == "diffloss" else {}
+        arguments = named_by({**HEAD_DEFAULTS, **options}, HEADS[name])
         self.add_module(name, HEADS[name](out, z_channels, **arguments))
-
-
-def _interval(interval):
-    begin, end = interval
-    if not 0 <= begin < end <= 1:
-        raise ValueError(f"cfg_interval {begin} {end}: expected 0 ≤ first < second ≤ 1")
-    return begin, end
-
-
-def take(x, positions):
-    """Rows of x (N, L, C) at positions (N, n): (N, n, C)."""
-    return x.gather(1, columns(positions, x))
-
-
-def columns(positions, x):
-    """Positions (N, n), once for each column of x (N, L, C): (N, n, C)."""
-    return positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])

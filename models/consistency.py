@@ -1,7 +1,7 @@
-"""The Consistency Decoder (OpenAI 2023) as the diffusers library has it, an optional extra.
+"""The Consistency Decoder (OpenAI 2023) of the diffusers library, an optional dependency.
 
-It decodes the latents of KL-8 by two steps of a consistency model instead of one decoder's pass.
-Only the network and its two steps are the library's; weights are read and compared by ours.
+It decodes the latents of KL-8 in two steps of a consistency model instead of one pass of a decoder.
+The network and its two steps are those of the library; our code reads and checks the weights.
 """
 
 import json
@@ -14,11 +14,11 @@ WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def load_consistency_decoder(path):
-    """diffusers' ConsistencyDecoderVAE, encoder of KL-8 included, with the weights at `path`.
+    """diffusers' ConsistencyDecoderVAE with the weights at `path`, including the encoder of KL-8.
 
-    path: a folder as diffusers writes it (config.json beside diffusion_pytorch_model.*), or a file
-    of its weights; of a file without a config.json beside it the architecture is the published one.
-    Raises ValueError where diffusers is not installed, or the file is missing or does not fit.
+    path: a folder written by diffusers (config.json beside diffusion_pytorch_model.*), or a weight
+    file; without a config.json beside it, the published architecture is assumed.
+    Raises ValueError if diffusers is not installed, or the file is missing or does not fit.
     """
     try:
         from diffusers import ConsistencyDecoderVAE
@@ -38,7 +38,7 @@ def load_consistency_decoder(path):
 
 
 def _config(path):
-    """The arguments that a config.json states; {} where there is none."""
+    """The arguments in a config.json, or {} if there is none."""
     if not path.is_file():
         return {}
     try:

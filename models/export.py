@@ -1,4 +1,4 @@
-"""The EMA weights of a checkpoint, alone: python -m models.export CHECKPOINT OUT.safetensors"""
+"""Export the EMA weights of a checkpoint: python -m models.export CHECKPOINT OUT.safetensors"""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ from util.flags import Parser, run
 def main(argv=None):
     parser = Parser(description="Write a checkpoint's EMA weights as safetensors, for sample.py.")
     parser.add_argument(
-        "checkpoint", help="ours or a published one, or a folder with checkpoint-last.pth"
+        "checkpoint", help="our checkpoint or a published one, or a folder with checkpoint-last.pth"
     )
-    parser.add_argument("out", help="a name ending in .safetensors")
+    parser.add_argument("out", help="output file, ending in .safetensors")
     args = parser.parse_args(argv)
     if Path(args.out).suffix != ".safetensors":
         raise ValueError(f"{args.out}: expected a name ending in .safetensors")

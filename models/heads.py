@@ -1,21 +1,60 @@
-"""What turns z into a loss or into tokens. A head has two verbs, `forward` and `sample`.
+"""Heads turn z into a loss or into tokens. Here: the base class, cross-entropy and L2.
 
-A tokenizer is continuous or discrete; each head serves one kind. A new head is a row of `HEADS`.
+A new head is a subclass of Head and a row of models.settings.HEADS; each new option is an argument
+of its constructor and a field of models.settings.Model with the same name.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.diffloss import DiffLoss
-from models.linear import speed_up
+from models.fast.linear import speed_up
 from util.rng import rand
 
 
 class Head(nn.Module):
-    """The baselines of Diffusion Loss: one linear layer on z, and no diffusion."""
+    """p(token | z), for one token and the vector z that the backbone computes for its position.
 
-    max_timestep = None
+    Constructed as Head(out_channels, z_channels, **options): out_channels is the number of channels
+    of a token, or the number of codes if the head is `discrete`; options are any other arguments.
+    """
+
+    discrete = False  # whether tokens are code indices, floats (..., 1)
+    aliases = {}  # field of models.settings.Model -> argument, where their names differ
+    confidence = None  # method (tokens, z, cfg, z_uncond) -> log p (...), if the head has one
+
+    def forward(self, target, z, mask=None, generator=None):
+        """The training loss, a scalar: target (..., C), z (..., D), mask (...), 1 = included."""
+        raise NotImplementedError
+
+    def sampler(self, sampling):
+        """A function that draws tokens with the settings `sampling`, a models.settings.Sampling.
+
+        Returns draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0) -> tokens (..., C), for z
+        and z_uncond (..., D), the conditional and unconditional vectors of guidance; generator as
+        in util.rng; done, the fraction of autoregressive steps before this one. Raises ValueError
+        for settings that this head does not support.
+        """
+        raise NotImplementedError
+
+    def statistics(self, reduce=None):
+        """Values to log since the last call, name -> number.
+
+        reduce: function that sums a tensor over processes.
+        """
+        return {}
+
+    def to_compile(self):
+        """Modules that torch.compile speeds up in training."""
+        return []
+
+    def advice(self, sampling):
+        """A sentence on what to try if samples diverge."""
+        return "Train the model for longer"
+
+
+class LinearHead(Head):
+    """One linear layer on z and no diffusion: the baselines of Diffusion Loss."""
 
     def __init__(self, out_channels, z_channels):
         super().__init__()
@@ -24,28 +63,22 @@ class Head(nn.Module):
         nn.init.zeros_(self.linear.bias)
         speed_up(self)
 
-    def start_sampling(self, temperature=1.0, max_timestep=None, solver="ddpm", anneal=None):
-        """`sample` as the sampling loop calls it; see `DiffLoss`. Raises ValueError for settings of
-        a diffusion, which is not there."""
-        if solver != "ddpm" or anneal:
-            raise ValueError(
-                f"solver {solver!r}, anneal {anneal!r}: {type(self).__name__} has no diffusion"
-            )
+    def sampler(self, sampling):
+        """See Head. Raises ValueError for settings of a diffusion process."""
+        if sampling.temperature < 0:
+            raise ValueError(f"temperature {sampling.temperature}: expected 0 or more")
+        unsupported = {"solver": sampling.solver, "anneal": sampling.anneal}
+        for name, value in unsupported.items():
+            if value not in ("ddpm", "none", None):
+                raise ValueError(f"{name} {value!r}: {type(self).__name__} has no diffusion")
 
-        def draw(z, cfg=1.0, z_uncond=None, generator=None, progress=0.0):
-            return self.sample(z, temperature, cfg, z_uncond, generator)
+        def draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0):
+            return self.sample(z, sampling.temperature, cfg, z_uncond, generator)
 
         return draw
 
-    def respace(self, num_sampling_steps):
-        """There are no diffusion steps to change."""
-
-    def pop_statistics(self, reduce=None):
-        """No loss by timestep."""
-        return {}
-
     def guided(self, z, cfg=1.0, z_uncond=None):
-        """The outputs (..., K) for z (..., D), in float32: o_u + ω(o_c − o_u)."""
+        """The outputs o (..., K) for z (..., D), in float32: o_u + ω(o_c − o_u) under guidance."""
         outputs = self.linear(z).float()
         if cfg == 1.0:
             return outputs
@@ -53,59 +86,58 @@ class Head(nn.Module):
         return uncond + cfg * (outputs - uncond)
 
 
-class CrossEntropy(Head):
+class CrossEntropy(LinearHead):
     """A categorical distribution over the codes of a VQ tokenizer (paper, table 1).
 
-    Tokens are ids as numbers (..., 1). Guidance and temperature act on the logits.
+    Tokens are code indices (..., 1), stored as floats. Guidance and temperature act on the logits.
     """
 
     discrete = True
 
     def forward(self, target, z, mask=None, generator=None):
-        """Mean cross-entropy in nats over tokens: target (..., 1), z (..., D), mask (...)."""
+        """The mean cross-entropy in nats: target (..., 1), z (..., D), mask (...), 1 = included."""
         logits = self.linear(z).float()
         losses = F.cross_entropy(
             logits.flatten(0, -2), target.long().flatten(), reduction="none"
         ).view(z.shape[:-1])
-        return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
+        return masked_mean(losses, mask)
 
     @torch.no_grad()
     def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
-        """Ids (..., 1) drawn from softmax(logits / τ) for z (..., D); at τ = 0 the likeliest.
+        """Code indices (..., 1) drawn from softmax(logits / τ) for z (..., D); the argmax at τ = 0.
 
-        One uniform number a token is drawn, and looked up in the cumulated probabilities.
+        One uniform number per token is drawn and looked up in the cumulative probabilities.
         """
         logits = self.guided(z, cfg, z_uncond)
         if temperature == 0:
             return logits.argmax(-1, keepdim=True).float()
         cumulated = (logits / temperature).softmax(-1).cumsum(-1)
         u = rand((*z.shape[:-1], 1), generator, z.device) * cumulated[..., -1:]
-        ids = torch.searchsorted(cumulated, u, right=True)
-        return ids.clamp(max=logits.shape[-1] - 1).float()
+        indices = torch.searchsorted(cumulated, u, right=True)
+        return indices.clamp(max=logits.shape[-1] - 1).float()
 
-    def confidence(self, ids, z, cfg=1.0, z_uncond=None):
-        """log p of ids (..., 1) under z (..., D), at temperature 1: (...)."""
+    def confidence(self, indices, z, cfg=1.0, z_uncond=None):
+        """log p of code indices (..., 1) given z (..., D), at temperature 1: (...)."""
         logits = self.guided(z, cfg, z_uncond)
-        return logits.log_softmax(-1).gather(-1, ids.long()).squeeze(-1)
+        return logits.log_softmax(-1).gather(-1, indices.long()).squeeze(-1)
 
 
-class L2(Head):
-    """The token itself, regressed: a baseline that cannot express a distribution.
+class L2(LinearHead):
+    """Regression of the token: a baseline that models no distribution.
 
-    The paper reports that it fails (FID above 100). Temperature has no meaning here.
+    The paper reports that it fails (FID above 100). Temperature has no effect.
     """
 
-    discrete = False
-
     def forward(self, target, z, mask=None, generator=None):
-        """Mean squared error over channels and tokens: target (..., C), z (..., D), mask (...)."""
-        losses = (self.linear(z).float() - target).square().mean(-1)
-        return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()
+        """The mean squared error: target (..., C), z (..., D), mask (...), 1 = included."""
+        return masked_mean((self.linear(z).float() - target).square().mean(-1), mask)
 
     @torch.no_grad()
     def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
-        """The mean of the token, (..., C), for z (..., D)."""
+        """The predicted mean of each token (..., C) for z (..., D)."""
         return self.guided(z, cfg, z_uncond)
 
 
-HEADS = {"diffloss": DiffLoss, "ce": CrossEntropy, "l2": L2}
+def masked_mean(losses, mask=None):
+    """The mean of losses (...), only where mask (...) is 1 if it is given."""
+    return losses.mean() if mask is None else (losses * mask).sum() / mask.sum()

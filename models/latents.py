@@ -1,17 +1,17 @@
-"""What every class-conditional model of latents shares: tokens from latents, and labels."""
+"""Base of class-conditional models of latents: patches to tokens, and class embeddings."""
 
 import torch
 from torch import nn
 
-from models.linear import speed_up
+from models.fast.linear import speed_up
 from util.rng import rand
 
 
 class LatentModel(nn.Module):
-    """Latents as a sequence of tokens, p×p of them each, and a class for each image.
+    """Latents as a sequence of tokens, each a patch of p×p latents, and a class per image.
 
-    num_codes: of a discrete tokenizer, whose latents are ids as numbers (N, 1, h, w); None for
-    continuous latents. Raises ValueError for sizes that do not fit.
+    num_codes: number of codes of a discrete tokenizer, whose latents are code indices (N, 1, h, w),
+    stored as floats; None for continuous latents. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class LatentModel(nn.Module):
         if num_codes and (vae_embed_dim, patch_size) != (1, 1):
             raise ValueError(
                 f"patch_size {patch_size}, vae_embed_dim {vae_embed_dim}: expected 1 and 1 for a "
-                "discrete tokenizer, an id is one token"
+                "discrete tokenizer, a code index is one token"
             )
         self.patch_size = patch_size
         self.vae_embed_dim = vae_embed_dim
@@ -48,7 +48,7 @@ class LatentModel(nn.Module):
         self.fake_latent = nn.Parameter(torch.zeros(1, width))  # the class embedding of no class
 
     def patchify(self, latents):
-        """(N, C, h, w) to (N, L, C·p²), rows first. Raises ValueError for another shape."""
+        """(N, C, h, w) to (N, L, C·p²), in raster order. Raises ValueError for another shape."""
         p, h, w = self.patch_size, self.seq_h, self.seq_w
         if latents.shape[1:] != (self.vae_embed_dim, h * p, w * p):
             raise ValueError(
@@ -65,9 +65,10 @@ class LatentModel(nn.Module):
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.vae_embed_dim, h * p, w * p)
 
     def embed_labels(self, labels, bsz, generator=None):
-        """Class embeddings (bsz, D). None is no class; in training some labels become that.
+        """Class embeddings (bsz, D); no class for labels None, and for dropped ones in training.
 
-        Raises ValueError for labels that are none, in training only by their type and shape.
+        Raises ValueError for labels of the wrong type or shape and, except in training, for classes
+        that do not exist.
         """
         if labels is None:
             return self.fake_latent.expand(bsz, -1)
@@ -79,13 +80,13 @@ class LatentModel(nn.Module):
         return classes
 
     def _check_labels(self, labels, bsz):
-        expected = f"expected ({bsz},) whole numbers from 0 to {self.class_num - 1}, a tensor"
+        expected = f"expected ({bsz},) integers from 0 to {self.class_num - 1}, a tensor"
         if not isinstance(labels, torch.Tensor) or labels.dtype not in (torch.int64, torch.int32):
             kind = getattr(labels, "dtype", type(labels).__name__)
             raise ValueError(f"labels of type {kind}: {expected}")
         if labels.shape != (bsz,):
             raise ValueError(f"labels of shape {tuple(labels.shape)}: {expected}")
-        if self.training:  # where nothing waits for the device
+        if self.training:  # not checked, to avoid waiting for the device
             return
         low, high = labels.min().item(), labels.max().item()
         if low < 0 or high >= self.class_num:
@@ -93,22 +94,22 @@ class LatentModel(nn.Module):
 
 
 class TokenEmbedding(nn.Embedding):
-    """Ids as numbers (N, n, 1) to embeddings (N, n, D)."""
+    """Code indices (N, n, 1), stored as floats, to embeddings (N, n, D)."""
 
-    def forward(self, ids):
-        return super().forward(ids.squeeze(-1).long())
+    def forward(self, indices):
+        return super().forward(indices.squeeze(-1).long())
 
 
 def embed_tokens(embedding, tokens):
     """Tokens (N, n, C) through a linear layer or a TokenEmbedding: (N, n, D)."""
     if isinstance(embedding, nn.Linear):
-        tokens = tokens.to(embedding.weight.dtype)  # ids stay in float32, which is exact for them
+        tokens = tokens.to(embedding.weight.dtype)  # indices stay in float32, which is exact
     return embedding(tokens)
 
 
 def initialize(model):
-    """Linears Xavier-uniform with zero bias; tables, which are parameters of the model itself, and
-    embeddings, from a normal of deviation 0.02, as published."""
+    """Initialize as published: linear layers Xavier-uniform with zero bias; embeddings, and the
+    tables among the model's direct parameters, from a normal distribution with std 0.02."""
     speed_up(model)
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -118,3 +119,13 @@ def initialize(model):
             nn.init.normal_(module.weight, std=0.02)
     for table in model.parameters(recurse=False):
         nn.init.normal_(table, std=0.02)
+
+
+def take(x, positions):
+    """The rows of x (N, L, C) at positions (N, n): (N, n, C)."""
+    return x.gather(1, columns(positions, x))
+
+
+def columns(positions, x):
+    """Positions (N, n) repeated for each column of x (N, L, C): (N, n, C)."""
+    return positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])

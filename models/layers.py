@@ -1,18 +1,24 @@
-"""Transformer blocks, and the cache that saves keys and values of causal ones."""
+"""Transformer blocks, and the key/value cache of causal ones.
+
+A new option of the blocks is a keyword argument of Block or Attention, and a field of
+models.settings.Model with the same name.
+"""
 
 import torch
 from timm.layers import Mlp
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from models.linear import linear
+from models.fast.linear import linear
+from models.options import named_by
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, of all blocks, in one tensor.
+    """Keys and values of the tokens seen so far, for all blocks in one tensor.
 
-    depth: blocks. length: the most tokens that will ever be held. Allocated at the first `append`,
-    which tells sizes, dtype and device.
+    depth: number of blocks. length: maximum number of tokens. Allocated by the first `append`, when
+    sizes, dtype and device are known.
     """
 
     def __init__(self, depth, length):
@@ -21,7 +27,10 @@ class KVCache:
         self.held = None  # (2, depth, N, heads, capacity, D)
 
     def append(self, block, k, v):
-        """Keys and values (N, heads, n, D) of new tokens; returns those of all, at this block."""
+        """Add keys and values of new tokens to block number `block`, and return all of them.
+
+        k, v: (N, heads, n, D).
+        """
         if self.held is None:
             bsz, heads, _, width = k.shape
             self.held = k.new_empty(2, self.depth, bsz, heads, self.capacity, width)
@@ -40,9 +49,9 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Self-attention. causal: a token sees itself and those before it."""
+    """Self-attention. causal: a token attends to itself and to those before it."""
 
-    def __init__(self, width, heads, attn_dropout=0.0, proj_dropout=0.0, causal=False):
+    def __init__(self, width, heads, causal, attn_dropout=0.0, proj_dropout=0.0):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width}: expected a multiple of the {heads} heads")
@@ -52,21 +61,28 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_dropout)
 
     def forward(self, x, rows=None, mask=None, block=0, cache=None):
-        """x (N, n, D) to (N, n, D), or of the tokens that the slice `rows` takes alone.
+        """x (N, n, D) to (N, n, D); if the slice `rows` is given, only those queries.
 
-        mask: of the keys, 1 = seen, broadcast to (N, heads, n, n). cache: holds the tokens before
-        x, of a causal model; block: this one's number in it.
+        mask: mask of the keys, 1 = hidden, broadcast to (N, heads, n, n). cache: holds keys and
+        values of other tokens, under the number `block` (see KVCache).
         """
         q, k, v = self.project(x, rows)
         if cache is not None:
             k, v = cache.append(block, k, v)
         new, seen = q.shape[2], k.shape[2]
+        seen_mask = None if mask is None else ~mask
         if self.causal and 1 < new < seen:
-            mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
-        return self.attend(q, k, v, mask, causal=self.causal and 1 < new == seen)
+            seen_mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
+        dropout = self.attn_dropout if self.training else 0.0
+        causal = self.causal and 1 < new == seen
+        x = F.scaled_dot_product_attention(q, k, v, seen_mask, dropout, is_causal=causal)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def project(self, x, rows=None):
-        """Queries, keys and values, each (N, heads, n, D), the queries of `rows` alone."""
+        """Queries, keys and values of x (N, n, D), each (N, heads, n, D / heads).
+
+        rows: slice of x to compute queries for; None for all.
+        """
         if rows is None:
             return self._split(self.qkv(x), 3)
         width = x.shape[-1]
@@ -74,38 +90,64 @@ class Attention(nn.Module):
         (q,) = self._split(linear(x[:, rows], weight[:width], bias[:width]), 1)
         return q, *self._split(linear(x, weight[width:], bias[width:]), 2)
 
-    def attend(self, q, k, v, mask=None, causal=False):
-        """What the queries (N, heads, n, D) find, projected: (N, n, heads·D)."""
-        dropout = self.attn_dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-
     def _split(self, x, parts):
         """(N, n, parts·D) to `parts` of (N, heads, n, D / heads)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + attention(LN(x)), then x + MLP(LN(x)). Named as timm's."""
+    """A pre-norm block: x + attention(LN(x)), then x + MLP(LN(x)). Parameters are named as timm's.
+
+    options: arguments of Attention. Raises TypeError for any other.
+    """
 
     def __init__(
-        self,
-        width,
-        heads,
-        mlp_ratio,
-        norm_layer,
-        attn_dropout=0.0,
-        proj_dropout=0.0,
-        causal=False,
+        self, width, heads, norm_layer=nn.LayerNorm, mlp_ratio=4.0, proj_dropout=0.0, **options
     ):
         super().__init__()
         self.norm1 = norm_layer(width)
-        self.attn = Attention(width, heads, attn_dropout, proj_dropout, causal)
+        self.attn = Attention(width, heads, proj_dropout=proj_dropout, **options)
         self.norm2 = norm_layer(width)
         self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_dropout)
 
-    def forward(self, x, rows=None, mask=None, block=0, cache=None):
-        """x (N, n, D) to (N, n, D), of `rows` alone where they are given. See `Attention`."""
-        attended = self.attn(self.norm1(x), rows, mask, block, cache)
+    def forward(self, x, rows=None, **context):
+        """x (N, n, D) to (N, n, D); if `rows` is given, only those tokens.
+
+        context: arguments of `Attention.forward`.
+        """
+        attended = self.attn(self.norm1(x), rows, **context)
         x = (x if rows is None else x[:, rows]) + attended
         return x + self.mlp(self.norm2(x))
+
+
+class Blocks(nn.ModuleList):
+    """A sequence of blocks, called in the same way in training and in sampling.
+
+    The positional arguments are set by the backbone; options are those of Block and Attention.
+    """
+
+    def __init__(self, depth, width, heads, causal=False, /, grad_checkpointing=False, **options):
+        options = named_by(options, Block, Attention)
+        super().__init__(Block(width, heads, causal=causal, **options) for _ in range(depth))
+        self.grad_checkpointing = grad_checkpointing
+
+    def forward(self, x, rows=None, first=0, last=None, **context):
+        """x (N, n, D) through blocks first to last − 1 (None: all), the final one for `rows`.
+
+        context: arguments of `Attention.forward`, such as mask and cache.
+        """
+        for i in range(first, len(self) if last is None else last):
+            wanted = rows if i == len(self) - 1 else None
+            x = run_block(self[i], self.grad_checkpointing, x, wanted, block=i, **context)
+        return x
+
+
+def run_block(module, grad_checkpointing, *args, **context):
+    """Call a block: compiled and checkpointed (if enabled) in training, plainly in sampling."""
+    if not module.training:
+        return module.forward(
+            *args, **context
+        )  # blocks are compiled for the few lengths of training
+    if grad_checkpointing:
+        return checkpoint(module, *args, use_reentrant=False, **context)
+    return module(*args, **context)

@@ -1,4 +1,4 @@
-"""MAR: bidirectional attention, random order, several tokens a step (paper, sections 3.4 and 4)."""
+"""MAR: bidirectional, random order, several tokens per step (paper, sections 3.4 and 4)."""
 
 import math
 from functools import partial
@@ -6,27 +6,29 @@ from functools import partial
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from models.autoregressive import Autoregressive
+from models.fast.lazy import Lazy
 from models.latents import embed_tokens, initialize
-from models.layers import Block
-from models.lazy import Lazy
+from models.layers import Blocks
+from models.settings import ORDERS
 from util.rng import rand
 
 MASK_RATIO_STD = 0.25
-BUCKET = 8  # known tokens: 11 lengths for ratios of 0.7 to 1 of 256
+BUCKET = 8  # of known tokens: 11 lengths for mask ratios from 0.7 to 1 with 256 tokens
 
 
 class MAR(Autoregressive):
-    """An encoder of the known tokens and a decoder that is asked for the others, as in MAE.
+    """An encoder of the known tokens and a decoder that predicts the others, as in MAE.
 
-    Images are img_size wide; their latents have vae_embed_dim channels at stride vae_stride and are
-    grouped patch_size × patch_size into one token. buffer_size copies of the class embedding stand
-    before the encoder's tokens. In training, a ratio between mask_ratio_min and 1 of the tokens is
-    unknown and label_drop_prob of the labels are dropped. diffloss_*, num_sampling_steps,
-    diffusion_batch_mul, vlb, max_timestep: see `DiffLoss`. head, num_codes: see `models.heads`; by
-    default Diffusion Loss for continuous latents, cross-entropy for num_codes ids.
+    Images are img_size wide; their latents have vae_embed_dim channels at stride vae_stride, and
+    patches of patch_size × patch_size latents are tokens. buffer_size copies of the class embedding
+    precede the encoder's tokens. In training, a fraction of tokens between mask_ratio_min and 1 is
+    masked, and a fraction label_drop_prob of the labels is dropped. head: a row of
+    models.settings.HEADS; if not given, Diffusion Loss for continuous latents and cross-entropy for
+    num_codes codes. options: those of the head (diffloss_d=3, diffloss_w=1024,
+    num_sampling_steps="100", diffusion_batch_mul=4, …, see `DiffLoss`) and of the blocks
+    (mlp_ratio=4.0, norm_layer=nn.LayerNorm, attn_dropout=0.1, proj_dropout=0.1, see `Block`).
     """
 
     def __init__(
@@ -49,15 +51,10 @@ class MAR(Autoregressive):
         attn_dropout=0.1,
         proj_dropout=0.1,
         buffer_size=64,
-        diffloss_d=3,
-        diffloss_w=1024,
-        num_sampling_steps="100",
-        diffusion_batch_mul=4,
-        grad_checkpointing=False,
-        vlb=True,
-        max_timestep=None,
         head=None,
         num_codes=None,
+        grad_checkpointing=False,
+        **options,
     ):
         super().__init__(
             img_size,
@@ -73,71 +70,43 @@ class MAR(Autoregressive):
             raise ValueError(f"mask_ratio_min {mask_ratio_min}: expected between 0 and 1")
         self.mask_ratio_min = mask_ratio_min
         self.buffer_size = buffer_size
-        self.grad_checkpointing = grad_checkpointing
         length = buffer_size + self.seq_len
-        block = partial(
-            Block,
-            mlp_ratio=mlp_ratio,
+        options["grad_checkpointing"] = grad_checkpointing
+        blocks = partial(
+            Blocks,
             norm_layer=norm_layer,
+            mlp_ratio=mlp_ratio,
             attn_dropout=attn_dropout,
             proj_dropout=proj_dropout,
+            **options,
         )
 
         self.z_proj = self._token_embedding(encoder_embed_dim)
         self.z_proj_ln = nn.LayerNorm(encoder_embed_dim, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, encoder_embed_dim))
-        self.encoder_blocks = nn.ModuleList(
-            block(encoder_embed_dim, encoder_num_heads) for _ in range(encoder_depth)
-        )
+        self.encoder_blocks = blocks(encoder_depth, encoder_embed_dim, encoder_num_heads)
         self.encoder_norm = norm_layer(encoder_embed_dim)
 
         self.decoder_embed = nn.Linear(encoder_embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, decoder_embed_dim))
-        self.decoder_blocks = nn.ModuleList(
-            block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)
-        )
+        self.decoder_blocks = blocks(decoder_depth, decoder_embed_dim, decoder_num_heads)
         self.decoder_norm = norm_layer(decoder_embed_dim)
-        # a leftover, by its author's word: kept because released weights have it
+        # redundant, according to its author; here because released weights have it
         self.diffusion_pos_embed_learned = nn.Parameter(
             torch.zeros(1, self.seq_len, decoder_embed_dim)
         )
         initialize(self)
+        self._add_head(head, decoder_embed_dim, options)
 
-        self._add_head(
-            head,
-            decoder_embed_dim,
-            depth=diffloss_d,
-            width=diffloss_w,
-            num_sampling_steps=num_sampling_steps,
-            grad_checkpointing=grad_checkpointing,
-            diffusion_batch_mul=diffusion_batch_mul,
-            vlb=vlb,
-            max_timestep=max_timestep,
-        )
+    # ---- the method ----------------------------------------------------------------------------
 
-    def teach(self, tokens, orders, classes, generator=None, step_generator=None):
-        """In one training step: the first ceil(ratio·L) tokens of each order, (N, A, C·p²), z."""
+    def training_targets(self, tokens, orders, classes, generator=None, step_generator=None):
+        """The first ceil(ratio·L) tokens of each order (N, n, C·p²), which are masked, and z."""
         ratio = self.sample_mask_ratio(step_generator or generator)
-        asked = slice(0, math.ceil(ratio * self.seq_len))
-        if self.compiled:
-            return tokens[:, asked], self._predict_in_buckets(tokens, orders, asked, classes)
-        return tokens[:, asked], self.predict(tokens, orders, asked, classes)
-
-    def _predict_in_buckets(self, tokens, orders, asked, classes):
-        """`predict` where the encoder's input has one of few lengths: those compiled for.
-
-        Some unknown tokens go in, but nothing sees them.
-        """
-        buffer, known = self.buffer_size, self.seq_len - asked.stop
-        hidden = min(-known % BUCKET, asked.stop)
-        given = slice(asked.stop - hidden, None)
-        places = torch.arange(buffer + hidden + known, device=tokens.device)
-        seen = (places < buffer) | (places >= buffer + hidden)
-        x = self.encode(tokens[:, given], orders[:, given], classes, seen.view(1, 1, 1, -1))
-        x = self.join(torch.cat([x[:, :buffer], x[:, buffer + hidden :]], 1), orders, asked.stop)
-        x = self._run(self.decoder_blocks, x)[:, self.rows(asked)]
-        return self.finish(x, orders, asked)
+        masked = slice(0, math.ceil(ratio * self.seq_len))
+        predict = self._predict_in_buckets if self.compiled else self.predict
+        return tokens[:, masked], predict(tokens, orders, masked, classes)
 
     def sample_mask_ratio(self, generator=None):
         """A draw from N(1, 0.25²) truncated to [mask_ratio_min, 1] (paper, appendix B)."""
@@ -145,82 +114,86 @@ class MAR(Autoregressive):
         u = low + (0.5 - low) * rand((), generator).cpu()
         return min(1.0, float(1 + MASK_RATIO_STD * torch.special.ndtri(u)))
 
-    def predict(self, tokens, orders, asked, classes, cache=None):
-        """z (S·N, A, D) of the tokens asked; see `Autoregressive.predict`. cache: a `Lazy`."""
+    def predict(self, tokens, orders, to_predict, classes, cache=None):
+        """z (S·N, n, D); see `Autoregressive.predict`. cache: a `Lazy`."""
         if cache:
-            return cache.predict(self, tokens, orders, asked, classes)
-        known = slice(asked.stop, None)
+            return cache.predict(self, tokens, orders, to_predict, classes)
+        known = slice(to_predict.stop, None)
         x = self.encode(tokens[:, known], orders[:, known], classes)  # (S·N, B + V, D)
-        return self.decode(x, orders, asked)
+        return self.decode(x, orders, to_predict)  # (S·N, n, D)
 
-    def start_lazily(self, refresh_every, order):
-        """See `models.lazy`."""
-        if refresh_every < 1 or order == "confidence":
-            raise ValueError(
-                f"refresh_every {refresh_every}: expected 1 or more, and 1 in the order confidence"
-            )
-        return Lazy(refresh_every)
+    def encode(self, tokens, positions, classes, mask=None):
+        """Encode B class tokens and known tokens (N, V, C·p²) at positions (N, V): (S·N, B + V, D).
 
-    def encode(self, tokens, places, classes, mask=None):
-        """Tokens (N, V, C·p²) at places (N, V), behind B class tokens: (S·N, B + V, D).
-
-        classes: (S·N, D), S streams of the same tokens. mask: of what is seen, see `Attention`.
+        classes: (S·N, D), see `predict`. mask: mask of the keys, 1 = hidden, see `Attention`.
         """
-        streams = len(classes) // len(tokens)
+        repeats = len(classes) // len(tokens)
         of_buffer, of_tokens = self._positions(self.encoder_pos_embed_learned)
         buffer = classes.unsqueeze(1) + of_buffer
-        x = embed_tokens(self.z_proj, tokens) + F.embedding(places, of_tokens)
-        x = self.z_proj_ln(torch.cat([buffer, x.repeat(streams, 1, 1)], dim=1))
-        return self.encoder_norm(self._run(self.encoder_blocks, x, mask=mask))
+        x = embed_tokens(self.z_proj, tokens) + F.embedding(positions, of_tokens)
+        x = self.z_proj_ln(torch.cat([buffer, x.repeat(repeats, 1, 1)], dim=1))
+        return self.encoder_norm(self.encoder_blocks(x, mask=mask))
 
-    def decode(self, x, orders, asked):
-        """z (S·N, A, D) at orders[:, asked] (N, L), from what `encode` gave for those after it."""
-        x = self.join(x, orders, asked.stop)
-        x = self._run(self.decoder_blocks, x, self.rows(asked))
-        return self.finish(x, orders, asked)
+    def decode(self, x, orders, to_predict):
+        """z (S·N, n, D) at orders[:, to_predict], from the encoder's output for known tokens."""
+        x = self.decoder_input(x, orders, to_predict.stop)  # (S·N, B + L, D)
+        x = self.decoder_blocks(x, self.decoder_rows(to_predict))  # (S·N, n, D)
+        return self.decoder_output(x, orders, to_predict)
 
-    def join(self, x, orders, unknown):
-        """The decoder's input (S·N, B + L, D), from what `encode` gave (S·N, B + V, D).
+    def decoder_input(self, x, orders, unknown):
+        """The decoder's input (S·N, B + L, D) from the encoder's output (S·N, B + V, D).
 
-        Tokens stay in the order of generation: unknown ones, each a mask token, then known ones.
+        Tokens stay in their order: unknown ones, each a mask token, then known ones.
         """
-        streams, buffer = len(x) // len(orders), self.buffer_size
+        repeats, buffer = len(x) // len(orders), self.buffer_size
         of_buffer, of_tokens = self._positions(self.decoder_pos_embed_learned)
-        places = F.embedding(orders, of_tokens)
-        masked = self.mask_token + places[:, :unknown]
+        positions = F.embedding(orders, of_tokens)
+        masked = self.mask_token + positions[:, :unknown]
         x = self.decoder_embed(x)
-        parts = [x[:, :buffer] + of_buffer, masked.repeat(streams, 1, 1)]
-        parts += [x[:, buffer:] + places[:, unknown:].repeat(streams, 1, 1)]
+        parts = [x[:, :buffer] + of_buffer, masked.repeat(repeats, 1, 1)]
+        parts += [x[:, buffer:] + positions[:, unknown:].repeat(repeats, 1, 1)]
         return torch.cat(parts, dim=1)
 
-    def rows(self, asked):
-        """Where the tokens asked are in the decoder."""
-        return slice(self.buffer_size + asked.start, self.buffer_size + asked.stop)
+    def decoder_rows(self, to_predict):
+        """The slice of the decoder's sequence that holds the tokens to predict."""
+        return slice(self.buffer_size + to_predict.start, self.buffer_size + to_predict.stop)
 
-    def finish(self, x, orders, asked):
-        """z (S·N, A, D) from what the last block gave for the tokens asked."""
-        last = F.embedding(orders[:, asked], self.diffusion_pos_embed_learned[0])
+    def decoder_output(self, x, orders, to_predict):
+        """z (S·N, n, D) from the last block's output for the tokens to predict."""
+        last = F.embedding(orders[:, to_predict], self.diffusion_pos_embed_learned[0])
         return self.decoder_norm(x) + last.repeat(len(x) // len(orders), 1, 1)
 
     def _positions(self, table):
-        """A table of positions, of the class tokens (B, D) and of the others (L, D)."""
+        """A table of position embeddings, split into class tokens (B, D) and tokens (L, D)."""
         return table[0].split([self.buffer_size, self.seq_len])
 
-    def _run(self, blocks, x, rows=None, mask=None):
-        """x through all blocks; of the last one only the `rows`."""
-        for block in blocks:
-            wanted = rows if block is blocks[-1] else None
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, wanted, mask, use_reentrant=False)
-            elif self.training:
-                x = block(x, wanted, mask)
-            else:
-                x = block.forward(x, wanted, mask)  # not what was compiled for training
-        return x
+    # ---- faster, same result -------------------------------------------------------------------
+
+    def _predict_in_buckets(self, tokens, orders, masked, classes):
+        """`predict` with the encoder's input padded to few lengths, for which blocks are compiled.
+
+        The padding consists of masked tokens, hidden from all others.
+        """
+        buffer, known = self.buffer_size, self.seq_len - masked.stop
+        padding = min(-known % BUCKET, masked.stop)
+        given = slice(masked.stop - padding, None)
+        places = torch.arange(buffer + padding + known, device=tokens.device)
+        hidden = (places >= buffer) & (places < buffer + padding)
+        x = self.encode(tokens[:, given], orders[:, given], classes, hidden.view(1, 1, 1, -1))
+        return self.decode(torch.cat([x[:, :buffer], x[:, buffer + padding :]], 1), orders, masked)
+
+    def start_cache(self, sampling):
+        """A `Lazy` if some steps reuse features, else None. Raises ValueError."""
+        every, order = sampling.refresh_every, ORDERS[sampling.order or self.order]
+        if every < 1 or (every != 1 and order.by_confidence):
+            raise ValueError(
+                f"refresh_every {every}: expected 1 or more, and 1 for the confidence order"
+            )
+        return Lazy(every) if every != 1 else None
 
 
-def _size(width, depth, heads):
-    """MAR of this width with `depth` blocks, half of them in the encoder."""
+def _size(width, depth, heads, **defaults):
+    """A MAR of this width with `depth` blocks, half of them in the encoder."""
     return partial(
         MAR,
         encoder_embed_dim=width,
@@ -230,10 +203,12 @@ def _size(width, depth, heads):
         decoder_depth=depth // 2,
         decoder_num_heads=heads,
         norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        **defaults,
     )
 
 
-mar_tiny = _size(64, 4, 4)  # for small data and tests
+mar_tiny = _size(64, 4, 4, diffloss_w=64)  # for tests and 8×8 images
+mar_small = _size(256, 10, 8, diffloss_w=256)  # for small data
 mar_base = _size(768, 24, 12)
 mar_large = _size(1024, 32, 16)
 mar_huge = _size(1280, 40, 16)

@@ -1,18 +1,18 @@
-"""One face for all tokenizers: images, moments, latents, and back.
+"""Tokenizers: images to moments to latents, and back.
 
     images (N, I, H, W) in [-1, 1]
-      encode  -> moments: what a cache holds, no randomness spent
-      sample  -> latents (N, C, H/stride, W/stride): a draw, scaled to about unit deviation
-      decode  -> images
+      encode  -> moments (N, M, h, w): deterministic; a cache holds these
+      sample  -> latents (N, C, h, w): a random draw, normalized to about mean 0 and std 1
+      decode  -> images (N, I, H, W)
 
-A discrete tokenizer's latents are numbers of codes, kept as floats so that caches and models treat
-all tokenizers alike. Attributes of each: `stride`, `channels` C, `moment_channels`, `patch_size`
-(its usual one), `num_codes` (None: continuous) and `scale` (None: discrete). Each tokenizer owns
-its scale; no other file knows one. A new one is a row of `TOKENIZERS`.
+with h = H / stride and w = W / stride. Every tokenizer is a subclass of `Tokenizer`. A new one is a
+class, or a `partial` of one, and a row of TOKENIZERS in models/settings.py.
 """
 
+import math
 from functools import partial
 
+import torch
 from torch import nn
 
 from models.consistency import load_consistency_decoder
@@ -20,202 +20,238 @@ from models.vae import AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
 from util.weights import read_file
 
-EXACT = 2**24  # up to here float32 holds every whole number
+EXACT = 2**24  # up to here float32 represents every integer
 
 
-class KLTokenizer(nn.Module):
-    """A KL autoencoder; its posterior is drawn afresh at each `sample`.
+class Tokenizer(nn.Module):
+    """Base class: a subclass has `encode` and `decode`.
 
-    scale: one over the deviation of its latents over the training set; if not given the file's
-    own, else `published_scale`. network: arguments of AutoencoderKL that the file must agree with;
-    the others are the file's.
-    Raises ValueError where the file is missing or holds another network, or there is no scale.
+    Latents are normalized raw latents: latents = (raw − shift) · scale. `scale` and `shift` are
+    each a float, or a list of one float per channel.
+
+    The latents of a discrete tokenizer are code indices: one channel of floats, so that caches and
+    models treat all tokenizers alike. Its `num_codes` is K, and its `scale` and `shift` are None.
+
+    Args:
+        channels: channels C of the latents.
+        stride: pixels per latent along each side.
+        patch_size: default side, in latents, of the patches that models take as tokens.
+        scale, shift: see above.
+        vae: network, frozen here, or None.
+
+    Raises:
+        ValueError: scale or shift is not finite or not one per channel, or scale is not above 0.
+
+    Attributes: the arguments; `num_codes`, None unless discrete; `moment_channels`, M above.
     """
 
     num_codes = None
+    gaussian = False  # whether moments are the means and log-variances of a Gaussian, M = 2C
 
-    def __init__(self, vae_path, scale=None, published_scale=None, patch_size=1, **network):
+    def __init__(self, channels, stride, patch_size, scale, shift, vae=None):
         super().__init__()
-        self.vae = AutoencoderKL.from_file(vae_path, **network)
-        self.vae.requires_grad_(False).eval()
-        self.stride = self.vae.stride
-        self.channels = self.vae.config["embed_dim"]
-        self.moment_channels = 2 * self.channels
-        self.scale = find_scale(vae_path, scale, published_scale)
-        self.patch_size = patch_size
+        self.channels, self.stride, self.patch_size = channels, stride, patch_size
+        self.moment_channels = 2 * channels if self.gaussian else channels
+        self._set("scale", check_numbers("scale", scale, channels, positive=True))
+        self._set("shift", check_numbers("shift", shift, channels))
+        self.vae = vae and vae.requires_grad_(False).eval()
+
+    def _set(self, name, value):
+        setattr(self, name, value)
+        if isinstance(value, list):  # a buffer moves with the module; it is not a weight
+            value = torch.tensor(value).view(-1, 1, 1)
+            self.register_buffer(f"_{name}", value, persistent=False)
+        else:
+            setattr(self, f"_{name}", value)
 
     def encode(self, images):
-        """Images (N, I, H, W) to moments (N, 2C, h, w), unscaled."""
+        """Images (N, I, H, W) in [-1, 1] to moments (N, M, h, w), float32. Deterministic."""
+        raise NotImplementedError
+
+    def sample(self, moments, generator=None):
+        """Moments (N, M, h, w) to latents (N, C, h, w). generator: as in util.rng."""
+        raw = DiagonalGaussian(moments).sample(generator) if self.gaussian else moments
+        return self.to_latents(raw)
+
+    def decode(self, latents, generator=None):
+        """Latents (N, C, h, w) to images (N, I, H, W), about [-1, 1], unclipped.
+
+        generator: as in util.rng, for a decoder that draws random numbers.
+        """
+        raise NotImplementedError
+
+    def to_latents(self, raw):
+        """Raw latents (N, C, h, w) to latents: (raw − shift) · scale."""
+        return (raw - self._shift if self.shift else raw) * self._scale
+
+    def to_raw(self, latents):
+        """Latents (N, C, h, w) to raw latents: latents / scale + shift."""
+        raw = latents / self._scale
+        return raw + self._shift if self.shift else raw  # −0 + 0 would be +0
+
+
+class AutoencoderTokenizer(Tokenizer):
+    """Base class of tokenizers whose latents are those of an autoencoder in a file.
+
+    Args:
+        vae_path: file of the network.
+        scale, shift: see Tokenizer; if None, see `scale_and_shift`.
+        published_scale, published_shift: those of the published network, if any.
+        network: arguments of `autoencoder` that the file must match; others are read from it.
+
+    Raises:
+        ValueError: the file is missing or holds another network, or there is no scale.
+    """
+
+    autoencoder = None  # class of the network, AutoencoderKL or VQModel
+
+    def __init__(
+        self,
+        vae_path,
+        scale=None,
+        shift=None,
+        patch_size=1,
+        published_scale=None,
+        published_shift=0.0,
+        **network,
+    ):
+        vae = self.autoencoder.from_file(vae_path, **network)
+        published = published_scale, published_shift
+        scale, shift = scale_and_shift(vae_path, scale, shift, published)
+        super().__init__(vae.config["embed_dim"], vae.stride, patch_size, scale, shift, vae)
+
+
+class KLTokenizer(AutoencoderTokenizer):
+    """A KL autoencoder; latents are samples of its posterior."""
+
+    gaussian = True
+    autoencoder = AutoencoderKL
+
+    def encode(self, images):
         return self.vae.encode(images).moments
 
-    def sample(self, moments, generator=None):
-        """Moments (N, 2C, h, w) to one draw of latents (N, C, h, w)."""
-        return DiagonalGaussian(moments).sample(generator) * self.scale
-
     def decode(self, latents, generator=None):
-        """Latents (N, C, h, w) to images (N, I, H, W), about [-1, 1]. Nothing is drawn."""
-        return self.vae.decode(latents / self.scale)
+        return self.vae.decode(self.to_raw(latents))
 
 
-class ConsistencyTokenizer(nn.Module):
-    """KL-8's latents, decoded by the Consistency Decoder (OpenAI 2023) in two steps, from noise.
+class VQLatentTokenizer(AutoencoderTokenizer):
+    """The latents of a VQ autoencoder before quantization; `decode` quantizes them."""
 
-    vae_path: see `load_consistency_decoder`. scale: that of KL-8 unless given.
-    Raises ValueError where the file is missing or another, or the diffusers library is not there.
-    """
-
-    num_codes = None
-    channels, moment_channels = 4, 8
-
-    def __init__(self, vae_path, scale=0.18215, patch_size=2):
-        super().__init__()
-        self.vae = load_consistency_decoder(vae_path).requires_grad_(False).eval()
-        self.stride = 2 ** (len(self.vae.config.encoder_block_out_channels) - 1)
-        self.scale = find_scale(vae_path, scale)
-        self.patch_size = patch_size
+    autoencoder = VQModel
 
     def encode(self, images):
-        """Images (N, 3, H, W) to moments (N, 8, h, w), unscaled: those of KL-8."""
-        check_images(images, 3, self.stride)
-        return self.vae.quant_conv(self.vae.encoder(images))
-
-    def sample(self, moments, generator=None):
-        """Moments (N, 8, h, w) to one draw of latents (N, 4, h, w)."""
-        return DiagonalGaussian(moments).sample(generator) * self.scale
+        return self.vae.encode(images)
 
     def decode(self, latents, generator=None):
-        """Latents (N, 4, h, w) to images (N, 3, H, W); generator, as in util.rng, gives the noise.
-
-        The library draws by itself, and takes one generator an image only as a list.
-        """
-        if isinstance(generator, tuple):
-            generator = list(generator)
-        return self.vae.decode(latents / self.scale, generator, return_dict=False)[0]
+        return self.vae.decode(self.vae.lookup(self.vae.quantize(self.to_raw(latents))))
 
 
-class VQTokenizer(nn.Module):
-    """The numbers of a VQ autoencoder's codes: moments and latents (N, 1, h, w), whole floats.
+class VQTokenizer(Tokenizer):
+    """The code indices of a VQ autoencoder, (N, 1, h, w), floats with integer values.
 
-    network: arguments of VQModel that the file must agree with; the others are the file's.
-    Raises ValueError where the file is missing or holds another network, or a scale is given.
+    network: arguments of VQModel that the file must match; others are read from it.
+    Raises ValueError if the file is missing or holds another network, or for a scale or shift.
     """
 
-    scale = None
-    channels = moment_channels = 1
-
-    def __init__(self, vae_path, scale=None, patch_size=1, **network):
-        super().__init__()
-        if scale is not None:
-            raise ValueError(f"scale {scale}: numbers of codes are not scaled, expected none")
-        self.vae = VQModel.from_file(vae_path, **network)
-        self.vae.requires_grad_(False).eval()
-        self.stride, self.num_codes = self.vae.stride, self.vae.num_codes
-        if self.num_codes > EXACT:
-            raise ValueError(f"{vae_path}: {self.num_codes} codes, expected at most {EXACT}")
-        self.patch_size = patch_size
+    def __init__(self, vae_path, scale=None, shift=None, patch_size=1, **network):
+        for name, value in {"scale": scale, "shift": shift}.items():
+            if value is not None:
+                raise ValueError(f"{name} {value}: code indices have no {name}, expected none")
+        vae = VQModel.from_file(vae_path, **network)
+        if vae.num_codes > EXACT:
+            raise ValueError(f"{vae_path}: {vae.num_codes} codes, expected at most {EXACT}")
+        super().__init__(1, vae.stride, patch_size, None, None, vae)
+        self.num_codes = vae.num_codes
 
     def encode(self, images):
-        """Images (N, I, H, W) to numbers (N, 1, h, w), float32."""
         return self.vae.quantize(self.vae.encode(images)).unsqueeze(1).float()
 
     def sample(self, moments, generator=None):
-        """The numbers, as they are."""
         return moments
 
     def decode(self, latents, generator=None):
-        """Numbers (N, 1, h, w) to images. Raises ValueError for one that is of no code."""
+        """Code indices (N, 1, h, w) to images. Raises ValueError for an index out of range."""
         return self.vae.decode(self.vae.lookup(latents.squeeze(1).round().long()))
 
 
-class VQLatentTokenizer(nn.Module):
-    """A VQ autoencoder's latents before quantization, which is where decoding begins.
+class ConsistencyTokenizer(Tokenizer):
+    """The latents of KL-8, decoded from noise by the Consistency Decoder (OpenAI 2023).
 
-    scale: one over the deviation of its latents; if not given the file's own, without which a
-    ValueError says how to measure it (none is published). network: as of VQTokenizer.
+    vae_path: see `load_consistency_decoder`. scale: by default, that of KL-8.
+    Raises ValueError if the file is missing or does not fit, or diffusers is not installed.
     """
 
-    num_codes = None
+    gaussian = True
 
-    def __init__(self, vae_path, scale=None, patch_size=1, **network):
-        super().__init__()
-        self.vae = VQModel.from_file(vae_path, **network)
-        self.vae.requires_grad_(False).eval()
-        self.stride = self.vae.stride
-        self.channels = self.moment_channels = self.vae.config["embed_dim"]
-        self.scale = find_scale(vae_path, scale)
-        self.patch_size = patch_size
+    def __init__(self, vae_path, scale=0.18215, shift=0.0, patch_size=2):
+        vae = load_consistency_decoder(vae_path)
+        stride = 2 ** (len(vae.config.encoder_block_out_channels) - 1)
+        super().__init__(4, stride, patch_size, scale, shift, vae)
 
     def encode(self, images):
-        """Images (N, I, H, W) to moments (N, C, h, w), unscaled."""
-        return self.vae.encode(images)
-
-    def sample(self, moments, generator=None):
-        """Moments times the scale: nothing is drawn."""
-        return moments * self.scale
+        check_images(images, 3, self.stride)
+        return self.vae.quant_conv(self.vae.encoder(images))
 
     def decode(self, latents, generator=None):
-        """Latents (N, C, h, w) to images (N, I, H, W), through their nearest codes."""
-        return self.vae.decode(self.vae.lookup(self.vae.quantize(latents / self.scale)))
+        if isinstance(generator, tuple):  # the library accepts several generators only as a list
+            generator = list(generator)
+        return self.vae.decode(self.to_raw(latents), generator, return_dict=False)[0]
 
 
-class PixelTokenizer(nn.Module):
-    """Pixels themselves, to be grouped into patches: nothing is lost and nothing drawn."""
+class PixelTokenizer(Tokenizer):
+    """Pixels as latents, to be grouped into patches: lossless and deterministic."""
 
-    stride = 1
-    num_codes = None
-
-    def __init__(self, channels=3, scale=1.0, patch_size=4):
-        super().__init__()
-        self.channels = self.moment_channels = channels
-        self.scale = scale
-        self.patch_size = patch_size
+    def __init__(self, channels=3, scale=1.0, shift=0.0, patch_size=4):
+        super().__init__(channels, 1, patch_size, scale, shift)
 
     def encode(self, images):
-        """Images (N, C, H, W), as they are."""
         return images
 
-    def sample(self, moments, generator=None):
-        """Images times the scale."""
-        return moments * self.scale
-
     def decode(self, latents, generator=None):
-        """Latents (N, C, H, W) to images."""
-        return latents / self.scale
+        return self.to_raw(latents)
 
 
-def find_scale(path, given, published=None):
-    """The scale given, else the one in the file at `path`, else the published one.
+def scale_and_shift(path, scale=None, shift=None, published=(None, 0.0)):
+    """(scale, shift): each as given, else from the file at `path`, else the published value.
 
-    A file that main_tokenizer.py trained has it under `scale`. Raises ValueError where there is
-    none or it is not above 0.
+    main_tokenizer.py writes `scale` and, unless it is 0, `shift` to the files of the networks that
+    it trains. Raises ValueError if there is no scale.
     """
-    scale = given
-    if scale is None:
-        scale = read_file(path).get("scale", published)
+    held = read_file(path) if scale is None or shift is None else {}
+    own = (held["scale"], held.get("shift", 0.0)) if "scale" in held else published
+    scale, shift = own[0] if scale is None else scale, own[1] if shift is None else shift
     if scale is None:
         raise ValueError(
             f"{path}: holds no scale for its latents, and none is published; measure it with "
             "main_tokenizer.py --vae_scale 1 (latent_scale), then pass it as --vae_scale"
         )
-    if not isinstance(scale, float | int) or not scale > 0:
-        raise ValueError(f"scale {scale}: expected a number above 0")
-    return float(scale)
+    return scale, shift
+
+
+def check_numbers(name, value, channels, positive=False):
+    """The value as a float, a list of one float per channel, or None. Raises ValueError."""
+    if value is None:
+        return None
+    several = isinstance(value, list | tuple)
+    numbers, bound = value if several else [value], " above 0" if positive else ""
+    for number in numbers:
+        if not isinstance(number, float | int) or not math.isfinite(number):
+            raise ValueError(f"{name} {number}: expected a finite number{bound}")
+        if positive and not number > 0:
+            raise ValueError(f"{name} {number}: expected a number above 0")
+    if several and len(numbers) != channels:
+        raise ValueError(
+            f"{name} {','.join(map(str, numbers))}: expected one number, or {channels}, one per "
+            f"channel of the latents; got {len(numbers)}"
+        )
+    return [float(number) for number in numbers] if several else float(value)
 
 
 _KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4)}
 _KL8 = {"embed_dim": 4, "ch_mult": (1, 2, 4, 4)}
 _VQ16 = {"embed_dim": 8, "ch_mult": (1, 1, 2, 2, 4), "num_codes": 16384}
 
-# name -> constructor(vae_path=…, scale=…), for pixels without vae_path. The last three take any
-# network of their kind, such as main_tokenizer.py trains.
-TOKENIZERS = {
-    "kl16": partial(KLTokenizer, published_scale=0.2325, **_KL16),
-    "kl8": partial(KLTokenizer, published_scale=0.18215, patch_size=2, **_KL8),
-    "pixels": PixelTokenizer,
-    "vq16": partial(VQTokenizer, **_VQ16),
-    "vq16_latent": partial(VQLatentTokenizer, **_VQ16),
-    "consistency": ConsistencyTokenizer,
-    "kl": KLTokenizer,
-    "vq": VQTokenizer,
-    "vq_latent": VQLatentTokenizer,
-}
+kl16 = partial(KLTokenizer, published_scale=0.2325, **_KL16)
+kl8 = partial(KLTokenizer, published_scale=0.18215, patch_size=2, **_KL8)
+vq16 = partial(VQTokenizer, **_VQ16)
+vq16_latent = partial(VQLatentTokenizer, **_VQ16)

@@ -2,9 +2,9 @@
 
 images (N,3,H,W) in [-1,1] -> encode -> a Gaussian over latents (N,C,H/s,W/s) -> decode -> images.
 
-The modules carry the names of the authors' code (`down.0.block.1.conv1`, `nin_shortcut`, ...),
-because published files are loaded by name. The scale that gives the latents unit variance is no
-part of this network: it belongs to the tokenizer.
+Modules are named as in the authors' code (`down.0.block.1.conv1`, `nin_shortcut`, ...), because
+published files are loaded by name. The scale and shift that normalize the latents are not part of
+this network; they belong to the tokenizer.
 
 | variant | arguments of `AutoencoderKL` | stride, channels |
 | --- | --- | --- |
@@ -12,32 +12,34 @@ part of this network: it belongs to the tokenizer.
 | KL-16, as published with LDM | `decoder_attention=True` | 16, 16 |
 | KL-8 | `embed_dim=4, ch_mult=(1, 2, 4, 4), encoder_attention=False` | 8, 4 |
 
-Encoder, decoder and all that concerns files are shared with the VQ autoencoder, models/vq.py.
+The VQ autoencoder, models/vq.py, shares the encoder and the decoder; models/autoencoder_files.py
+reads the files of both.
 """
 
 import math
-import re
 from itertools import pairwise
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from util.download import source_of
+from models.autoencoder_files import kl_variant, load_first_stage
 from util.rng import randn
-from util.weights import load_strictly, read_weights
+from util.weights import load_strictly
 
-KL_WEIGHT = 1e-6  # of the KL in nats against the absolute error, both summed over an image: LDM's
+KL_WEIGHT = (
+    1e-6  # LDM's weight of the KL in nats, summed like the absolute error, whose weight is 1
+)
 
 
 class DiagonalGaussian:
-    """A Gaussian over latents, independent in every element.
+    """A diagonal Gaussian over latents.
 
     Args:
-        moments: (N, 2C, h, w), means and then log-variances, from the encoder or from a cache. The
-            log-variances are clamped to [-30, 20], so that neither std nor 1/std overflows.
+        moments: (N, 2C, h, w), the means followed by the log-variances, from the encoder or a
+            cache. Log-variances are clamped to [-30, 20], so that neither std nor 1/std overflows.
 
-    Attributes: `moments` (also `parameters`), and `mean`, `logvar`, `std`, each (N, C, h, w).
+    Attributes: `moments` (alias `parameters`); `mean`, `logvar` and `std`, each (N, C, h, w).
     """
 
     def __init__(self, moments):
@@ -50,7 +52,7 @@ class DiagonalGaussian:
 
     @property
     def parameters(self):
-        """The moments, under the name that the published code gives them."""
+        """The moments, under their name in the published code."""
         return self.moments
 
     def sample(self, generator=None):
@@ -59,22 +61,22 @@ class DiagonalGaussian:
         return self.mean + self.std * noise.to(self.mean.dtype)
 
     def mode(self):
-        """The most likely latent, which is the mean, (N, C, h, w)."""
+        """The most likely latents, i.e. the mean, (N, C, h, w)."""
         return self.mean
 
     def kl(self):
-        """KL(self || N(0, I)) in nats, summed over each image's latent, (N,)."""
+        """KL(self || N(0, I)) in nats, summed over the latents of each image, (N,)."""
         terms = self.mean**2 + self.std**2 - 1 - self.logvar
         return terms.sum(dim=(1, 2, 3)) / 2
 
 
 def group_norm(channels):
-    """32 groups; fewer where the width is no multiple of 32, as in tests."""
+    """GroupNorm of 32 groups, or fewer if `channels` is not a multiple of 32, as in tests."""
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1x1 shortcut where the width changes."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1×1 shortcut if the width changes."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -82,7 +84,7 @@ class ResnetBlock(nn.Module):
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = group_norm(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        # Registered only where needed: published files hold no weights for an identity.
+        # Only if needed: published files hold no weights for an identity.
         if c_in != c_out:
             self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
 
@@ -93,7 +95,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """x + attention over all places of the feature map, one head as wide as the map."""
+    """x + single-head attention over all positions of the feature map."""
 
     def __init__(self, channels):
         super().__init__()
@@ -112,7 +114,7 @@ class AttnBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """(N,C,h,w) -> (N,C,h/2,w/2). Zeros go only right and below: released weights expect it."""
+    """(N,C,h,w) -> (N,C,h/2,w/2). Pads right and bottom only, as released weights expect."""
 
     def __init__(self, channels):
         super().__init__()
@@ -123,7 +125,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """(N,C,h,w) -> (N,C,2h,2w), nearest neighbour and a convolution."""
+    """(N,C,h,w) -> (N,C,2h,2w): nearest-neighbor upsampling, then a convolution."""
 
     def __init__(self, channels):
         super().__init__()
@@ -134,9 +136,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where the level has it.
+    """Residual blocks at one resolution, each followed by attention if `attention`.
 
-    The encoder adds `downsample` after the blocks, the decoder `upsample`, except at its last.
+    The encoder adds `downsample` to all levels but the last, the decoder `upsample`.
     """
 
     def __init__(self, c_in, c_out, blocks, attention):
@@ -154,7 +156,7 @@ class Level(nn.Module):
 
 
 class Mid(nn.Module):
-    """The middle, at the lowest resolution: block, attention, block."""
+    """The middle part, at the lowest resolution: a block, attention, a block."""
 
     def __init__(self, channels):
         super().__init__()
@@ -169,8 +171,8 @@ class Mid(nn.Module):
 class Encoder(nn.Module):
     """(N,in_channels,H,W) -> (N,out_channels,H/s,W/s), s = 2**(levels - 1).
 
-    `down.0` has the full resolution. `attention` is that of the lowest level; the middle always
-    has it.
+    `down.0` has the full resolution. attention: whether the lowest level has attention, as the
+    middle always does.
     """
 
     def __init__(
@@ -202,8 +204,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(N,z_channels,h,w) -> (N,out_channels,s*h,s*w), s = 2**(levels - 1).
 
-    `up.0` has the full resolution, so the levels run from the last to the first. `attention` is
-    that of the lowest level; the middle always has it.
+    `up.0` has the full resolution, so the levels run from the last to the first. attention:
+    whether the lowest level has attention, as the middle always does.
     """
 
     def __init__(
@@ -234,7 +236,7 @@ class Decoder(nn.Module):
 
 
 def check_images(images, channels, stride):
-    """Raises ValueError for what cannot be encoded to latents of this stride."""
+    """Raises ValueError for images that cannot be encoded at this stride."""
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"images must be (N, {channels}, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
@@ -247,18 +249,18 @@ def check_images(images, channels, stride):
 
 
 class Autoencoder(nn.Module):
-    """What the KL and the VQ autoencoder share: their files, their stride and their inputs' checks.
+    """Base class of the KL and the VQ autoencoder: loading, stride and checks of the inputs.
 
-    A subclass sets `config`, the keyword arguments that make its like, and says what its file is:
-    `read(path)`, the state dict in LDM's names, and `variant(state)`, the arguments it belongs to.
+    A subclass sets `config`, the keyword arguments that rebuild it, and has `variant(state)`, the
+    keyword arguments that fit a state dict in LDM's names.
     """
 
     @classmethod
     def from_file(cls, path, **expected):
-        """The variant that the file at `path` holds, with its weights.
+        """The network in the file at `path`.
 
-        What is `expected` (arguments of the constructor) is not taken from the file: a file that
-        holds something else raises a ValueError that names the first differences.
+        expected: constructor arguments that are not read from the file; a file that holds another
+        variant raises a ValueError that names the first differences.
         """
         state = load_first_stage(path)
         try:
@@ -271,7 +273,7 @@ class Autoencoder(nn.Module):
 
     @property
     def stride(self):
-        """Pixels per latent, along each side."""
+        """Pixels per latent along each side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
 
     def _check_images(self, images):
@@ -286,7 +288,7 @@ class Autoencoder(nn.Module):
         load_strictly(self, state, source, hint=self._variant_hint(state))
 
     def _variant_hint(self, state):
-        """The arguments with which the weights would fit, where they are those of a variant."""
+        """A hint that names the variant that the weights fit, or "" if they fit none."""
         try:
             variant = self.variant(state)
         except ValueError:
@@ -298,21 +300,21 @@ class Autoencoder(nn.Module):
 class AutoencoderKL(Autoencoder):
     """Images to a Gaussian over latents, and latents to images.
 
-    The defaults are KL-16 as published with MAR. Level attention is at the lowest resolution only;
-    that KL-16 has it in its encoder alone, KL-8 in neither.
+    The defaults are KL-16 as published with MAR. Only the lowest level may have attention: the
+    encoder's does in that KL-16, neither does in KL-8.
 
     Args:
-        embed_dim: channels C of a latent.
-        ch_mult: widths of the levels, full resolution first, in units of `ch`.
-        ckpt_path: a file to load, in any form that `load_first_stage` reads; it must fit exactly.
+        embed_dim: channels C of the latents.
+        ch_mult: width of each level in units of `ch`, full resolution first.
+        ckpt_path: weight file, in any form that `load_first_stage` reads; it must fit exactly.
         ch: base width.
-        encoder_attention, decoder_attention: whether the lowest level attends after each block.
-        in_channels: of an image, I below.
+        encoder_attention, decoder_attention: whether the lowest level has attention.
+        in_channels: channels I of the images.
 
     Raises:
-        ValueError: the file is missing, cannot be read or does not fit.
+        ValueError: the file is missing, unreadable or does not fit.
 
-    Attributes: `config`, these arguments but `ckpt_path`; `AutoencoderKL(**config)` is its like.
+    Attributes: `config`, these arguments except `ckpt_path`.
     """
 
     num_codes = None
@@ -348,154 +350,40 @@ class AutoencoderKL(Autoencoder):
         return kl_variant(state)
 
     def encode(self, images):
-        """images (N,I,H,W) in [-1,1] -> `DiagonalGaussian` over latents (N,C,H/stride,W/stride).
+        """Images (N,I,H,W) in [-1,1] -> `DiagonalGaussian` over latents (N,C,H/stride,W/stride).
 
         Raises:
-            ValueError: another shape or an integer dtype, or a side that is no multiple of the
-                stride. The range is not looked at: on a GPU that would wait for every batch.
+            ValueError: wrong shape, integer dtype, or a side that is not a multiple of the stride.
+                The range is not checked, as that would synchronize with the GPU for every batch.
         """
         self._check_images(images)
         return DiagonalGaussian(self.quant_conv(self.encoder(images)))
 
     def decode(self, z):
-        """latents (N,C,h,w), unscaled -> images (N,I,h*stride,w*stride), about [-1,1], unclipped.
+        """Raw latents (N,C,h,w) -> images (N,I,h*stride,w*stride), about [-1,1], unclipped.
 
         Raises:
-            ValueError: another shape.
+            ValueError: wrong shape.
         """
         self._check_latents(z)
         return self.decoder(self.post_quant_conv(z))
 
     def forward(self, images, generator=None):
-        """For training: images -> (the decoding of one draw, the posterior)."""
+        """Training: images (N,I,H,W) -> (one sample of the posterior decoded, the posterior)."""
         posterior = self.encode(images)
         return self.decode(posterior.sample(generator)), posterior
 
     def losses(self, images, output):
-        """Name -> scalar, which add up to the training loss of `output = model(images)`.
+        """Name -> scalar; their sum is the training loss of `output = model(images)`.
 
         LDM's recipe: |error| + KL_WEIGHT · KL(posterior || N(0, I)), both summed over an image.
-        Here both are divided by the image's number of elements: l1 is a mean, the balance stays,
-        and the loss's size does not depend on the resolution. The recipe has a perceptual and an
-        adversarial loss beside these, which are not here.
+        Here both are divided by the number of elements of an image, so that the loss does not
+        depend on the resolution. LDM's perceptual and adversarial losses are left out.
         """
         decoded, posterior = output
         kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / images[0].numel()
         return {"l1": F.l1_loss(decoded.float(), images), "kl": KL_WEIGHT * kl}
 
     def latents(self, images, generator=None):
-        """Images -> unscaled latents (N,C,h,w) as the tokenizer samples them."""
+        """Images -> raw latents (N,C,h,w), sampled as in the tokenizer."""
         return self.encode(images).sample(generator)
-
-
-def load_first_stage(path):
-    """The weights in an autoencoder's file: a state dict in LDM's names, on the CPU.
-
-    Reads the published KL-16 and our own (weights under `model`), LDM's training checkpoints
-    (`state_dict`, without the entries of its losses and its EMA), a whole latent diffusion
-    checkpoint (of which only `first_stage_model.` is kept), and the diffusers library's names;
-    `.safetensors` or `torch.save`.
-
-    Raises:
-        ValueError: the file is missing, damaged, or holds pickled objects that are refused.
-    """
-    state = _first_stage(read_weights(path, missing=source_of(path)))
-    if any(re.match(_DIFFUSERS, name) for name in state):
-        state = _from_diffusers(state)
-    return state
-
-
-def kl_variant(state):
-    """The keyword arguments of the `AutoencoderKL` that `state` (LDM's names) belongs to.
-
-    Raises:
-        ValueError: it is no KL autoencoder's.
-    """
-    variant = read_variant(state, "KL")
-    if CODEBOOK in state:
-        raise ValueError(f"not the weights of a KL autoencoder: with {CODEBOOK} it is a VQ one")
-    return variant
-
-
-CODEBOOK = "quantize.embedding.weight"  # what only a VQ autoencoder has
-
-
-def read_variant(state, kind):
-    """The keyword arguments that both autoencoders have. kind: "KL" or "VQ", for the ValueError."""
-    names = ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight")
-    for name in (*names, "post_quant_conv.weight"):
-        if name not in state:
-            raise ValueError(f"not the weights of a {kind} autoencoder: there is no {name}")
-    ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
-    return {
-        "embed_dim": state["post_quant_conv.weight"].shape[1],
-        "ch_mult": tuple(width // ch for width in _level_widths(state)),
-        "ch": ch,
-        "encoder_attention": _lowest_level_attends(state, "encoder.down"),
-        "decoder_attention": _lowest_level_attends(state, "decoder.up"),
-        "in_channels": in_channels,
-    }
-
-
-def _level_widths(state):
-    """Channels of the encoder's levels, full resolution first."""
-    widths = []
-    while (name := f"encoder.down.{len(widths)}.block.0.conv1.weight") in state:
-        widths.append(state[name].shape[0])
-    return widths
-
-
-def _lowest_level_attends(state, levels):
-    return f"{levels}.{len(_level_widths(state)) - 1}.attn.0.norm.weight" in state
-
-
-def _first_stage(state):
-    """The autoencoder's entries alone, without those of its training."""
-    prefix = "first_stage_model."
-    if any(name.startswith(prefix) for name in state):
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    training = ("loss.", "discriminator.", "model_ema.")
-    return {name: value for name, value in state.items() if not name.startswith(training)}
-
-
-_DIFFUSERS = r"(encoder\.down_blocks|encoder\.mid_block|decoder\.up_blocks|decoder\.mid_block)\."
-
-# diffusers' names -> LDM's, applied in this order. The decoder's levels are renumbered as well.
-_RENAMINGS = [
-    (r"down_blocks\.(\d+)\.resnets\.", r"down.\1.block."),
-    (r"down_blocks\.(\d+)\.attentions\.", r"down.\1.attn."),
-    (r"down_blocks\.(\d+)\.downsamplers\.0\.", r"down.\1.downsample."),
-    (r"up_blocks\.(\d+)\.resnets\.", r"up.\1.block."),
-    (r"up_blocks\.(\d+)\.attentions\.", r"up.\1.attn."),
-    (r"up_blocks\.(\d+)\.upsamplers\.0\.", r"up.\1.upsample."),
-    (r"mid_block\.resnets\.0\.", "mid.block_1."),
-    (r"mid_block\.resnets\.1\.", "mid.block_2."),
-    (r"mid_block\.attentions\.0\.", "mid.attn_1."),
-    (r"\.conv_shortcut\.", ".nin_shortcut."),
-    (r"\.conv_norm_out\.", ".norm_out."),
-    (r"\.group_norm\.", ".norm."),
-    (r"\.(to_q|query)\.", ".q."),
-    (r"\.(to_k|key)\.", ".k."),
-    (r"\.(to_v|value)\.", ".v."),
-    (r"\.(to_out\.0|proj_attn)\.", ".proj_out."),
-]
-
-
-def _from_diffusers(state):
-    """diffusers' autoencoder weights in LDM's names and shapes."""
-    ups = [re.match(r"decoder\.up_blocks\.(\d+)\.", name) for name in state]
-    last = max((int(up[1]) for up in ups if up), default=0)
-    return {_ldm_name(name, last): _as_convolution(name, v) for name, v in state.items()}
-
-
-def _ldm_name(name, last):
-    """`last` is the highest index of the decoder's levels: diffusers counts in running order."""
-    name = re.sub(r"up_blocks\.(\d+)", lambda up: f"up_blocks.{last - int(up[1])}", name)
-    for pattern, replacement in _RENAMINGS:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _as_convolution(name, value):
-    """(C,C) -> (C,C,1,1) for attention's linear layers, which are LDM's 1x1 convolutions."""
-    return value[:, :, None, None] if value.ndim == 2 and ".attentions." in name else value

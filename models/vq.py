@@ -1,31 +1,32 @@
 """The VQ autoencoder of latent diffusion (Rombach et al. 2022, arXiv 2112.10752): VQ-16.
 
-    images (N,3,H,W) -> encode -> latents (N,C,H/s,W/s) -> quantize -> ids (N,H/s,W/s)
+    images (N,3,H,W) -> encode -> latents (N,C,H/s,W/s) -> quantize -> code indices (N,H/s,W/s)
     images           <- decode <- codes (N,C,H/s,W/s)   <- lookup   <-
 
-The latents before quantization are continuous and can be tokens themselves; decoding them then
-begins with quantizing. Modules carry the names of the authors' code, as in models/vae.py. The
-defaults are LDM's vq-f16: stride 16, 16,384 codes of 8 dimensions, attention in the lowest level
-of the encoder and of the decoder.
+The latents before quantization are continuous and can serve as tokens instead; decoding then starts
+by quantizing them. Modules are named as in the authors' code, see models/vae.py. The defaults are
+LDM's vq-f16: stride 16, 16,384 codes of 8 dimensions, attention in the lowest level of the encoder
+and of the decoder.
 """
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.vae import CODEBOOK, Autoencoder, Decoder, Encoder, read_variant
+from models.autoencoder_files import vq_variant
+from models.vae import Autoencoder, Decoder, Encoder
 from util import dist
 from util.precision import full_precision
 
-MAX_DISTANCES = 2**24  # held at once by `nearest`: 64 MiB, whatever the number of latents
-COMMITMENT = 0.25  # of the encoder to its codes, against the codes to the encoder's latents
-PATIENCE = 20  # latents a code, to one of which at least a code in use is nearest
+MAX_DISTANCES = 2**24  # held at once by `nearest`: 64 MiB, however many latents there are
+COMMITMENT = 0.25  # weight of the commitment loss; the codebook loss has weight 1
+PATIENCE = 20  # latents per code; a code that is the nearest to none of them is revived
 
 
 def nearest(points, codes):
-    """The index of the nearest code to each point, by Euclidean distance; the first of equals.
+    """Index of the code nearest to each point by Euclidean distance; the first among equals.
 
-    points (M, C), codes (K, C) -> (M,) int64. In float32 and by the chunk, see MAX_DISTANCES.
+    points (M, C), codes (K, C) -> (M,) int64. Computed in float32 and in chunks (MAX_DISTANCES).
     """
     with full_precision(points.device.type):
         points, codes = points.float(), codes.float()
@@ -36,7 +37,7 @@ def nearest(points, codes):
 
 
 class Codebook(nn.Module):
-    """K codes of C dimensions, `embedding.weight` (K, C), uniform within 1/K of zero at first."""
+    """K codes of C dimensions, `embedding.weight` (K, C), initially uniform in [-1/K, 1/K]."""
 
     def __init__(self, num_codes, dim):
         super().__init__()
@@ -44,24 +45,24 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
     def forward(self, latents):
-        """Latents (N, C, h, w) to the numbers of their nearest codes, (N, h, w) int64."""
+        """Latents (N, C, h, w) -> indices of their nearest codes, (N, h, w) int64."""
         n, c, h, w = latents.shape
         points = latents.permute(0, 2, 3, 1).reshape(-1, c)
         return nearest(points, self.embedding.weight).view(n, h, w)
 
 
 class VQModel(Autoencoder):
-    """Images to latents, latents to code numbers, and back.
+    """Images to latents, latents to code indices, and back.
 
     Args:
-        embed_dim: channels C of a latent, which are a code's dimensions.
-        num_codes: K.
-        ch_mult: widths of the levels, full resolution first, in units of `ch`.
+        embed_dim: channels C of the latents, i.e. dimensions of a code.
+        num_codes: number of codes, K.
+        ch_mult: width of each level in units of `ch`, full resolution first.
         ch: base width.
-        encoder_attention, decoder_attention: whether the lowest level attends after each block.
-        in_channels: of an image, I below.
+        encoder_attention, decoder_attention: whether the lowest level has attention.
+        in_channels: channels I of the images.
 
-    Attributes: `config`, these arguments; `VQModel(**config)` is its like.
+    Attributes: `config`, these arguments.
     """
 
     def __init__(
@@ -96,13 +97,13 @@ class VQModel(Autoencoder):
 
     @property
     def num_codes(self):
-        """How many codes there are."""
+        """Number of codes, K."""
         return self.config["num_codes"]
 
     def encode(self, images):
         """images (N,I,H,W) in [-1,1] -> latents (N,C,H/stride,W/stride), before quantization.
 
-        `quantize(latents)` is the module above: (N,C,h,w) -> ids (N,h,w).
+        `quantize(latents)` is the Codebook: (N,C,h,w) -> code indices (N,h,w).
 
         Raises:
             ValueError: as AutoencoderKL.encode.
@@ -110,51 +111,52 @@ class VQModel(Autoencoder):
         self._check_images(images)
         return self.quant_conv(self.encoder(images))
 
-    def lookup(self, ids):
-        """ids (N,h,w), integers -> their codes (N,C,h,w).
+    def lookup(self, indices):
+        """Code indices (N,h,w), integers -> codes (N,C,h,w).
 
         Raises:
-            ValueError: ids that are no integers of 0 to num_codes - 1.
+            ValueError: indices that are not integers from 0 to num_codes - 1.
         """
-        if ids.is_floating_point():
-            raise ValueError(f"ids must be integers, got {ids.dtype}")
-        low, high = ids.min().item(), ids.max().item()
+        if indices.is_floating_point():
+            raise ValueError(f"code indices must be integers, got {indices.dtype}")
+        low, high = indices.min().item(), indices.max().item()
         if low < 0 or high >= self.num_codes:
-            raise ValueError(f"ids from {low} to {high}: expected 0 to {self.num_codes - 1}")
-        return self._codes(ids)
+            raise ValueError(
+                f"code indices from {low} to {high}: expected 0 to {self.num_codes - 1}"
+            )
+        return self._codes(indices)
 
     def decode(self, latents):
-        """latents (N,C,h,w), codes or nearly -> images (N,I,h*stride,w*stride), unclipped.
+        """codes (N,C,h,w) -> images (N,I,h*stride,w*stride), unclipped.
 
-        Nothing is quantized here: `decode(lookup(quantize(latents)))` is what the decoder was
-        trained on.
+        Does not quantize: for latents call `decode(lookup(quantize(latents)))`, which is what the
+        decoder was trained on.
 
         Raises:
-            ValueError: another shape.
+            ValueError: wrong shape.
         """
         self._check_latents(latents)
         return self.decoder(self.post_quant_conv(latents))
 
     def forward(self, images, generator=None):
-        """For training: images -> (their decoding, latents (N,C,h,w), ids (N,h,w)).
+        """Training: images (N,I,H,W) -> (decoded images, latents (N,C,h,w), indices (N,h,w)).
 
-        The decoder sees the codes, and its gradient passes them by to the latents: straight-through
-        (Bengio et al. 2013, van den Oord et al. 2017). Nothing is drawn.
+        The decoder is given the codes; its gradient is copied to the latents, the straight-through
+        estimator (Bengio et al. 2013, van den Oord et al. 2017). Deterministic.
         """
         latents = self.encode(images).float()
-        ids = self.quantize(latents)
-        codes = latents + (self._codes(ids) - latents).detach()
-        return self.decode(codes), latents, ids
+        indices = self.quantize(latents)
+        codes = latents + (self._codes(indices) - latents).detach()
+        return self.decode(codes), latents, indices
 
     def losses(self, images, output):
-        """Name -> scalar, which add up to the training loss of `output = model(images)`.
+        """Name -> scalar; their sum is the training loss of `output = model(images)`.
 
-        The mean absolute error; codes towards their latents; latents towards their codes
-        (van den Oord et al. 2017, eq. 3). LDM's recipe has a perceptual and an adversarial loss
-        beside these, which are not here.
+        The mean absolute error, and the codebook and commitment losses of van den Oord et al. 2017,
+        eq. 3. LDM's perceptual and adversarial losses are left out.
         """
-        decoded, latents, ids = output
-        codes = self._codes(ids)
+        decoded, latents, indices = output
+        codes = self._codes(indices)
         return {
             "l1": F.l1_loss(decoded.float(), images),
             "codebook": F.mse_loss(codes, latents.detach()),
@@ -162,35 +164,36 @@ class VQModel(Autoencoder):
         }
 
     def latents(self, images, generator=None):
-        """Images -> unscaled latents (N,C,h,w), before quantization. Nothing is drawn."""
+        """Images -> raw latents (N,C,h,w), before quantization. Deterministic."""
         return self.encode(images)
 
-    def _codes(self, ids):
-        return self.quantize.embedding(ids).permute(0, 3, 1, 2)
+    def _codes(self, indices):
+        return self.quantize.embedding(indices).permute(0, 3, 1, 2)
 
 
 class Reviver:
-    """Gives codes that are not in use a new place: a latent of the batch, drawn at random.
+    """Moves unused codes onto latents of the batch, drawn at random.
 
-    A code that is nearest to no latent gets no gradient and would stay where it is; most codes
-    start like that. Not in use is what was nearest to none of PATIENCE latents a code. The first
-    call revives at once, so that the codes start among the latents.
+    A code that is the nearest to no latent gets no gradient and would never move; most codes start
+    like this. A code is unused if it was the nearest to none of the last PATIENCE · K latents. The
+    first step moves unused codes at once, so that training starts with codes among the latents.
 
-    `revived` counts those that were, a tensor.
+    model: a VQModel. generator: torch.Generator of the draws. `revived`: number of codes moved, a
+    tensor.
     """
 
     def __init__(self, model, generator):
         self.codes, self.generator = model.quantize.embedding.weight, generator
         self.uses = torch.zeros(len(self.codes), dtype=torch.int64, device=self.codes.device)
-        self.waiting = 0  # for so many more latents
+        self.waiting = 0  # latents until the next revival
         self.revived = torch.zeros_like(self.uses[0])
 
     @torch.no_grad()
-    def step(self, latents, ids):
-        """After each step of the optimiser: the latents (N,C,h,w) and ids (N,h,w) of its batch."""
-        ids = ids.flatten()  # not bincount, which waits for the device
-        self.uses.index_add_(0, ids, torch.ones_like(ids))
-        self.waiting -= len(ids) * dist.world_size()
+    def step(self, latents, indices):
+        """Call after each optimizer step, with its latents (N,C,h,w) and code indices (N,h,w)."""
+        indices = indices.flatten()  # not bincount, which waits for the device
+        self.uses.index_add_(0, indices, torch.ones_like(indices))
+        self.waiting -= len(indices) * dist.world_size()
         if self.waiting > 0:
             return
         dead = dist.all_reduce(self.uses) == 0
@@ -200,22 +203,10 @@ class Reviver:
         self.waiting = PATIENCE * len(self.codes)
 
     def _places(self, latents):
-        """A latent (K, C) for each code, no latent twice before all were taken: those of rank 0."""
+        """A latent of rank 0 for each code, (K, C); none repeats until all have been used."""
         points = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).float()
         device = self.generator.device
         order = torch.randperm(len(points), generator=self.generator, device=device)
         turns = torch.arange(len(self.codes), device=device) % len(points)
         places = points[order[turns].to(points.device)]
         return dist.all_reduce(places if dist.is_main() else torch.zeros_like(places))
-
-
-def vq_variant(state):
-    """The keyword arguments of the `VQModel` that `state` (LDM's names) belongs to.
-
-    Raises:
-        ValueError: it is no VQ autoencoder's.
-    """
-    variant = read_variant(state, "VQ")
-    if CODEBOOK not in state:
-        raise ValueError(f"not the weights of a VQ autoencoder: there is no {CODEBOOK}")
-    return {**variant, "num_codes": state[CODEBOOK].shape[0]}

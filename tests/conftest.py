@@ -65,3 +65,15 @@ def vae_path(tmp_path_factory):
     torch.manual_seed(0)
     torch.save({"model": AutoencoderKL(**TINY_KL16).state_dict()}, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def ckpt(tmp_path_factory):
+    """A checkpoint after one short epoch on the digits."""
+    import main_mar
+    from util.checkpoint import LAST
+
+    folder = tmp_path_factory.mktemp("digits")
+    flags = ["--preset", "digits", "--device", "cpu", "--epochs", "1", "--batch_size", "256"]
+    main_mar.main([*flags, "--num_sampling_steps", "5", "--output_dir", str(folder)])
+    return folder / LAST

@@ -8,6 +8,7 @@ from models import MODELS
 from models.ar import ar_tiny
 from models.autoregressive import take
 from models.layers import KVCache
+from models.settings import Sampling
 from util.rng import image_generators
 
 CONTINUOUS = {
@@ -54,41 +55,41 @@ def test_nothing_of_the_future_leaks(order, kind):
     orders = model.sample_orders(3, torch.Generator().manual_seed(1))
     classes = model.embed_labels(torch.tensor([1, 2, 3]), 3)
     with torch.no_grad():
-        _, z = model.teach(tokens, orders, classes)
+        _, z = model.training_targets(tokens, orders, classes)
         for j in (0, 7, 14):
             other = tokens.clone()
             other[:, 15 - j] = 5  # tokens stand in the order of generation, the first at the end
-            _, changed = model.teach(other, orders, classes)
+            _, changed = model.training_targets(other, orders, classes)
             assert torch.equal(z[:, : j + 1], changed[:, : j + 1])
             moved = (z - changed).abs().amax(dim=(0, 2))
             assert (moved[j + 1 :] > 1e-4).all()
 
 
-def test_the_place_asked_next_is_used():
-    """In the random order, asking for another place next gives another z; so does a class."""
+def test_the_position_to_predict_is_used():
+    """In the random order, z depends on the position to predict; and on the class."""
     model = tiny("diffloss", "random")
     tokens = model.patchify(latents_of("diffloss"))
     orders = model.sample_orders(3, torch.Generator().manual_seed(1))
-    tokens, asked = take(tokens, orders), slice(7, 8)
+    tokens, to_predict = take(tokens, orders), slice(7, 8)
     swapped = orders.clone()
     swapped[:, [3, 7]] = orders[:, [7, 3]]
     classes = model.embed_labels(torch.tensor([1, 2, 3]), 3)
     with torch.no_grad():
-        z = model.predict(tokens, orders, asked, classes)
-        elsewhere = model.predict(tokens, swapped, asked, classes)
-        other_class = model.predict(tokens, orders, asked, classes.roll(1, 0))
+        z = model.predict(tokens, orders, to_predict, classes)
+        elsewhere = model.predict(tokens, swapped, to_predict, classes)
+        other_class = model.predict(tokens, orders, to_predict, classes.roll(1, 0))
     assert not torch.allclose(z, elsewhere, atol=1e-3)
     assert not torch.allclose(z, other_class, atol=1e-3)
 
 
-def test_teaching_is_predicting(order, kind):
+def test_training_is_predicting(order, kind):
     """z of the whole sequence at once is z of each place in turn, from what is known then."""
     model = tiny(kind, order)
     tokens = model.patchify(latents_of(kind))
     orders = model.sample_orders(3, torch.Generator().manual_seed(1))
     classes = model.embed_labels(torch.tensor([1, 2, 3]), 3)
     with torch.no_grad():
-        target, z = model.teach(tokens, orders, classes)
+        target, z = model.training_targets(tokens, orders, classes)
         assert torch.equal(target, tokens.flip(1))
         for unknown in (16, 9, 1):
             one = model.predict(tokens, orders, slice(unknown - 1, unknown), classes)
@@ -100,12 +101,12 @@ def test_cache_changes_no_z(order, kind):
     model = tiny(kind, order)
     tokens = model.patchify(latents_of(kind))
     orders = model.sample_orders(3, torch.Generator().manual_seed(1))
-    classes, cache = model.embed_labels(torch.tensor([1, 2, 3]), 3), model.start_cache()
+    classes, cache = model.embed_labels(torch.tensor([1, 2, 3]), 3), model.start_cache(Sampling())
     with torch.no_grad():
         for unknown in range(12, 0, -1):  # four tokens are given at the start
-            asked = slice(unknown - 1, unknown)
-            cached = model.predict(tokens, orders, asked, classes, cache)
-            plain = model.predict(tokens, orders, asked, classes)
+            to_predict = slice(unknown - 1, unknown)
+            cached = model.predict(tokens, orders, to_predict, classes, cache)
+            plain = model.predict(tokens, orders, to_predict, classes)
             torch.testing.assert_close(cached, plain, atol=1e-5, rtol=1e-5)
 
 
@@ -125,7 +126,7 @@ def test_cache_changes_no_sample(order, kind, cfg, monkeypatch):
         )
 
     cached = draw()
-    monkeypatch.setattr(model, "start_cache", lambda: None)
+    monkeypatch.setattr(model, "start_cache", lambda sampling: None)
     torch.testing.assert_close(cached, draw(), atol=1e-5, rtol=1e-5)
 
 
@@ -133,7 +134,7 @@ def test_cache_is_allocated_once(monkeypatch):
     """One tensor for all blocks, keys, values and steps, of exactly the size that is needed."""
     model, caches = tiny("diffloss", "random"), []
 
-    def start():
+    def start(sampling):
         caches.append(Counting(len(model.blocks), model.seq_len))
         return caches[-1]
 
@@ -141,7 +142,8 @@ def test_cache_is_allocated_once(monkeypatch):
     model.sample_tokens(2, num_iter=16, cfg=2.0, labels=torch.tensor([1, 2]))
     (cache,) = caches
     assert cache.allocations == 1 and cache.length == 16
-    assert cache.held.shape == (2, 4, 4, 4, 16, 16)  # 4 blocks, two streams of 2, 4 heads of 16
+    # keys and values, 4 blocks, 2 images with and without class, 4 heads, 16 tokens, 16 channels
+    assert cache.held.shape == (2, 4, 4, 4, 16, 16)
 
 
 class Counting(KVCache):
@@ -209,7 +211,7 @@ def test_filling_in(order):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_iter": 8}, "num_iter 8: expected 16, causal attention gives one token a step"),
+        ({"num_iter": 8}, "num_iter 8: expected 16, causal attention gives one token per step"),
         ({"order": "random"}, "order random: this model learned the raster order only"),
         ({"order": "confidence"}, "'confidence': expected a bidirectional model"),
         ({"order": "spiral"}, "order 'spiral': expected one of random, raster, confidence"),

@@ -10,7 +10,7 @@ from rule import GOLDEN
 from engine_mar import parameter_groups
 from models import build_model, checkpoint_config, export, load_model
 from models.mar import mar_tiny
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint, save_checkpoint
+from util.checkpoint import LAST, TrainState, find_checkpoint, load_checkpoint
 from util.ema import EMA
 
 PUBLISHED = GOLDEN / "checkpoint-published.pth"
@@ -34,7 +34,7 @@ CONFIG = {
 
 
 def trained(steps=2):
-    """A tiny model, its EMA and its optimiser after some steps."""
+    """A tiny model, its EMA and its optimizer after some steps."""
     torch.manual_seed(0)
     model = build_model(**MODEL)
     ema = EMA(model, 0.5)
@@ -49,7 +49,7 @@ def trained(steps=2):
 def save(path, scaler=False):
     model, ema, optimizer = trained()
     scaler = torch.amp.GradScaler("cpu", enabled=scaler)
-    save_checkpoint(path, model, ema, optimizer, scaler, 7, CONFIG, {"epochs": 9})
+    TrainState(model, ema, optimizer, scaler, 8).save(path, CONFIG, {"epochs": 9})
     return model, ema
 
 
@@ -100,7 +100,7 @@ def test_our_checkpoint_has_the_published_entries(tmp_path):
     path = tmp_path / LAST
     model, _ = save(path)
     content = torch.load(path, weights_only=True)  # no class of anybody's: plain data only
-    assert set(content) == {"model", "model_ema", "optimizer", "epoch", "args", "config"}
+    assert set(content) == {"model", "model_ema", "optimizer", "epoch", "args", "config", "format"}
     assert content["epoch"] == 7
     assert set(content["model"]) == {name for name, _ in model.named_parameters()}
     assert set(content["model_ema"]) == set(content["model"])
@@ -188,7 +188,7 @@ def test_other_files_are_refused(tmp_path, content, message):
 
 
 def test_damaged_file(tmp_path):
-    """A checkpoint cut short is said to be."""
+    """A checkpoint that was cut short is reported as truncated."""
     path = tmp_path / LAST
     save(path)
     path.write_bytes(path.read_bytes()[:20000])

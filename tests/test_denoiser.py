@@ -14,10 +14,11 @@ from rule import by_rule, rule_input
 from diffusion import create_diffusion
 from diffusion.schedule import annealing
 from diffusion.solvers import SOLVERS
-from models import denoiser
 from models.diffloss import DiffLoss
+from models.fast import denoiser
+from models.fast.graphs import Graphs
 from models.heads import L2
-from util.graphs import Graphs
+from models.settings import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,17 @@ def inputs(rows=6):
 
 
 def plainly(head, z, z_uncond, noise, cfg, temperature):
-    """The same by the network as it is trained, step by step."""
+    """The same by the network as it is trained, step by step, with guidance written out."""
 
     def network(x, t):
-        return head.net(x, t, z) if cfg == 1 else head.net.with_cfg(x, t, z, z_uncond, cfg)
+        if cfg == 1:
+            return head.net(x, t, z)
+        cond, uncond = head.net(x, t, z), head.net(x, t, z_uncond)
+        (noise, v), noise_uncond = cond.chunk(2, dim=-1), uncond.chunk(2, dim=-1)[0]
+        return torch.cat([noise_uncond + cfg * (noise - noise_uncond), v], dim=-1)
 
     with torch.no_grad():
-        return head.gen_diffusion.p_sample_loop(network, noise[0], noise[1:], temperature)
+        return head.gen_diffusion.sample(network, noise[0], noise[1:], temperature)
 
 
 def difference(ours, theirs):
@@ -54,23 +59,24 @@ def test_same_samples_for_the_same_noise(head, monkeypatch, at_once, cfg, temper
     assert difference(ours, plainly(head, z, z_uncond, noise, cfg, temperature)) < 1e-5
 
 
-def test_guidance_has_one_state_a_token(head, monkeypatch):
+def test_guidance_has_one_state_per_token(head, monkeypatch):
     """x keeps N rows; the network alone sees 2N."""
     seen = []
-    step = denoiser.Denoiser._step
+    network = denoiser.Denoiser._network
 
-    def noted(self, s, x, output, *args):
+    def noted(self, x, *args, **kwargs):
+        output = network(self, x, *args, **kwargs)
         seen.append((len(x), len(output)))
-        return step(self, s, x, output, *args)
+        return output
 
-    monkeypatch.setattr(denoiser.Denoiser, "_step", noted)
+    monkeypatch.setattr(denoiser.Denoiser, "_network", noted)
     z, z_uncond, noise = inputs()
     head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
     head.sample(z, 1.0, noise=noise)
     assert seen == [(6, 12)] * 20 + [(6, 6)] * 20
 
 
-def test_new_weights_are_heeded(head):
+def test_new_weights_are_used(head):
     """Arranged weights are copies; each sampling makes them anew."""
     head = copy.deepcopy(head)
     z, _, noise = inputs()
@@ -101,8 +107,8 @@ class Recorder(Graphs):
 def test_what_a_graph_would_record(head, monkeypatch):
     """Rows are padded to few shapes, which changes no sample; weights stay where they were."""
     head = copy.deepcopy(head)
-    head.graphs = recorder = Recorder()
-    monkeypatch.setattr("models.diffloss.Graphs", lambda: recorder)
+    head.fast.graphs = recorder = Recorder()
+    monkeypatch.setattr(denoiser, "Graphs", lambda: recorder)
     plain = {}
     for rows in (3, 6, 8):
         z, z_uncond, noise = inputs(rows)
@@ -110,52 +116,48 @@ def test_what_a_graph_would_record(head, monkeypatch):
         ours = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
         assert difference(ours, plain[rows]) < 1e-5
     assert len(set(recorder.keys)) == 1
-    arranged = head.arranged[1]
+    arranged = head.fast.arranged[1]
     with torch.no_grad():
         head.net.cond_embed.weight.mul_(2.0)
     changed = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
-    assert head.arranged[1] is arranged
+    assert head.fast.arranged[1] is arranged
     assert difference(changed, plainly(head, z, z_uncond, noise, 2.0, 1.0)) < 1e-5
     head.net.cond_embed.weight = torch.nn.Parameter(head.net.cond_embed.weight / 2)
     again = head.sample(z, 1.0, 2.0, z_uncond, noise=noise)
-    assert head.arranged[1] is not arranged
+    assert head.fast.arranged[1] is not arranged
     assert difference(again, plain[8]) < 1e-5
 
 
 def test_tables_stay_on_the_host():
-    """Whatever torch's default device is: their numbers are asked for one by one."""
+    """Whatever torch's default device is: their numbers are read one by one."""
     with torch.device("meta"):
         head = DiffLoss(16, 48, depth=1, width=32)
     assert head.gen_diffusion.steps()[0].from_x > 1
     assert head.gen_diffusion.alphas_cumprod.device.type == "cpu"
 
 
-# ---- solvers: data of deviation s, for which the best network is known ------------------------
+# ---- solvers: data of standard deviation s, for which the best network is known ---------------
 
-DEVIATION = 0.5
+STD = 0.5
 
 
 def best_network(x, t):
     """ε of x for data from N(0, s²): E[ε | x_t]."""
     alpha = create_diffusion().alphas_cumprod[t].float().unsqueeze(-1)
-    predicted = (1 - alpha).sqrt() * x / (alpha * DEVIATION**2 + 1 - alpha)
+    predicted = (1 - alpha).sqrt() * x / (alpha * STD**2 + 1 - alpha)
     return torch.cat([predicted, torch.zeros_like(x)], dim=-1)
 
 
 def solve(solver, steps, x):
-    previous, log_snr = None, solver == "dpm++"
+    log_snr = SOLVERS[solver].log_snr
     diffusion = create_diffusion(steps, highest=950, log_snr=log_snr)
-    for step in diffusion.steps(solver=solver):
-        predicted, v = best_network(x, torch.full(x.shape[:-1], step.timestep)).chunk(2, dim=-1)
-        start = step.start(x, predicted)
-        x, previous = step(x, predicted, v, None, 0.0, previous), start
-    return x
+    return diffusion.sample(best_network, x, temperature=0.0, solver=solver)
 
 
 def exact(x):
-    """Where the noiseless process takes x from t = 950: it scales by the ratio of deviations."""
+    """Where the noiseless process takes x from t = 950: scaled by the ratio of the stds."""
     alpha = create_diffusion().alphas_cumprod[950].item()
-    return x * DEVIATION / math.sqrt(alpha * DEVIATION**2 + 1 - alpha)
+    return x * STD / math.sqrt(alpha * STD**2 + 1 - alpha)
 
 
 def test_solvers_converge_as_their_order_says():
@@ -170,19 +172,21 @@ def test_solvers_converge_as_their_order_says():
 
 
 def test_the_solvers_of_a_head(head):
-    """They draw no noise but the start, which the temperature scales, and heed guidance."""
+    """They draw no noise but the start, which the temperature scales, and follow guidance."""
     z, z_uncond, noise = inputs()
     other = torch.cat([noise[:1], noise[1:].roll(1, 1)])
     for solver in ("ddim", "dpm++"):
-        draw = head.start_sampling(solver=solver)
+        draw = head.sampler(Sampling(solver=solver))
         first = draw(z, 2.0, z_uncond, noise=noise)
         assert torch.equal(first, draw(z, 2.0, z_uncond, noise=other))
         assert not torch.allclose(first, draw(z, noise=noise))
-        colder = head.start_sampling(0.5, solver=solver)(z, 2.0, z_uncond, noise=noise)
+        colder = head.sampler(Sampling(temperature=0.5, solver=solver))(
+            z, 2.0, z_uncond, noise=noise
+        )
         scaled = torch.cat([noise[:1] / 2, noise[1:]])
         assert torch.equal(colder, draw(z, 2.0, z_uncond, noise=scaled))
-        assert head.start_sampling(0.0, solver=solver)(z, noise=noise).isfinite().all()
-    assert list(SOLVERS) == ["ddpm", "ddim", "dpm++"]
+        cold = head.sampler(Sampling(temperature=0.0, solver=solver))
+        assert cold(z, noise=noise).isfinite().all()
 
 
 def test_annealing():
@@ -209,9 +213,9 @@ def test_annealed_steps_of_a_head(head, monkeypatch):
         return run(self, steps, *args, **kwargs)
 
     monkeypatch.setattr(denoiser.Denoiser, "run", noted)
-    draw = head.start_sampling(anneal="linear:40:4")
-    for progress in (0.0, 0.5, 0.99):
-        assert draw(inputs()[0], progress=progress).isfinite().all()
+    draw = head.sampler(Sampling(anneal="linear:40:4"))
+    for done in (0.0, 0.5, 0.99):
+        assert draw(inputs()[0], done=done).isfinite().all()
     assert counts == [(39, 950), (23, 950), (9, 950)]
 
 
@@ -226,6 +230,6 @@ def test_annealed_steps_of_a_head(head, monkeypatch):
 def test_wrong_settings(head, settings, message):
     """Refused before anything is sampled; and by a head without a diffusion."""
     with pytest.raises(ValueError, match=message):
-        head.start_sampling(**settings)
+        head.sampler(Sampling.of(**settings))
     with pytest.raises(ValueError, match="L2 has no diffusion"):
-        L2(4, 8).start_sampling(**settings)
+        L2(4, 8).sampler(Sampling.of(**settings))

@@ -11,10 +11,10 @@ from rule import by_rule, rule_input
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import models.linear
+import models.fast.linear
 from models.diffloss import DiffLoss
-from util import graphs as module
-from util.graphs import Graphs, padded
+from models.fast import graphs as module
+from models.fast.graphs import Graphs, padded
 
 
 class Played(TorchDispatchMode):
@@ -68,7 +68,7 @@ def device(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Graphs, "usable", lambda self, device: self.possible)
-    monkeypatch.setattr(models.linear, "enabled", False)  # of a CPU alone
+    monkeypatch.setattr(models.fast.linear, "enabled", False)  # of a CPU alone
     return made, restored, used
 
 

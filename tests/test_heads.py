@@ -1,4 +1,4 @@
-"""Cross-entropy and L2, the baselines. Run: python -m pytest tests/test_heads.py"""
+"""Heads: cross-entropy and L2, and the contract. Run: python -m pytest tests/test_heads.py"""
 
 import math
 
@@ -6,8 +6,13 @@ import pytest
 import torch
 from rule import by_rule
 
-from models.heads import L2, CrossEntropy
+from models.autoregressive import HEAD_DEFAULTS
+from models.diffloss import Diffused
+from models.heads import L2, CrossEntropy, Head
 from models.mar import mar_tiny
+from models.options import named_by, options_of
+from models.settings import HEADS, Model, Sampling
+from util.rng import image_generators
 
 CODES = 8
 
@@ -34,13 +39,13 @@ def test_cross_entropy_learns_the_entropy():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_match_the_softmax(temperature):
-    """Sampled ids come as often as softmax(logits / τ) says."""
+    """Sampled indices come as often as softmax(logits / τ) says."""
     head = CrossEntropy(CODES, CODES)
     torch.nn.init.eye_(head.linear.weight)
     logits = torch.linspace(-1, 1.5, CODES)
     z = logits.expand(40000, CODES)
-    ids = head.sample(z, temperature, generator=torch.Generator().manual_seed(0))
-    frequencies = torch.bincount(ids.long().flatten(), minlength=CODES) / len(z)
+    indices = head.sample(z, temperature, generator=torch.Generator().manual_seed(0))
+    frequencies = torch.bincount(indices.long().flatten(), minlength=CODES) / len(z)
     # the standard error of a frequency is at most 0.0025
     torch.testing.assert_close(frequencies, (logits / temperature).softmax(0), atol=0.01, rtol=0)
 
@@ -53,9 +58,9 @@ def test_temperature_zero_and_guidance():
     assert torch.equal(head.sample(z, 0)[:, 0], z.argmax(-1).float())
     guided = z_uncond + 3 * (z - z_uncond)
     assert torch.equal(head.sample(z, 0, 3.0, z_uncond)[:, 0], guided.argmax(-1).float())
-    ids = head.sample(z)
-    expected = guided.log_softmax(-1).gather(-1, ids.long())[:, 0]
-    torch.testing.assert_close(head.confidence(ids, z, 3.0, z_uncond), expected)
+    indices = head.sample(z)
+    expected = guided.log_softmax(-1).gather(-1, indices.long())[:, 0]
+    torch.testing.assert_close(head.confidence(indices, z, 3.0, z_uncond), expected)
 
 
 def test_mask_says_which_tokens_count():
@@ -69,7 +74,7 @@ def test_mask_says_which_tokens_count():
 
 
 def test_l2_gives_the_mean_whatever_the_temperature():
-    """Tokens that are ±1 at random are regressed to 0: what the paper's disaster is."""
+    """Tokens that are ±1 at random are regressed to 0: why the paper's L2 fails."""
     torch.manual_seed(0)
     head = L2(2, 4)
     optimizer = torch.optim.Adam(head.parameters(), 0.05)
@@ -83,8 +88,8 @@ def test_l2_gives_the_mean_whatever_the_temperature():
     assert head.sample(torch.ones(5, 4), temperature=2.0).abs().max() < 0.15
 
 
-def test_ids_survive_the_whole_way():
-    """A discrete MAR patchifies, embeds and samples ids up to 16,383 without changing one."""
+def test_code_indices_survive_the_whole_way():
+    """A discrete MAR patchifies, embeds and samples indices up to 16,383 without changing one."""
     model = by_rule(mar_tiny(img_size=64, vae_embed_dim=1, num_codes=16384, class_num=10))
     latents = torch.arange(16368, 16384).float().view(1, 1, 4, 4)
     assert torch.equal(model.unpatchify(model.patchify(latents)), latents)
@@ -109,5 +114,154 @@ def test_untrained_cross_entropy_is_about_that_of_the_uniform():
     """At the start the loss is near ln K: the head is not confident of anything."""
     torch.manual_seed(0)
     model = mar_tiny(img_size=64, vae_embed_dim=1, num_codes=CODES, class_num=10).train()
-    ids = torch.randint(0, CODES, (64, 1, 4, 4)).float()
-    assert 0.7 < model(ids, torch.arange(64) % 10).item() / math.log(CODES) < 2
+    indices = torch.randint(0, CODES, (64, 1, 4, 4)).float()
+    assert 0.7 < model(indices, torch.arange(64) % 10).item() / math.log(CODES) < 2
+
+
+# ---- the contract, of every row of HEADS -----------------------------------------------------
+
+CHANNELS, WIDTH = 3, 8  # of a token, of z
+
+
+@pytest.fixture(params=HEADS)
+def head(request):
+    kind = HEADS[request.param]
+    options = {**HEAD_DEFAULTS, "diffloss_w": 32, "num_sampling_steps": "4"}
+    torch.manual_seed(0)
+    head = kind(CODES if kind.discrete else CHANNELS, WIDTH, **named_by(options, kind))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)  # layers that start at zero pass nothing on
+    return head
+
+
+def token(head, *shape):
+    if head.discrete:
+        return torch.randint(0, CODES, (*shape, 1)).float()
+    return torch.randn(*shape, CHANNELS)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_loss_is_a_scalar_with_a_gradient(head):
+    """Finite, decided by the generator; z and every parameter get a gradient."""
+    z, target = torch.randn(2, 5, WIDTH, requires_grad=True), token(head, 2, 5)
+    loss = head(target, z, generator=seeded())
+    assert loss.shape == () and loss.isfinite()
+    assert torch.equal(loss, head(target, z, generator=seeded()))
+    loss.backward()
+    assert z.grad.abs().amax(-1).gt(0).all()
+    assert not [n for n, p in head.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_tokens_where_the_mask_is_0_do_not_count(head):
+    """They change neither the loss nor the gradient of any z."""
+    mask = torch.tensor([[1.0, 0, 1, 0, 0], [0, 1, 1, 1, 0]])
+    z, target = torch.randn(2, 5, WIDTH, requires_grad=True), token(head, 2, 5)
+    other = torch.where(mask.unsqueeze(-1) == 1, target, token(head, 2, 5))
+    assert not torch.equal(other, target)
+    loss = head(target, z, mask, generator=seeded())
+    assert torch.equal(loss, head(other, z, mask, generator=seeded()))
+    loss.backward()
+    assert torch.equal(z.grad.abs().amax(-1) > 0, mask == 1)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 2.0])
+def test_drawn_tokens(head, cfg):
+    """Of the shape of targets, without a gradient; a generator per image decides what is drawn."""
+    draw = head.sampler(Sampling(max_timestep=950))
+    z, z_uncond = torch.randn(2, 5, WIDTH, requires_grad=True), torch.randn(2, 5, WIDTH)
+    tokens, again = (draw(z, cfg, z_uncond, image_generators(0, range(2)), 0.5) for _ in range(2))
+    assert tokens.shape == token(head, 2, 5).shape and tokens.isfinite().all()
+    assert not tokens.requires_grad and torch.equal(tokens, again)
+    alone = draw(z[1:], cfg, z_uncond[1:], image_generators(0, [1]), 0.5)
+    torch.testing.assert_close(alone, tokens[1:], atol=1e-4, rtol=1e-4)
+    if head.discrete:
+        assert torch.equal(tokens, tokens.round()) and 0 <= tokens.min() <= tokens.max() < CODES
+
+
+def test_guidance_changes_what_is_drawn(head):
+    """At a scale other than 1, as far as z and its unconditional counterpart differ."""
+    draw, z = head.sampler(Sampling(max_timestep=950)), torch.randn(1, 200, WIDTH)
+    plain = draw(z, generator=seeded())
+    guided = draw(z, 3.0, -z, generator=seeded())
+    assert not torch.allclose(plain, guided, atol=1e-3)
+    same = draw(z, 3.0, z, generator=seeded())
+    assert (same - plain).abs().gt(1e-2).float().mean() < 0.02  # rounding may move a code
+
+
+def test_confidence_is_a_log_probability(head):
+    """Where a head has one: the probabilities of all tokens sum to 1."""
+    if head.confidence is None:
+        pytest.skip("this head knows no probability of a token")
+    z = torch.randn(1, 5, WIDTH).expand(CODES, -1, -1)
+    every = torch.arange(float(CODES)).view(-1, 1, 1).expand(-1, 5, 1)
+    for guidance in ((), (2.0, z.flip(1))):
+        total = head.confidence(every, z, *guidance).exp().sum(0)
+        torch.testing.assert_close(total, torch.ones(5))
+
+
+def test_what_a_head_says_of_itself(head):
+    """Statistics are numbers by name, since the last call; advice is a sentence."""
+    assert isinstance(head, Head) and isinstance(head.discrete, bool)
+    head.train()
+    head(token(head, 4, 5), torch.randn(4, 5, WIDTH))
+    statistics = head.statistics(reduce=lambda sums: sums)
+    assert all(isinstance(k, str) and isinstance(v, float) for k, v in statistics.items())
+    assert head.statistics() == {}
+    own = list(head.modules())
+    assert all(module in own for module in head.to_compile())
+    advice = head.advice(Sampling())
+    assert isinstance(advice, str) and advice[0].isupper()
+
+
+def test_statistics_are_summed_over_processes():
+    """Diffusion Loss: sums and counts go through `reduce`, so that means are of all processes."""
+    model = mar_tiny(img_size=64, class_num=10, diffusion_batch_mul=8).train()
+    model(torch.randn(8, 16, 4, 4), torch.arange(8), seeded())
+    quarters = model.head.quarters.clone()
+    statistics = model.statistics(reduce=lambda sums: sums + torch.tensor([[8.0], [0.0]]))
+    assert list(statistics) == ["loss_t0-249", "loss_t250-499", "loss_t500-749", "loss_t750-999"]
+    torch.testing.assert_close(
+        torch.tensor(list(statistics.values())), (quarters[0] + 8) / quarters[1]
+    )
+
+
+def test_options_of_a_head_are_fields(head):
+    """Each is a field of the model's settings, by its own name or by its alias."""
+    own = {name for name in options_of(type(head)) if name not in head.aliases.values()}
+    assert own <= set(Model.names())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"solver": "euler"}, "solver 'euler'"),
+        ({"anneal": "slowly"}, "anneal 'slowly'"),
+        ({"temperature": -1.0}, r"temperature -1\.0: expected 0 or more"),
+    ],
+)
+def test_settings_that_no_head_knows(head, settings, message):
+    """Refused before anything is drawn."""
+    with pytest.raises(ValueError, match=message):
+        head.sampler(Sampling(**settings))
+
+
+@pytest.mark.parametrize("settings", [{"solver": "ddim"}, {"anneal": "linear"}])
+def test_settings_of_a_diffusion(head, settings):
+    """Heads without one refuse them, naming themselves."""
+    if isinstance(head, Diffused):
+        assert callable(head.sampler(Sampling(**settings)))
+    else:
+        with pytest.raises(ValueError, match=f"{type(head).__name__} has no diffusion"):
+            head.sampler(Sampling(**settings))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_does_not_fit_the_tokenizer(name):
+    """A discrete head for continuous latents, or the reverse, is refused, with those that fit."""
+    other = {} if HEADS[name].discrete else {"vae_embed_dim": 1, "num_codes": CODES}
+    fitting = " or ".join(n for n, h in HEADS.rows() if h.discrete != HEADS[name].discrete)
+    with pytest.raises(ValueError, match=f"head '{name}': .* expected {fitting}"):
+        mar_tiny(img_size=64, head=name, **other)

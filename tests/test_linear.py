@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models import linear
+from models.fast import linear
 from models.mar import mar_tiny
 
 
 @pytest.fixture
 def used(monkeypatch):
-    """How often oneDNN was asked."""
+    """The shapes that oneDNN was called with."""
     calls, product = [], linear._product
 
     def counted(*args):

@@ -12,9 +12,9 @@ from rule import GOLDEN, by_rule, rule_input
 
 import models.diffloss
 from models.autoregressive import take
-from models.denoiser import Denoiser
+from models.fast.denoiser import Denoiser, guided
 from models.mar import mar_base, mar_huge, mar_large, mar_tiny
-from models.order import token_counts
+from models.order import cosine, token_counts
 from util.rng import image_generators
 
 TAGS = {"p1": {"img_size": 64, "patch_size": 1}, "p2": {"img_size": 128, "patch_size": 2}}
@@ -86,18 +86,18 @@ def test_encoder_and_z(golden, masked):
     model, latents, values = golden
     tokens, orders = model.patchify(latents), values["orders"]
     orders = torch.cat([orders[:, :masked], orders[:, masked:].sort(1).values], dim=1)
-    tokens, asked = take(tokens, orders), slice(0, masked)
+    tokens, to_predict = take(tokens, orders), slice(0, masked)
     with torch.no_grad():
         classes = model.embed_labels(LABELS, 3)
         encoded = model.encode(tokens[:, masked:], orders[:, masked:], classes)
         close(encoded, values[f"masked{masked}/encoder"])
-        z = model.decode(encoded, orders, asked)
-        close(z, take(values[f"masked{masked}/z"], orders[:, asked]))
+        z = model.decode(encoded, orders, to_predict)
+        close(z, take(values[f"masked{masked}/z"], orders[:, to_predict]))
         if masked == 12:
             both = torch.cat([classes, model.embed_labels(None, 3)])
-            z, z_uncond = model.predict(tokens, orders, asked, both).chunk(2)
-            close(z, take(values["masked12/z"], orders[:, asked]))
-            close(z_uncond, take(values["masked12/z_uncond"], orders[:, asked]))
+            z, z_uncond = model.predict(tokens, orders, to_predict, both).chunk(2)
+            close(z, take(values["masked12/z"], orders[:, to_predict]))
+            close(z_uncond, take(values["masked12/z_uncond"], orders[:, to_predict]))
 
 
 @pytest.mark.parametrize("num_iter", [1, 4, 16])
@@ -128,14 +128,14 @@ def test_sampled_without_labels(golden, monkeypatch):
     assert (latents - expected).abs().max() / expected.abs().max() < 1e-4
 
 
-def test_tokens_a_step():
+def test_tokens_per_step():
     """The cosine schedule for every length and number of steps on record."""
     file = np.load(GOLDEN / "mar.npz")
     names = [k for k in file.files if k.startswith("schedule/")]
     assert names
     for name in names:
         length, num_iter = (int(part.lstrip("Liter")) for part in name.split("/")[1].split("-"))
-        assert token_counts(length, num_iter) == file[name].tolist(), name
+        assert token_counts(cosine, length, num_iter) == file[name].tolist(), name
 
 
 # ---- what must hold of any such model -------------------------------------------------------
@@ -154,15 +154,15 @@ def generator(seed=0):
 def test_unknown_tokens_do_not_leak(model):
     """Changing tokens that are not known leaves z alone; changing a known one does not."""
     tokens = rule_input("tokens", (2, 16, 16))  # in the order of generation
-    orders, asked = model.sample_orders(2, generator()), slice(4, 10)
+    orders, to_predict = model.sample_orders(2, generator()), slice(4, 10)
     changed_unknown, changed_known = tokens.clone(), tokens.clone()
     changed_unknown[:, :10] = 99.0
     changed_known[:, 10] = 99.0
     with torch.no_grad():
         classes = model.embed_labels(torch.tensor([3, 5]), 2)
-        z = model.predict(tokens, orders, asked, classes)
-        assert torch.equal(z, model.predict(changed_unknown, orders, asked, classes))
-        assert not torch.allclose(z, model.predict(changed_known, orders, asked, classes))
+        z = model.predict(tokens, orders, to_predict, classes)
+        assert torch.equal(z, model.predict(changed_unknown, orders, to_predict, classes))
+        assert not torch.allclose(z, model.predict(changed_known, orders, to_predict, classes))
 
 
 def test_every_parameter_gets_a_gradient():
@@ -198,7 +198,7 @@ def test_untrained_loss_is_that_of_predicting_zero():
 
 
 def test_diffusion_batch_mul_draws_as_many_timesteps():
-    """Four timesteps a token are four draws of the same loss: their mean varies half as much."""
+    """Four timesteps per token are four draws of the same loss: their mean varies half as much."""
     torch.manual_seed(0)
     latents, labels = torch.randn(4, 16, 4, 4), torch.arange(4)
     spread = {}
@@ -212,11 +212,11 @@ def test_diffusion_batch_mul_draws_as_many_timesteps():
 
 
 def test_mask_ratios():
-    """Ratios lie in [0.7, 1] and have the mean and deviation of the truncated normal."""
+    """Ratios lie in [0.7, 1] and have the mean and standard deviation of the truncated normal."""
     model, draw = tiny(), generator()
     ratios = np.array([model.sample_mask_ratio(draw) for _ in range(4000)])
     assert ratios.min() >= 0.7 and ratios.max() <= 1
-    # scipy.stats.truncnorm(-1.2, 0, 1, 0.25): mean 0.8681, deviation 0.0813
+    # scipy.stats.truncnorm(-1.2, 0, 1, 0.25): mean 0.8681, std 0.0813
     assert abs(ratios.mean() - 0.8681) < 0.006
     assert abs(ratios.std() - 0.0813) < 0.005
 
@@ -261,12 +261,10 @@ def test_temperature_zero_is_deterministic_but_for_the_start(model):
 
 
 def test_guidance_one_is_no_guidance(model):
-    """ω = 1 takes one stream; two streams at ω = 1 give the same noise."""
-    x, z, zu = (rule_input(n, (5, c)) for n, c in (("x", 16), ("z", 64), ("zu", 64)))
-    t = torch.full((5,), 300)
-    with torch.no_grad():
-        net = model.diffloss.net
-        torch.testing.assert_close(net.with_cfg(x, t, z, zu, 1.0), net(x, t, z))
+    """ω = 1 needs no unconditional z; with one, guidance at ω = 1 gives the same noise."""
+    cond, uncond = rule_input("cond", (5, 32)), rule_input("uncond", (5, 32))
+    noise, v = guided(torch.cat([cond, uncond]), 1.0)
+    torch.testing.assert_close(torch.cat([noise, v], dim=-1), cond)
     near = sample(model, cfg=1.0 + 1e-6)
     torch.testing.assert_close(sample(model, cfg=1.0), near, atol=1e-3, rtol=1e-3)
     assert not torch.allclose(near, sample(model, cfg=3.0), atol=1e-3, rtol=1e-3)
@@ -283,7 +281,7 @@ def test_stacked_guidance_is_the_published_form(model):
 
 @pytest.mark.parametrize("cfg", [1.0, 2.5])
 def test_one_batch_equals_many(model, cfg):
-    """With a generator an image, image i is the same alone, in pairs and in one batch."""
+    """With one generator per image, image i is the same alone, in pairs and in one batch."""
     labels = torch.tensor([1, 4, 7, 2])
 
     def images(indices):
@@ -341,13 +339,13 @@ def test_the_first_reverse_step_is_in_float32(model, monkeypatch):
     [
         ({"num_iter": 17}, "num_iter 17: expected 1 to 16"),
         ({"num_iter": 0}, "num_iter 0: expected 1 to 16"),
-        ({"cfg_schedule": "cosine"}, "cfg_schedule 'cosine': expected one of constant, linear"),
+        ({"cfg_schedule": "cosine"}, "cfg_schedule 'cosine': expected one of linear, constant"),
         ({"labels": torch.arange(2)}, r"labels of shape \(2,\): expected \(3,\)"),
         ({"orders": torch.zeros(3, 4)}, r"orders of shape \(3, 4\): expected \(3, 16\)"),
-        ({"labels": [1, 2, 3]}, r"labels of type list: expected \(3,\) whole numbers .*, a tensor"),
+        ({"labels": [1, 2, 3]}, r"labels of type list: expected \(3,\) integers .*, a tensor"),
         (
             {"labels": torch.rand(3)},
-            r"type torch.float32: expected \(3,\) whole numbers from 0 to 9",
+            r"type torch.float32: expected \(3,\) integers from 0 to 9",
         ),
         ({"labels": torch.tensor([0, 1, 10])}, "labels from 0 to 10: expected .* from 0 to 9"),
         ({"n": 0}, "bsz 0: expected 1 or more"),
@@ -404,7 +402,8 @@ def test_compiled_training_is_the_same(monkeypatch):
     settings = {"attn_dropout": 0.0, "proj_dropout": 0.0, "mask_ratio_min": 0.2}
     plain, compiled = (by_rule(tiny(**settings)).train() for _ in range(2))
     names = list(compiled.state_dict())
-    compiled.compile_training()
+    for module, dynamic in compiled.to_compile():
+        module.compile(dynamic=dynamic)
     assert list(compiled.state_dict()) == names
     compiled.encoder_norm.register_forward_hook(lambda m, x, y: lengths.add(y.shape[1]))
     latents, labels = rule_input("latents", (2, 16, 4, 4)), torch.arange(2)
@@ -425,9 +424,9 @@ def test_the_mask_ratio_has_a_source_of_its_own():
     model, counts = tiny().train(), []
     predict = model.predict
 
-    def noted(tokens, orders, asked, classes):
-        counts.append((asked.stop, orders.clone()))
-        return predict(tokens, orders, asked, classes)
+    def noted(tokens, orders, to_predict, classes):
+        counts.append((to_predict.stop, orders.clone()))
+        return predict(tokens, orders, to_predict, classes)
 
     model.predict = noted
     latents, labels = rule_input("latents", (2, 16, 4, 4)), torch.arange(2)

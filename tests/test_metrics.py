@@ -15,27 +15,31 @@ from test_train import torchrun
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
-from util import evaluation
-from util.data import digits
-from util.evaluation import (
+from util.data.digits import digits
+from util.evaluation import __main__ as door
+from util.evaluation import references
+from util.evaluation.accumulator import (
     Accumulator,
-    compare,
-    load_reference,
-    open_images,
-    open_judge,
-    summarize,
-)
-from util.features import INCEPTION, Extractor
-from util.flags import run
-from util.images import to_uint8
-from util.metrics import (
     RunningInceptionScore,
     RunningStatistics,
+    summarize,
+)
+from util.evaluation.evaluator import Evaluator, open_evaluator
+from util.evaluation.features import Extractor
+from util.evaluation.image_sets import open_images
+from util.evaluation.metrics import (
+    INCEPTION,
     frechet_distance,
+    pick_metrics,
     precision_recall,
     psnr,
     ssim,
 )
+from util.evaluation.references import load_reference
+from util.evaluation.reports import caveats
+from util.evaluation.settings import Evaluation
+from util.flags import run
+from util.images import to_uint8
 
 ROOT = Path(__file__).parent.parent
 
@@ -63,6 +67,13 @@ def summary(images, extractor, batch=7):
     return accumulator.summary()
 
 
+def compare(summary, reference, extractor):
+    """The metrics of a Summary against a Reference."""
+    chosen, held = pick_metrics(None, extractor.name), {extractor.name: extractor}
+    evaluator = Evaluator(Evaluation(), held, chosen, {extractor.name: reference})
+    return evaluator.metrics({extractor.name: summary})
+
+
 def agree(ours, theirs, tolerance=1e-6):
     names = {
         "fid": "frechet_inception_distance",
@@ -85,13 +96,14 @@ def their_metrics(one, other, **kwargs):
     )  # fmt: skip
 
 
-def test_all_figures_agree_with_torch_fidelity(tmp_path):
+def test_all_metrics_agree_with_torch_fidelity(tmp_path):
     """FID, IS, precision and recall of the same two folders, with the tiny extractor."""
     one = folder(tmp_path / "one", pictures(60, 1))
     other = folder(tmp_path / "other", pictures(50, 2))
     extractor = Extractor("tiny")
     reference = load_reference(str(other), extractor, 24, tmp_path, workers=0)
-    ours = summarize(open_images(one), extractor, None, True, 16, 0, "torch-fidelity")
+    accumulator = Accumulator(extractor, 60, True, "torch-fidelity")
+    ours = summarize(open_images(one), accumulator, None, 16, 0)
     agree(
         compare(ours, reference, extractor),
         their_metrics(one, other, feature_extractor="tiny"),
@@ -116,6 +128,7 @@ def inception_weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_inception_agrees_with_torch_fidelity(tmp_path, inception_weights):
     """The same with Inception itself and a file of weights."""
     one = folder(tmp_path / "one", pictures(24, 1))
@@ -123,7 +136,8 @@ def test_inception_agrees_with_torch_fidelity(tmp_path, inception_weights):
     extractor = Extractor(INCEPTION, str(inception_weights))
     assert (extractor.width, extractor.classes) == (2048, 1008)
     reference = load_reference(str(other), extractor, 24, tmp_path, workers=0)
-    ours = summarize(open_images(one), extractor, None, True, 12, 0, "torch-fidelity")
+    accumulator = Accumulator(extractor, 24, True, "torch-fidelity")
+    ours = summarize(open_images(one), accumulator, None, 12, 0)
     theirs = their_metrics(
         one,
         other,
@@ -238,16 +252,16 @@ def test_references_of_every_kind_agree(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=held.statistics["mu"], sigma=held.statistics["sigma"])
     np.savez(tmp_path / "adm.npz", arr_0=images, **held.statistics)
     samples = summary(pictures(30, 5), extractor)
-    figures = {}
+    found = {}
     for name in (root, "images.npz", "stats.npz", "adm.npz"):
         reference = load_reference(str(tmp_path / name), extractor, 24, tmp_path, workers=0)
-        figures[name] = compare(samples, reference, extractor)
-    expected = figures[root]
+        found[name] = compare(samples, reference, extractor)
+    expected = found[root]
     assert {"frechet_distance", "precision", "recall"} <= set(expected)
     for name in ("images.npz", "adm.npz"):
-        assert figures[name] == pytest.approx(expected, rel=1e-6)
-    assert "precision" not in figures["stats.npz"]
-    assert figures["stats.npz"]["frechet_distance"] == pytest.approx(expected["frechet_distance"])
+        assert found[name] == pytest.approx(expected, rel=1e-6)
+    assert "precision" not in found["stats.npz"]
+    assert found["stats.npz"]["frechet_distance"] == pytest.approx(expected["frechet_distance"])
 
 
 def data_set(path, count=30):
@@ -260,10 +274,10 @@ def test_statistics_of_a_data_set_are_kept_by_what_they_depend_on(tmp_path, monk
     """The second time they are read; another crop or other weights are another file."""
     data, cache = data_set(tmp_path / "data"), tmp_path / "cache"
     first = load_reference(str(data), Extractor("tiny"), 24, cache, workers=0)
-    assert first.count == 60 and len(first.features) == 60
+    assert first.num_images == 60 and len(first.features) == 60
     assert len(list(cache.iterdir())) == 1
     counted = mock.Mock(wraps=summarize)
-    monkeypatch.setattr(evaluation, "summarize", counted)
+    monkeypatch.setattr(references, "summarize", counted)
     again = load_reference(str(data), Extractor("tiny"), 24, cache, workers=0)
     assert not counted.called
     np.testing.assert_array_equal(first.statistics["sigma"], again.statistics["sigma"])
@@ -275,16 +289,18 @@ def test_statistics_of_a_data_set_are_kept_by_what_they_depend_on(tmp_path, monk
     assert len(list(cache.iterdir())) == 3
 
 
-def test_real_images_are_the_floor(tmp_path):
-    """Beside every figure, that of as many real images: here of the reference itself."""
-    data = data_set(tmp_path / "data")
-    judge = open_judge(
-        "auto", str(data), img_size=24, num_images=60, extractor="tiny", cache=tmp_path / "cache"
-    )
-    figures, count = judge.floor
+def open_tiny(data, tmp_path, num_images=60, **settings):
+    """An Evaluator of the tiny extractor against a data set of 24×24 images."""
+    settings = Evaluation(**{"extractor": "tiny", "stats_dir": tmp_path / "cache", **settings})
+    return open_evaluator(settings, str(data), img_size=24, num_images=num_images)
+
+
+def test_real_images_are_the_baseline(tmp_path):
+    """Beside every metric, that of as many real images: here of the reference itself."""
+    metrics, count = open_tiny(data_set(tmp_path / "data"), tmp_path).baseline
     assert count == 60
-    assert abs(figures["frechet_distance"]) < 1e-6
-    assert figures["precision"] == figures["recall"] == 1.0
+    assert abs(metrics["frechet_distance"]) < 1e-6
+    assert metrics["precision"] == metrics["recall"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -351,11 +367,10 @@ def truncated(path):
 
 @pytest.mark.parametrize("count", [9, 2])
 def test_too_few_images(tmp_path, count):
-    """Said before any image is generated."""
+    """Refused before any image is generated."""
     with pytest.raises(ValueError, match=f"{count} images: expected at least 10"):
-        open_judge(
-            "digits", "digits", img_size=8, num_images=count, extractor="tiny", cache=tmp_path
-        )
+        settings = Evaluation(reference="digits", extractor="tiny", stats_dir=tmp_path)
+        open_evaluator(settings, "digits", img_size=8, num_images=count)
 
 
 def test_too_few_images_for_k_and_for_a_covariance():
@@ -366,11 +381,10 @@ def test_too_few_images_for_k_and_for_a_covariance():
         statistics(torch.randn(1, 4))
 
 
-def test_fewer_images_than_features_is_said(tmp_path):
-    """The figure is given, with what it then means."""
-    images, extractor = pictures(11, 6), Extractor("tiny")
+def test_fewer_images_than_features_is_reported(tmp_path):
+    """The number is given, with what it then means."""
     reference = load_reference("digits", Extractor("tiny"), 8, tmp_path, workers=0)
-    notes = list(evaluation.caveats(summary(images, extractor), reference, extractor))
+    notes = list(caveats(11, reference, Extractor("tiny")))
     assert notes[0].startswith("11 images for 12 features: the covariance is singular")
 
 
@@ -390,6 +404,7 @@ def test_missing_inception_weights(tmp_path):
         Extractor("vgg")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reference", ["digits", "folder"])
 def test_two_processes_give_what_one_gives(tmp_path, reference):
     """At the door that needs no model, against a data set, and against a folder of images."""
@@ -398,23 +413,24 @@ def test_two_processes_give_what_one_gives(tmp_path, reference):
     if reference == "folder":
         reference = folder(tmp_path / "reference", test)
     flags = [images, "--reference", reference, "--extractor", "digits-classifier"]
-    flags += ["--device", "cpu", "--stats_dir", tmp_path / "stats"]
+    flags += ["--device", "cpu", "--stats_dir", tmp_path / "stats", "--metrics", "pixel_distance"]
+    flags += ["frechet_distance", "inception_score", "precision_recall"]
     one, two = tmp_path / "one", tmp_path / "two"
     status, output = torchrun("-m", "util.evaluation", *flags, "--output_dir", two)
     assert status == 0, output
-    evaluation.main([*map(str, flags), "--output_dir", str(one)])
+    door.main([*map(str, flags), "--output_dir", str(one)])
     one, two = (json.loads((path / "results.jsonl").read_text()) for path in (one, two))
     assert one["images"] == two["images"] == 101
-    for name in ("frechet_distance", "inception_score", "precision", "recall"):
+    for name in ("frechet_distance", "pixel_distance", "inception_score", "precision", "recall"):
         assert one[name] == pytest.approx(two[name], rel=1e-6), name
 
 
 def test_bad_input_at_the_door(tmp_path, capsys):
     """One line, status 2."""
     with pytest.raises(SystemExit) as stop:
-        run(evaluation.main, [str(tmp_path), "--extractor", "tiny"])
+        run(door.main, [str(tmp_path), "--extractor", "tiny"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: expected pictures there, found none\n"
+    assert capsys.readouterr().err == f"error: {tmp_path}: expected images there, found none\n"
 
 
 def test_door_as_a_module(tmp_path):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from util.precision import PRECISIONS, autocast, full_precision, pick_precision
+from util.flags import PRECISIONS
+from util.precision import DTYPES, autocast, full_precision, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def test_autocast_and_full_precision(name):
     pick_precision(name, CPU)
     before, x = torch.get_float32_matmul_precision(), torch.ones(2, 2)
     with autocast(CPU, name):
-        assert (x @ x).dtype == (PRECISIONS[name] or torch.float32)
+        assert (x @ x).dtype == (DTYPES.get(name, torch.float32))
         with full_precision("cpu"):
             assert (x @ x).dtype == torch.float32
             assert torch.get_float32_matmul_precision() == "highest"

@@ -12,18 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cli import complain
 from conftest import write_images
-from test_cli import complain
 
+import engine_mar
 import main_cache
 import main_mar
 from engine_mar import cache_shards
 from models import build_tokenizer
 from models.vq import VQModel
-from util import caches, data, shards
 from util.checkpoint import LAST, load_checkpoint
-from util.data import CachedFolder, ImageFolder
-from util.shards import ShardedCache, read_manifest
+from util.data import cached, convert, shards
+from util.data.cached import CachedFolder, open_cache
+from util.data.folder import ImageFolder
+from util.data.loader import open_loader
+from util.data.shards import ShardedCache, read_manifest
+from util.weights import digest
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (4, 2, 2)
@@ -44,7 +48,7 @@ def write_folder(folder, shape=SHAPE, draw=None):
     draw = draw or np.random.default_rng(0).standard_normal
     for i in range(8):
         one, other = (draw(shape).astype(np.float32) for _ in range(2))
-        data.write_moments(folder / ["cat", "dog"][i // 4] / f"{i}.jpg.npz", one, other)
+        cached.write_moments(folder / ["cat", "dog"][i // 4] / f"{i}.jpg.npz", one, other)
     return folder
 
 
@@ -79,7 +83,7 @@ def test_both_layouts_hold_the_same(images, vae_path, made, tmp_path):
     assert sharded.labels.tolist() == files.targets == [0] * 4 + [1] * 4
     assert sharded.classes == files.classes == ["cat", "dog"]
     for i, (path, _) in enumerate(files.samples):
-        for kept, moments in zip(sharded.pair(i), data.read_moments(path).values(), strict=True):
+        for kept, moments in zip(sharded.pair(i), cached.read_moments(path).values(), strict=True):
             assert kept.dtype == np.float16
             # batches of 2 do not cut shards as they cut the folder: rounding may differ by a bit
             np.testing.assert_allclose(kept, moments, rtol=2**-10, atol=1e-5)
@@ -91,7 +95,7 @@ def test_the_manifest_says_what_it_is(images, vae_path, made):
     expected = {"tokenizer_name": "kl16", "scale": 0.2325, "crop": "center_crop_arr (ADM)"}
     expected |= {"img_size": 32, "count": 8, "classes": ["cat", "dog"], "dtype": "float16"}
     expected |= {"shape": [32, 2, 2], "layout": "shards", "shard_size": 3}
-    expected |= {"tokenizer": main_cache.digest(tokenizer.state_dict())}
+    expected |= {"tokenizer": digest(tokenizer.state_dict())}
     assert {name: manifest[name] for name in expected} == expected
     assert [shard["count"] for shard in manifest["shards"]] == [3, 3, 2]
     last = manifest["shards"][2]
@@ -119,22 +123,22 @@ def test_from_a_folder_and_back(tmp_path):
     files = sorted(p.relative_to(source) for p in source.rglob("*.*"))
     assert files == sorted(p.relative_to(back) for p in back.rglob("*.*"))
     for file in files:
-        before, after = (data.read_moments(folder / file) for folder in (source, back))
+        before, after = (cached.read_moments(folder / file) for folder in (source, back))
         for name, values in after.items():
             assert values.dtype == np.float32
             assert np.array_equal(values, before[name].astype(np.float16).astype(np.float32))
     manifest = read_manifest(middle)  # what the published code does not say is not made up
     assert manifest["tokenizer"] is manifest["scale"] is manifest["img_size"] is None
-    data.check_cache(middle, "a" * 64, 32)
+    cached.check_cache(middle, "a" * 64, 32)
 
 
 def test_what_is_known_is_carried_over(made, tmp_path):
     """Shards to images to shards: the same facts, and the same bytes."""
-    caches.convert(made, tmp_path / "images", "images")
-    assert caches.convert(tmp_path / "images", tmp_path / "again", "shards") == (8, 0)
+    convert.convert(made, tmp_path / "images", "images")
+    assert convert.convert(tmp_path / "images", tmp_path / "again", "shards") == (8, 0)
     assert contents(tmp_path / "again") == contents(made)
     with pytest.raises(ValueError, match="latents of tokenizer"):
-        data.check_cache(tmp_path / "images", "a" * 64, 32)
+        cached.check_cache(tmp_path / "images", "a" * 64, 32)
 
 
 def test_damage_is_not_converted(copied, tmp_path):
@@ -144,37 +148,37 @@ def test_damage_is_not_converted(copied, tmp_path):
     content[-1] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="1 damaged files: shard-00001.moments.npy"):
-        caches.convert(copied, tmp_path / "images", "images")
+        convert.convert(copied, tmp_path / "images", "images")
     assert not (tmp_path / "images").exists()
 
 
 def test_conversion_to_files_goes_on(made, tmp_path):
     """Missing and damaged files are written, whole ones kept, those of other latents refused."""
-    caches.convert(made, tmp_path / "images", "images")
+    convert.convert(made, tmp_path / "images", "images")
     paths = sorted((tmp_path / "images").rglob("*.npz"))
     whole, times = paths[2].read_bytes(), [path.stat().st_mtime_ns for path in paths]
     paths[2].write_bytes(whole[:-100])
     paths[4].unlink()
-    assert caches.convert(made, tmp_path / "images", "images") == (2, 6)
+    assert convert.convert(made, tmp_path / "images", "images") == (2, 6)
     assert paths[2].read_bytes() == whole
     kept = [p.stat().st_mtime_ns == time for p, time in zip(paths, times, strict=True)]
     assert kept == [i not in (2, 4) for i in range(8)]
-    moments = data.read_moments(paths[6])
-    data.write_moments(paths[6], moments["moments"] + 1, moments["moments_flip"])
+    moments = cached.read_moments(paths[6])
+    cached.write_moments(paths[6], moments["moments"] + 1, moments["moments_flip"])
     with pytest.raises(ValueError, match=r"2\.jpg\.npz: holds other moments"):
-        caches.convert(made, tmp_path / "images", "images")
+        convert.convert(made, tmp_path / "images", "images")
 
 
 @pytest.mark.parametrize("part", ["shard-00001.json", "shard-00001.flips.npy", "cut short"])
-def test_a_run_goes_on_where_it_was(images, vae_path, made, copied, part, capsys, monkeypatch):
+def test_a_run_resumes_where_it_was(images, vae_path, made, copied, part, capsys, monkeypatch):
     """A shard that is missing or partial is written again, the same; the others are not touched."""
-    encode, records = main_cache.engine.moments_and_flips, []
+    encode, records = engine_mar.moments_and_flips, []
 
     def spy(*args):
         records.append((copied / "shard-00001.json").is_file())
         return encode(*args)
 
-    monkeypatch.setattr(main_cache.engine, "moments_and_flips", spy)
+    monkeypatch.setattr(engine_mar, "moments_and_flips", spy)
     if part == "cut short":
         path = copied / "shard-00001.moments.npy"
         path.write_bytes(path.read_bytes()[:-10])
@@ -200,7 +204,7 @@ def test_a_run_that_stops_loses_one_shard(images, vae_path, made, tmp_path, monk
         return encode(batch)
 
     dataset, facts = ImageFolder(images / "train", 32, flip=False), read_manifest(made)
-    facts = {name: facts[name] for name in caches.FACTS}
+    facts = {name: facts[name] for name in convert.FACTS}
     how = {"batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
     monkeypatch.setattr(tokenizer, "encode", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -210,7 +214,7 @@ def test_a_run_that_stops_loses_one_shard(images, vae_path, made, tmp_path, monk
     with pytest.raises(ValueError, match="not all shards are there"):
         ShardedCache(tmp_path)
     with pytest.raises(ValueError, match="not all shards are there"):
-        caches.verify(tmp_path)
+        convert.verify(tmp_path)
     monkeypatch.setattr(tokenizer, "encode", encode)
     assert cache_shards(tokenizer, dataset, tmp_path, facts, **how) == (5, 3)
     written, expected = contents(tmp_path), contents(made)
@@ -219,7 +223,7 @@ def test_a_run_that_stops_loses_one_shard(images, vae_path, made, tmp_path, monk
 
 
 def test_other_images_or_latents_are_not_mixed_in(images, vae_path, copied, tmp_path):
-    """A data set that changed, another tokenizer and another size are said."""
+    """A data set that changed, another tokenizer and another size are refused."""
     more = shutil.copytree(images, tmp_path / "more")
     shutil.copy(more / "train/cat/0.jpg", more / "train/cat/9.jpg")
     with pytest.raises(ValueError, match="data set has changed: .* of count 8, here it is 9"):
@@ -231,13 +235,14 @@ def test_other_images_or_latents_are_not_mixed_in(images, vae_path, copied, tmp_
         main_cache.main(command(images, vae_path, copied, "--img_size", "16"))
     foreign = write_folder(tmp_path / "foreign", (32, 2, 2))
     with pytest.raises(ValueError, match="its latents are of tokenizer .* here it is None"):
-        caches.convert(foreign, copied, "shards")
+        convert.convert(foreign, copied, "shards")
     (copied / "cache.json").unlink()  # then nobody knows what the shards are of
-    assert caches.convert(foreign, copied, "shards") == (8, 0)
+    assert convert.convert(foreign, copied, "shards") == (8, 0)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_bytes(images, vae_path, made, tmp_path):
-    """As one process, also where they go on with what one began; they verify it together."""
+    """As one process, also where they continue what one began; they verify it together."""
     caches_run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2"]
     caches_run += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
     # as many threads as `made` had here: their count orders the sums of a convolution
@@ -268,7 +273,7 @@ def test_two_processes_write_the_same_bytes(images, vae_path, made, tmp_path):
 
 @pytest.mark.parametrize("part", shards.PARTS)
 def test_verify_finds_a_flipped_bit(copied, part, capsys):
-    """In any of the arrays, with the name of the file; an intact cache is said to be."""
+    """In any of the arrays, with the name of the file; an intact cache is reported as intact."""
     main_cache.main(["--verify", "--cached_path", str(copied)])
     assert "8 images, all whole, in the layout shards" in capsys.readouterr().out
     path = copied / f"shard-00002.{part}.npy"
@@ -283,13 +288,13 @@ def test_verify_finds_a_flipped_bit(copied, part, capsys):
 def test_verify_of_a_folder(tmp_path, capsys):
     """A file that is damaged, of another shape, or not finite, is named."""
     folder = write_folder(tmp_path / "cache")
-    assert caches.verify(folder) == ("images", 8)
+    assert convert.verify(folder) == ("images", 8)
     path = folder / "cat/0.jpg.npz"
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
-    data.write_moments(folder / "dog/5.jpg.npz", *np.zeros((2, 4, 1, 1), np.float32))
-    data.write_moments(folder / "dog/6.jpg.npz", *np.full((2, *SHAPE), np.nan, np.float32))
+    cached.write_moments(folder / "dog/5.jpg.npz", *np.zeros((2, 4, 1, 1), np.float32))
+    cached.write_moments(folder / "dog/6.jpg.npz", *np.full((2, *SHAPE), np.nan, np.float32))
     line = complain(capsys, main_cache.main, "--verify", "--cached_path", folder)
     assert (
         "3 damaged files: cat/0.jpg.npz (not readable), dog/5.jpg.npz (of shape (4, 1, 1)" in line
@@ -302,27 +307,27 @@ def test_what_float16_cannot_hold_is_refused(tmp_path):
     folder = write_folder(tmp_path / "cache")
     moments = np.ones((2, *SHAPE), np.float32)
     moments[1, 0, 0, 0] = 1e5
-    data.write_moments(folder / "dog/5.jpg.npz", *moments)
+    cached.write_moments(folder / "dog/5.jpg.npz", *moments)
     with pytest.raises(ValueError, match=r"dog/5.jpg: moments as large as 100000.*--layout images"):
-        caches.convert(folder, tmp_path / "shards", "shards")
+        convert.convert(folder, tmp_path / "shards", "shards")
     assert not list((tmp_path / "shards").glob("shard-00001*"))
 
 
-def test_numbers_of_codes_stay_exact(images, tmp_path):
-    """float16 holds whole numbers up to 2,048 only: ids are kept as int32, whoever writes them."""
+def test_code_indices_stay_exact(images, tmp_path):
+    """float16 holds integers up to 2,048 only: code indices are kept as int32 in either way."""
     folder = write_folder(
         tmp_path / "cache", (1, 2, 2), lambda s: np.random.default_rng(1).integers(16000, 16384, s)
     )
-    caches.convert(folder, tmp_path / "shards", "shards")
-    caches.convert(tmp_path / "shards", tmp_path / "back", "images")
+    convert.convert(folder, tmp_path / "shards", "shards")
+    convert.convert(tmp_path / "shards", tmp_path / "back", "images")
     for path in folder.rglob("*.npz"):
-        ids = data.read_moments(path)["moments"]
+        ids = cached.read_moments(path)["moments"]
         assert np.array_equal(
-            data.read_moments(tmp_path / "back" / path.relative_to(folder))["moments"], ids
+            cached.read_moments(tmp_path / "back" / path.relative_to(folder))["moments"], ids
         )
     tokenizer = tiny_vq(tmp_path / "vq.ckpt")
     how = {"batch_size": 4, "num_workers": 0, "device": torch.device("cpu")}
-    facts = dict.fromkeys(caches.FACTS)
+    facts = dict.fromkeys(convert.FACTS)
     dataset = ImageFolder(images / "train", 32, flip=False)
     cache_shards(tokenizer, dataset, tmp_path / "vq", facts, **how)
     with torch.no_grad():
@@ -340,21 +345,20 @@ def tiny_vq(path):
 
 
 def loader_of(folder, batch_size=4, workers=0):
-    dataset = data.cached_set(folder, SHAPE, 2)
-    return data.training_loader(dataset, batch_size, workers, 0, False)
+    dataset = open_cache(folder, SHAPE, 2)
+    return open_loader(dataset, batch_size, workers, 0, False)
 
 
 def test_batches_are_gathered(tmp_path):
     """Each image once an epoch, with its label, either view half the time, from either loader."""
     write_folder(tmp_path / "cache")
-    caches.convert(tmp_path / "cache", tmp_path / "shards", "shards")
+    convert.convert(tmp_path / "cache", tmp_path / "shards", "shards")
     pairs = [ShardedCache(tmp_path / "shards").pair(i) for i in range(8)]
     loader, flips = loader_of(tmp_path / "shards"), 0
     torch.manual_seed(0)
     for epoch in range(25):
-        loader.sampler.set_epoch(epoch)
         seen = []
-        for moments, labels in loader:
+        for moments, labels in loader.epoch(epoch):
             assert (moments.dtype, moments.shape) == (torch.float16, (4, *SHAPE))
             assert (labels.dtype, labels.shape) == (torch.int64, (4,))
             for one, label in zip(moments.numpy(), labels.tolist(), strict=True):
@@ -366,13 +370,13 @@ def test_batches_are_gathered(tmp_path):
         assert sorted(seen) == list(range(8))
     assert 65 < flips < 135  # of 200: 5 standard errors
     torch.manual_seed(1)
-    first = next(iter(loader))[0]
+    first = next(iter(loader.epoch(0)))[0]
     first += 1  # a batch is the caller's own
     torch.manual_seed(1)
-    assert torch.equal(next(iter(loader))[0] + 1, first)
-    moments, label = loader.dataset[5]
+    assert torch.equal(next(iter(loader.epoch(0)))[0] + 1, first)
+    moments, label = open_cache(tmp_path / "shards", SHAPE, 2)[5]
     assert (moments.shape, label) == (SHAPE, 1)
-    assert len(list(loader_of(tmp_path / "shards", workers=1))) == 2
+    assert len(list(loader_of(tmp_path / "shards", workers=1).epoch(0))) == 2
 
 
 def test_workers_get_names_of_files(made):
@@ -389,7 +393,7 @@ def test_workers_get_names_of_files(made):
 
 def test_training_on_shards(images, vae_path, made, tmp_path, capsys):
     """As on a file an image: the same images and views, the same losses."""
-    caches.convert(made, tmp_path / "images", "images")
+    convert.convert(made, tmp_path / "images", "images")
     runs = []
     for folder in (made, tmp_path / "images"):
         run = tmp_path / f"run_{folder.name}"
@@ -421,16 +425,16 @@ def training(vae_path, folder):
 def test_a_damaged_cache_is_said_before_training(copied):
     """Another shape or number of classes, a file cut short, a manifest that is none."""
     with pytest.raises(ValueError, match=r"shape \(32, 2, 2\), expected \(8, 4, 4\)"):
-        data.cached_set(copied, (8, 4, 4), 2)
+        open_cache(copied, (8, 4, 4), 2)
     with pytest.raises(ValueError, match="found 2 classes, --class_num is 10"):
-        data.cached_set(copied, (32, 2, 2), 10)
+        open_cache(copied, (32, 2, 2), 10)
     path = copied / "shard-00001.moments.npy"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"00001.moments.npy: not a part of a shard"):
-        data.cached_set(copied, (32, 2, 2), 2)
+        open_cache(copied, (32, 2, 2), 2)
     (copied / "cache.json").write_text("nothing")
     with pytest.raises(ValueError, match=r"cache.json: not the manifest of a cache"):
-        data.cached_set(copied, (32, 2, 2), 2)
+        open_cache(copied, (32, 2, 2), 2)
 
 
 def test_wrong_flags(made, tmp_path, capsys, images, vae_path):

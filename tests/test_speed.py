@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from benchmarks import approximate, plain, speed
-from models.denoiser import Denoiser
+from models.fast import denoiser
+from models.fast.denoiser import Denoiser
 from models.mar import mar_tiny
+from models.settings import Sampling
 
 ARGUMENTS = "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2"
 
@@ -16,7 +18,7 @@ def test_differences_come_first(capsys):
     speed.main([*ARGUMENTS.split(), "--sections", "head", "sampling", "training", "optimizer"])
     out = capsys.readouterr().out
     assert out.index("Largest relative differences") < out.index("plain / ours")
-    for section in ("The head", "Sampling", "Training", "Optimiser"):
+    for section in ("The head", "Sampling", "Training", "Optimizer"):
         assert section in out
     assert "autoregressive step 6, batch 2" in out
 
@@ -34,7 +36,7 @@ def test_no_speed_of_something_else(capsys, monkeypatch):
 @pytest.mark.parametrize("wrong", ["temperature", "variance", "last noise"])
 def test_small_errors_are_seen(capsys, monkeypatch, wrong):
     """Of ours: hardly a hundredth less noise, no learned variance, no noise in the last steps."""
-    run, network, step = Denoiser.run, Denoiser._network, Denoiser._step
+    run, network, loop = Denoiser.run, Denoiser._network, denoiser.reverse
 
     def cold(self, *args, temperature=1.0):
         return run(self, *args, temperature=0.99 * temperature)
@@ -43,42 +45,42 @@ def test_small_errors_are_seen(capsys, monkeypatch, wrong):
         noise, v = network(self, *args, **kwargs).chunk(2, dim=-1)
         return torch.cat([noise, 0 * v], dim=-1)
 
-    def quiet(self, s, x, output, noise, cfg, temperature, previous):
-        temperature = 0.0 if s.index < 3 else temperature
-        return step(self, s, x, output, noise, cfg, temperature, previous)
+    def quiet(steps, predict, x, noise, temperature):
+        return loop(steps, predict, x, torch.cat([0 * noise[:3], noise[3:]]), temperature)
 
-    name, function = {
-        "temperature": ("run", cold),
-        "variance": ("_network", fixed),
-        "last noise": ("_step", quiet),
+    place, name, function = {
+        "temperature": (Denoiser, "run", cold),
+        "variance": (Denoiser, "_network", fixed),
+        "last noise": (denoiser, "reverse", quiet),
     }[wrong]
-    monkeypatch.setattr(Denoiser, name, function)
+    monkeypatch.setattr(place, name, function)
     with pytest.raises(SystemExit, match="1"):
         speed.main(ARGUMENTS.replace("steps 4", "steps 20").split())
     assert "plain / ours" not in capsys.readouterr().out
 
 
 def test_modes_are_compared_with_exact_samples(capsys):
-    """Each mode has a time and a distance; those a model does not know are left out, and named."""
-    model = mar_tiny(img_size=64, class_num=10, buffer_size=4, num_sampling_steps="4")
+    """Each mode has a time and a distance; those a model does not know are left out, by name."""
+    model = mar_tiny(img_size=64, class_num=10, buffer_size=4, num_sampling_steps="4").eval()
+    exact = Sampling(num_iter=4, cfg=2.0)
 
-    def sample(seed, **settings):
+    def sample(seed, sampling):
         generator = torch.Generator().manual_seed(seed)
-        return model.sample_tokens(2, generator=generator, **settings).numpy()
+        return model.sample_tokens(2, generator=generator, **sampling.asdict()).numpy()
 
-    rows = approximate.measure(model, sample, {"num_iter": 4, "cfg": 2.0}, rounds=2)
+    rows = approximate.measure(model, sample, exact, rounds=2)
     assert [name for name, *_ in rows] == list(approximate.MODES)
     assert rows[0][2] == 1.0 and rows[0][3].startswith("0 (another seed:")
     distances = {name: float(far) for name, _, _, far in rows[1:]}
     assert all(np.isfinite(list(distances.values())))
     assert distances["--solver ddim, 10"] > 0
-    assert model.head.spacing == "4"
 
     class NoLazy(type(model)):
-        def start_lazily(self, refresh_every, order):
-            raise ValueError("none here")
+        def start_cache(self, sampling):
+            if sampling.refresh_every != 1:
+                raise ValueError("none here")
 
     model.__class__ = NoLazy
-    names = [r[0] for r in approximate.measure(model, sample, {"num_iter": 4, "cfg": 2.0}, 1)]
+    names = [name for name, *_ in approximate.measure(model, sample, exact, rounds=1)]
     assert "--refresh_every 2" not in names and "exact" in names
     assert "--refresh_every 2: left out, none here" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Tokenizers behind their one face. Run: python -m pytest tests/test_tokenizer.py"""
+"""Tokenizers and their one interface. Run: python -m pytest tests/test_tokenizer.py"""
 
 import json
 import shlex
@@ -15,7 +15,9 @@ import main_tokenizer
 from models import TOKENIZERS, build_tokenizer
 from models.vae import AutoencoderKL, load_first_stage
 from models.vq import VQModel
-from util.data import CachedFolder, ImageFolder, digits
+from util.data.cached import CachedFolder
+from util.data.digits import digits
+from util.data.folder import ImageFolder
 from util.rng import image_generators
 
 
@@ -139,7 +141,7 @@ def test_pixels_are_themselves():
 
 @torch.no_grad()
 def test_ids_are_the_nearest_codes(vq_path):
-    """Moments are numbers as floats, sampled as they are, decoded through their codes."""
+    """Moments are code indices as floats, sampled unchanged, decoded through their codes."""
     tokenizer = build_tokenizer("vq16", vq_path)
     assert (tokenizer.stride, tokenizer.channels, tokenizer.patch_size) == (16, 1, 1)
     assert tokenizer.num_codes == 16384
@@ -151,15 +153,15 @@ def test_ids_are_the_nearest_codes(vq_path):
     assert torch.equal(moments[:, 0], ids.float())
     assert tokenizer.sample(moments) is moments
     assert torch.equal(tokenizer.decode(moments), vq.decode(vq.lookup(ids)))
-    with pytest.raises(ValueError, match="ids from 16384 to 16384: expected 0 to 16383"):
+    with pytest.raises(ValueError, match="code indices from 16384 to 16384: expected 0 to 16383"):
         tokenizer.decode(torch.full((1, 1, 2, 2), 16384.0))
-    with pytest.raises(ValueError, match="scale 0.5: numbers of codes are not scaled"):
+    with pytest.raises(ValueError, match="scale 0.5: code indices have no scale"):
         build_tokenizer("vq16", vq_path, scale=0.5)
 
 
 @torch.no_grad()
 def test_every_id_survives_as_a_float(vq_path):
-    """All 16,384 numbers, as a model gives them back, are those of their own codes."""
+    """All 16,384 indices, as a model returns them, are those of their own codes."""
     tokenizer = build_tokenizer("vq16", vq_path)
     ids = torch.arange(16384).view(1, 1, 128, 128)
     assert torch.equal(ids.float().long(), ids)
@@ -337,7 +339,7 @@ def test_training_lowers_the_loss(trained):
 
 @torch.no_grad()
 def test_a_trained_network_is_a_tokenizer(trained):
-    """Its file says which network it is and what scales its latents to unit deviation."""
+    """Its file holds the network and the scale that gives its latents unit standard deviation."""
     kind, folder = trained
     path = folder / "tokenizer.ckpt"
     images = digits("train")[:][0]
@@ -374,14 +376,14 @@ def test_training_is_reproducible(trained, tmp_path):
     [
         ("--epochs 3", "--epochs 3: expected 0 for the tokenizer kl16"),
         ("--tokenizer kl --ch_mult 1,2", "--ch_mult 1,2: is for training, pass --epochs"),
-        ("--tokenizer kl --epochs 1 --ch_mult 1,x", "--ch_mult '1,x': expected whole numbers"),
+        ("--tokenizer kl --epochs 1 --ch_mult 1,x", "--ch_mult '1,x': expected integers"),
         ("--tokenizer vq --epochs 1 --ch_mult 1,1,1,1,1", "images of 8 pixels, .* stride 16"),
         ("--tokenizer vq --epochs 1 --vae_path x", "--vae_path x: with --epochs"),
         ("--tokenizer kl --epochs 1 --vae_scale 2", "--vae_scale 2.0: with --epochs"),
     ],
 )
 def test_wrong_training_flags(flags, message, tmp_path):
-    """Said before anything is trained."""
+    """Refused before anything is trained."""
     with pytest.raises(ValueError, match=message):
         main_tokenizer.main(shlex.split(f"{DIGITS} {flags} --output_dir {tmp_path}"))
     assert not (tmp_path / "tokenizer.ckpt").exists()

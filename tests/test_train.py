@@ -17,6 +17,7 @@ import sample
 from util.checkpoint import LAST, load_checkpoint
 from util.ema import EMA
 from util.lr_sched import learning_rate
+from util.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 FAST = [
@@ -80,7 +81,7 @@ def run(tmp_path_factory):
 
 
 def test_a_run_leaves_what_there_is_to_look_at(run):
-    """Checkpoint, figures by name, TensorBoard, and pictures of EMA and raw weights."""
+    """Checkpoint, metrics by name, TensorBoard, and images of EMA and raw weights."""
     folder, checkpoint = run
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert {"step", "epoch", "loss", "grad_norm", "lr"} <= set(lines[0])
@@ -100,7 +101,7 @@ def test_a_run_leaves_what_there_is_to_look_at(run):
 def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path, monkeypatch):
     """Stopped after the first epoch and resumed, it ends with the very same weights."""
     _, expected = run
-    monkeypatch.setattr(main_mar, "learning_rate", stopping_after(1))
+    monkeypatch.setattr(Recipe, "rate", stopping_after(1))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path)
     monkeypatch.undo()
@@ -128,16 +129,18 @@ def test_another_run_in_the_same_folder_is_kept(run, tmp_path, capsys):
 def stopping_after(epochs):
     """A learning rate that stops the run when so many epochs are done."""
 
-    def rate(epoch, **kwargs):
+    rate = Recipe.rate
+
+    def stopping(recipe, epoch):
         if epoch >= epochs:
             raise KeyboardInterrupt
-        return learning_rate(epoch, **kwargs)
+        return rate(recipe, epoch)
 
-    return rate
+    return stopping
 
 
 def test_gradient_accumulation_takes_whole_steps(tmp_path):
-    """11 batches by threes are 3 steps of the optimiser an epoch; the learning rate knows."""
+    """11 batches by threes are 3 optimizer steps per epoch; the learning rate knows."""
     checkpoint = train(tmp_path, "--accum_iter", "3")
     steps = {int(s["step"]) for s in checkpoint["optimizer"]["state"].values()}
     assert steps == {6}
@@ -151,7 +154,7 @@ def test_bf16_and_checkpointing_train(tmp_path):
     assert json.loads(lines[-1])["loss"] < json.loads(lines[0])["loss"]
 
 
-def test_what_does_not_fit_a_short_run_is_said(run, capsys, tmp_path):
+def test_what_does_not_fit_a_short_run_is_reported(run, capsys, tmp_path):
     """One line each for warm-up and EMA, with values that would fit."""
     train(tmp_path, "--warmup_epochs", "100", "--ema_rate", "0.9999")
     output = capsys.readouterr().out
@@ -159,8 +162,8 @@ def test_what_does_not_fit_a_short_run_is_said(run, capsys, tmp_path):
     assert "the EMA remembers 10000 steps, the run has 22; --ema_rate 0.5455 would fit" in output
 
 
-def test_diverged_samples_are_said(run, capsys, tmp_path):
-    """A model hardly trained, started at t = 999, does not draw black pictures in silence."""
+def test_diverged_samples_are_reported(run, capsys, tmp_path):
+    """A model hardly trained, started at t = 999, does not draw black images in silence."""
     folder, _ = run
     flags = ["--ckpt", str(folder / LAST), "--device", "cpu", "--per_class", "1"]
     sample.main([*flags, "--max_timestep", "999", "--out", str(tmp_path / "a.png")])
@@ -196,6 +199,7 @@ def test_two_processes_end_with_equal_weights(tmp_path):
     assert ranks[0]["loss"] != ranks[1]["loss"]
 
 
+@pytest.mark.slow
 def test_non_finite_loss_stops_every_process(tmp_path):
     """A NaN on rank 1 stops both ranks with its epoch, step and rank; no checkpoint is written."""
     script = ROOT / "tests" / "two_processes.py"
@@ -205,7 +209,7 @@ def test_non_finite_loss_stops_every_process(tmp_path):
     assert not (tmp_path / LAST).exists()
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_sampling_does_not_depend_on_batches_or_processes(run, tmp_path, processes):
     """The same seed gives the same images, 3 at a time in one or two processes or all at once."""
     folder, _ = run

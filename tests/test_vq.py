@@ -98,8 +98,8 @@ def test_ids_there_and_back(changes):
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        (torch.full((1, 2, 2), 16), "ids from 16 to 16: expected 0 to 15"),
-        (torch.full((1, 2, 2), -1), "ids from -1 to -1"),
+        (torch.full((1, 2, 2), 16), "code indices from 16 to 16: expected 0 to 15"),
+        (torch.full((1, 2, 2), -1), "code indices from -1 to -1"),
         (torch.zeros(1, 2, 2), "must be integers, got torch.float32"),
     ],
 )

@@ -3,7 +3,7 @@
 import sys
 
 import main_cache
-from util import shards
+from util.data import shards
 from util.flags import run
 
 shards.SHARD_SIZE = 3

@@ -15,16 +15,18 @@ folder = Path(argv[argv.index("--output_dir") + 1])
 train = main_mar.train
 
 
-def dump(args, model, ema, *rest, **kwargs):
+def dump(this, model, *rest):
     """Train, then write what this rank holds, and a loss that only its own images gave."""
-    losses = []
+    losses, states = [], []
     model.register_forward_hook(lambda module, inputs, output: losses.append(output.item()))
-    train(args, model, ema, *rest, **kwargs)
-    state = {"model": model.state_dict(), "ema": ema.state_dict(), "loss": losses[0]}
+    start = main_mar.start_state
+    main_mar.start_state = lambda *args: states.append(start(*args)) or states[0]
+    train(this, model, *rest)
+    state = {"model": model.state_dict(), "ema": states[0].ema.state_dict(), "loss": losses[0]}
     torch.save(state, folder / f"rank{rank}.pth")
 
 
-def nan(args, model, *rest, **kwargs):
+def nan(this, model, *rest):
     """Train with a loss of NaN in the fourth batch of rank 1."""
     calls = []
 
@@ -33,7 +35,7 @@ def nan(args, model, *rest, **kwargs):
         return output * float("nan") if rank == 1 and len(calls) == 4 else output
 
     model.register_forward_hook(break_loss)
-    train(args, model, *rest, **kwargs)
+    train(this, model, *rest)
 
 
 main_mar.train = {"dump": dump, "nan": nan}[what]

@@ -1,4 +1,4 @@
-"""A small convolutional classifier, whose accuracy and features judge samples of small images."""
+"""A small convolutional classifier, whose accuracy and features evaluate small images."""
 
 from contextlib import contextmanager
 
@@ -10,7 +10,7 @@ FEATURES = 64
 
 
 class Classifier(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] to logits (N, classes); `features` gives (N, 64) before."""
+    """Images (N, C, H, W) in [-1, 1] to logits (N, classes); `features` gives (N, 64)."""
 
     def __init__(self, channels, side, classes):
         super().__init__()
@@ -39,7 +39,7 @@ class Classifier(nn.Module):
 def fit_classifier(images, labels, classes, epochs=40, batch_size=64, seed=0):
     """A Classifier trained on images (N, C, H, W) with labels (N,), in evaluation mode.
 
-    On one thread, so that every process of a machine, however many share it, fits the same one.
+    On one thread, so that all processes of a machine fit the same classifier.
     """
     with one_thread(), torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def fit_classifier(images, labels, classes, epochs=40, batch_size=64, seed=0):
 
 @contextmanager
 def one_thread():
-    """torch on one thread of the CPU, then on as many as before."""
+    """A context in which torch uses one CPU thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,20 +1,21 @@
-"""Several processes, or one: everything here also works without torch.distributed."""
+"""Helpers for one or several processes; everything also works without torch.distributed."""
 
 import os
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(minutes=60)
 
 
 def init(device, dist_on_itp=False, dist_url="env://"):
-    """Join the other processes, if a launcher such as torchrun says there are any.
+    """Join the other processes, if a launcher such as torchrun started any.
 
-    device: "cuda", "cpu" or "auto" (cuda where there is one). Returns this process's device.
-    dist_on_itp: the launcher is Open MPI. Raises ValueError for a device that is not there, and
-    where the other processes are not.
+    device: "cuda", "cpu" or "auto" (cuda if available). Returns this process's device. dist_on_itp:
+    the launcher is Open MPI. Raises ValueError for a device that does not exist, and if the other
+    processes cannot be reached.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     if dist_on_itp:
@@ -27,7 +28,7 @@ def init(device, dist_on_itp=False, dist_url="env://"):
         if device.index is not None and world > 1:
             raise ValueError(f"--device {device}: with {world} processes, expected cuda or auto")
         count = torch.cuda.device_count()
-        local = 0 if count == 1 else local  # where each process is shown a GPU of its own
+        local = 0 if count == 1 else local  # if each process sees only one GPU
         if device.index is None and local >= count:
             raise ValueError(f"process {local} of this machine: expected at most {count}, its GPUs")
         device = torch.device("cuda", local if device.index is None else device.index)
@@ -65,8 +66,21 @@ def _pick(name):
     return device
 
 
+def wrap(model, device):
+    """The model in DistributedDataParallel, or itself if there is only one process."""
+    if world_size() == 1:
+        return model
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def unwrap(model):
+    """The model inside the result of `wrap`."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def cleanup():
-    """Leave the group, so that no process waits for one that is gone."""
+    """Leave the process group, so that no process waits for one that has exited."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -106,7 +120,7 @@ def broadcast(value):
 
 
 def gather(value):
-    """The values of all processes, in the order of their ranks; None except on rank 0."""
+    """The values of all processes, ordered by rank; None except on rank 0."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size() if is_main() else None
@@ -115,7 +129,7 @@ def gather(value):
 
 
 def all_gather(value):
-    """The values of all processes, in the order of their ranks, on each."""
+    """The values of all processes, ordered by rank, on every process."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
@@ -124,6 +138,6 @@ def all_gather(value):
 
 
 def print0(*args, **kwargs):
-    """Print on rank 0 only, at once."""
+    """Print on rank 0 only, without buffering."""
     if is_main():
         print(*args, **kwargs, flush=True)

@@ -14,8 +14,8 @@ from util.flags import Parser, run
 _DROPBOX = "https://www.dropbox.com/scl/fi/"
 _LDM = "https://ommer-lab.com/files/latent-diffusion/"
 
-# name -> (where it goes, where it comes from); the authors publish no checksums. Of an archive, the
-# one checkpoint in it goes there
+# name -> (path, URL); the authors publish no checksums. Of an archive, the one checkpoint in it is
+# stored at the path
 FILES = {
     "kl16": (
         "pretrained_models/vae/kl16.ckpt",
@@ -39,10 +39,10 @@ FILES = {
 
 
 def download(name, overwrite=False):
-    """Fetch one of FILES, unless it is there, and return its path.
+    """Download one of FILES, unless it exists, and return its path.
 
-    What arrives is checked against the checksums inside the file. Raises ValueError for an unknown
-    name, and where it cannot be reached or arrives damaged.
+    The download is verified with the checksums inside the file. Raises ValueError for an unknown
+    name, and if the file cannot be downloaded or is damaged.
     """
     if name not in FILES:
         raise ValueError(f"{name!r}: expected one of {', '.join(FILES)}")
@@ -64,7 +64,7 @@ def download(name, overwrite=False):
             size = beside.stat().st_size
             if total and size != total:
                 raise OSError(f"{size} bytes arrived, expected {total}")
-            check_zip(beside)  # what torch.save writes is a zip too
+            check_zip(beside)  # torch.save writes zips too
             if url.endswith(".zip"):
                 _unpack(beside)
     except (OSError, zipfile.BadZipFile) as error:
@@ -74,7 +74,7 @@ def download(name, overwrite=False):
 
 
 def _unpack(path):
-    """An archive becomes the checkpoint in it."""
+    """Replace an archive by the checkpoint in it."""
     with zipfile.ZipFile(path) as archive:
         found = [name for name in archive.namelist() if name.endswith(".ckpt")]
         if len(found) != 1:
@@ -84,7 +84,7 @@ def _unpack(path):
 
 
 def source_of(path):
-    """Advice for where a tokenizer's file is not there."""
+    """Advice for a tokenizer's file that does not exist."""
     for name, (known, _) in FILES.items():
         if "vae" in Path(known).parts and Path(path).name == Path(known).name:
             return f"To fetch it: python -m util.download {name}"
@@ -111,7 +111,7 @@ def main(argv=None):
     parser = Parser(description=__doc__)
     listed = "; ".join(f"{name}: to {path}" for name, (path, _) in FILES.items())
     parser.add_argument("names", nargs="+", choices=FILES, metavar="NAME", help=listed)
-    parser.add_argument("--overwrite", action="store_true", help="fetch again what is there")
+    parser.add_argument("--overwrite", action="store_true", help="download again if it exists")
     args = parser.parse_args(argv)
     for name in args.names:
         download(name, args.overwrite)

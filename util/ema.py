@@ -6,23 +6,23 @@ import torch
 
 
 class EMA:
-    """A frozen copy of a model, initialised with its weights, that follows them slowly.
+    """A frozen copy of a model that holds an exponential moving average of its weights.
 
-    rate: the share of itself that the average keeps at each update (paper: 0.9999). `module` is
-    the copy, in evaluation mode: pass it to whatever takes a model; weights are never swapped.
+    rate: decay rate of the average per update (paper: 0.9999). `module` is the copy, in evaluation
+    mode, to be used like any model; weights are never swapped.
     """
 
     def __init__(self, model, rate):
         if not 0 <= rate < 1:
             raise ValueError(f"ema_rate {rate}: expected at least 0 and below 1")
         self.rate = rate
-        # autocast remembers the casts only of weights that could get a gradient: leave them so
+        # autocast caches casts only of weights that require a gradient, so these keep requiring it
         self.module = copy.deepcopy(model).eval()
         self._averages = list(self.module.parameters())
 
     @torch.no_grad()
     def update(self, model):
-        """Move a step towards the weights of `model`."""
+        """Move the average one step towards the weights of `model`."""
         torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - self.rate)
 
     def state_dict(self):

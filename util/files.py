@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files and folders: atomic writes and checks."""
 
 import os
 import zipfile
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make_folder(path, flag):
-    """Make a folder for what is to come, before any work. Raises ValueError where that fails."""
+    """Create an output folder, before any work starts. Raises ValueError if that fails."""
     if not str(path):
         raise ValueError(f"{flag} '': expected the name of a folder")
     try:
@@ -17,15 +17,22 @@ def make_folder(path, flag):
         raise ValueError(f"{flag} {path}: not a folder to write to ({error.strerror})") from None
 
 
-def check_zip(path):
-    """Read all of a zip, which files of torch and numpy are, to compare its checksums.
+def first_few(names, shown=3):
+    """The first names, and the number of others, for a message."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{', '.join(names[:shown])}{more}"
 
-    0.2 s a GB in memory; who maps such a file sees no damage. Raises zipfile.BadZipFile.
+
+def check_zip(path):
+    """Read all of a zip, the format of torch and numpy files, to verify its checksums.
+
+    0.2 s per GB in memory; memory-mapping such a file would not notice damage. Raises
+    zipfile.BadZipFile.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zlib.error, EOFError) as error:  # of what is compressed
+    except (zlib.error, EOFError) as error:  # from decompression
         raise zipfile.BadZipFile(str(error)) from None
     if damaged:
         raise zipfile.BadZipFile(f"the checksum of {damaged} inside does not fit")
@@ -33,7 +40,7 @@ def check_zip(path):
 
 @contextmanager
 def replacing(path):
-    """A path beside `path` to write to; it takes the place of `path` when all went well."""
+    """A temporary path beside `path` to write to; it replaces `path` if no error occurs."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -1,4 +1,4 @@
-"""Images out of tensors: bytes, grids, folders and .npz files, each written beside and renamed."""
+"""Tensors to images: uint8 arrays, grids, folders and .npz files, all written atomically."""
 
 import math
 import zipfile
@@ -12,11 +12,11 @@ from PIL import Image
 from util.files import make_folder, replacing
 
 MAX_GRID = 1024  # images
-GAP = (80, 110, 170)  # between the images of a grid: neither their black nor their white
+GAP = (80, 110, 170)  # color between the images of a grid: neither black nor white
 
 
 def to_uint8(images):
-    """Images (N, C, H, W) in [-1, 1], clipped, to bytes (N, H, W, 3): a NumPy array."""
+    """Images (N, C, H, W), clipped to [-1, 1], as a NumPy array uint8 (N, H, W, 3)."""
     images = torch.nan_to_num(images.float(), nan=-1.0).clamp(-1, 1)
     images = ((images + 1) * 127.5).round().to(torch.uint8)
     if images.shape[1] == 1:
@@ -25,10 +25,10 @@ def to_uint8(images):
 
 
 def grid(images, columns=None, padding=2, min_side=0):
-    """Bytes (N, H, W, 3) side by side: (H', W', 3).
+    """Images uint8 (N, H, W, 3) side by side: (H', W', 3).
 
-    columns: the nearest square if not given. min_side: images smaller than this are enlarged by
-    whole pixels, so that 8×8 ones can be seen.
+    columns: number of columns; if not given, the grid is nearly square. min_side: smaller images
+    are enlarged by an integer factor, so that 8×8 ones can be seen.
     """
     zoom = max(1, -(-min_side // images.shape[1]))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
@@ -45,19 +45,19 @@ def grid(images, columns=None, padding=2, min_side=0):
 
 
 def save_image(path, image):
-    """Write bytes (H, W, 3) as the format that the name ends in."""
+    """Write an image uint8 (H, W, 3) in the format given by the suffix of the path."""
     with replacing(path) as beside:
         Image.fromarray(image).save(beside, Image.registered_extensions()[Path(path).suffix])
 
 
 class GridWriter:
-    """All images in one PNG, class by class."""
+    """Writes all images to one PNG, class by class."""
 
     per_process = False
 
     def __init__(self, path, labels, columns=None):
         self.path, self.columns, self.images = path, columns, []
-        shown = list(dict.fromkeys(labels))  # classes in the order in which they were asked for
+        shown = list(dict.fromkeys(labels))  # classes in the order of their first label
         self.order = sorted(range(len(labels)), key=lambda i: shown.index(labels[i]))
 
     def add(self, indices, images):
@@ -73,7 +73,7 @@ class GridWriter:
 
 
 class FolderWriter:
-    """A PNG for each image, named by its index. Each process adds its own."""
+    """Writes each image to a PNG named by its index. Each process adds its own images."""
 
     per_process = True
 
@@ -86,9 +86,9 @@ class FolderWriter:
 
 
 class NpzWriter:
-    """One .npz with `arr_0` (N, H, W, 3) uint8, the form that ADM's evaluator takes.
+    """Writes one .npz with `arr_0` (N, H, W, 3) uint8, the format of ADM's evaluator.
 
-    Written as the images come: 50,000 of 256 pixels are 9.8 GB.
+    Written incrementally: 50,000 images of 256 pixels are 9.8 GB.
     """
 
     per_process = False
@@ -116,10 +116,10 @@ class NpzWriter:
 
 
 def open_writers(paths, labels, columns=None):
-    """Writers of an image for each of the labels: context managers with `add(indices, images)`.
+    """Writers of one image per label: context managers with `add(indices, images)`.
 
-    .png is a grid, .npz one file, any other name a folder of PNGs. columns: of the grid. Raises
-    ValueError for a grid of too many images, and for a folder that holds other PNGs.
+    .png is a grid, .npz one file, any other name a folder of PNGs. columns: columns of the grid.
+    Raises ValueError for a grid of too many images, and for a folder that holds other PNGs.
     """
     writers = []
     for path in map(Path, paths):
@@ -144,7 +144,7 @@ def open_writers(paths, labels, columns=None):
             others = [p.name for p in path.glob("*.png") if p.name not in ours]
             if others:
                 raise ValueError(
-                    f"--out {path}: holds {len(others)} other pictures, such as {others[0]}, which "
+                    f"--out {path}: holds {len(others)} other images, such as {others[0]}, which "
                     "would be measured with these; expected an empty folder"
                 )
             writers.append(FolderWriter(path))

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: TensorBoard, and the same figures as lines of JSON."""
+"""Logs of a run: TensorBoard, the same metrics as lines of JSON, and progress bars."""
 
 import json
 import sys
@@ -14,24 +14,24 @@ SECONDS_BETWEEN_LINES = 20
 
 
 class Logger:
-    """Writes under `folder` on rank 0, elsewhere nothing. goes_on: log.jsonl is added to."""
+    """Writes to `folder` on rank 0 only. resumed: whether to append to log.jsonl."""
 
-    def __init__(self, folder, goes_on=False):
+    def __init__(self, folder, resumed=False):
         self.writer = self.lines = None
         if is_main():
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.writer = SummaryWriter(str(folder))
-            self.lines = (Path(folder) / "log.jsonl").open("a" if goes_on else "w", buffering=1)
+            self.lines = (Path(folder) / "log.jsonl").open("a" if resumed else "w", buffering=1)
 
     def scalars(self, values, step, **more):
-        """Name -> number at a step (of the optimiser); `more` goes into the JSON line only."""
+        """Log name -> number at an optimizer step; `more` goes into the JSON line only."""
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
             self.lines.write(json.dumps({"step": step, **more, **values}) + "\n")
 
     def image(self, name, image, step):
-        """An image, uint8 (H, W, C)."""
+        """Log an image, uint8 (H, W, C)."""
         if self.writer:
             self.writer.add_image(name, image, step, dataformats="HWC")
 
@@ -42,13 +42,13 @@ class Logger:
 
 
 class Stopwatch:
-    """Sums the seconds that an iterable takes to give its items."""
+    """Sums the seconds that an iterable takes to yield its items."""
 
     def __init__(self):
         self.seconds = 0.0
 
     def timed(self, iterable):
-        """The items of an iterable."""
+        """Yield the items of an iterable, timed."""
         items = iter(iterable)
         while True:
             start = time.perf_counter()
@@ -62,9 +62,9 @@ class Stopwatch:
 
 
 class Progress:
-    """A bar on a terminal; otherwise a plain line now and then, and one at the end. On rank 0.
+    """A progress bar on a terminal; otherwise occasional lines, and one at the end. On rank 0.
 
-    label: what is under way; None shows nothing.
+    label: name of the progress bar; None shows nothing.
     """
 
     def __init__(self, total, label, unit="it", done=0):
@@ -75,7 +75,7 @@ class Progress:
             self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
 
     def update(self, count=1, note=""):
-        """`count` more are done; `note` is what to show beside that from now on."""
+        """Add `count` to the progress; `note` is the text to show beside it from now on."""
         self.done += count
         self.note = note or self.note
         if self.bar is not None:

@@ -1,15 +1,17 @@
-"""Learning rate as a function of training progress."""
+"""The learning rate as a function of training progress."""
 
 import math
 
+SCHEDULES = ("constant", "cosine")
+
 
 def learning_rate(epoch, *, lr, warmup_epochs, epochs, min_lr=0.0, schedule="constant"):
-    """The rate at a fractional epoch: linear warm-up, then constant or half a cosine to min_lr.
+    """The learning rate at a fractional epoch: warm-up, then constant or half a cosine to min_lr.
 
     Raises ValueError for an unknown schedule.
     """
-    if schedule not in ("constant", "cosine"):
-        raise ValueError(f"lr_schedule {schedule!r}: expected constant or cosine")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"lr_schedule {schedule!r}: expected {' or '.join(SCHEDULES)}")
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     if schedule == "constant":

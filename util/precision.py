@@ -1,18 +1,18 @@
-"""The number types that networks compute in."""
+"""The numerical precision of networks."""
 
 from contextlib import contextmanager, nullcontext
 
 import torch
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": None, "fp32": None}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the others compute in float32
 
 
 def pick_precision(name, device):
-    """The precision (a key of PRECISIONS) that "auto" means on this device; others are themselves.
+    """The precision in util.flags.PRECISIONS that "auto" stands for on this device; else `name`.
 
-    Sets for the process what float32 may be made of. Linear layers: TF32 for tf32 alone.
-    Convolutions, as of tokenizers and Inception: TF32 unless fp32 is asked for, which is torch's
-    default, and so the published code's.
+    Also sets for the process where float32 products may use TF32. Linear layers: for tf32 only.
+    Convolutions, as in tokenizers and Inception: unless fp32 is chosen; this is the default of
+    torch, and so of the published code.
     """
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
@@ -24,14 +24,14 @@ def pick_precision(name, device):
 
 
 def autocast(device, precision):
-    """The autocast of a precision."""
-    dtype = PRECISIONS[precision]
+    """The autocast context of a precision."""
+    dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 @contextmanager
 def full_precision(kind):
-    """Products in the type of their factors on this kind of device, neither autocast nor TF32."""
+    """A context without autocast and TF32 on this kind of device: products in full precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

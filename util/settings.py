@@ -1,11 +1,11 @@
-"""Settings: frozen dataclasses of which flags, checkpoints, reports and sweeps are made.
+"""Settings: frozen dataclasses that define flags and the entries of checkpoints and reports.
 
     @dataclass(frozen=True)
     class Sampling(Settings):
         cfg: float = setting(1.0, "guidance scale; 1 is no guidance", type=finite)
 
-A field is written once, with its default, its help and what else a flag needs. `add_flags` makes
-the flags, `from_flags` reads them back, `asdict` is what is stored.
+Each field is defined once, with its default, its help text and whatever else its flag needs.
+`add_flags` creates the flags, `from_flags` reads them back, and `asdict` gives the stored form.
 """
 
 import dataclasses
@@ -14,9 +14,9 @@ import dataclasses
 def setting(default, help, flag=None, **details):
     """A field of a Settings class.
 
-    help: of its flag. flag: the name of the flag where it is another than the field's; "" for none.
-    details: `type`, `choices`, `metavar`, `nargs` as argparse takes them; `otherwise`, what None
-    means, in words; any other is a property that the class documents, such as `fixed` of
+    help: help text of its flag. flag: name of the flag, if it differs from the field's; "" for no
+    flag. details: `type`, `choices`, `metavar`, `nargs` as in argparse; `otherwise`, the meaning of
+    None, in words; any other is a property that the class documents, such as `fixed` of
     models.settings.Model.
     """
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, **details})
@@ -24,40 +24,41 @@ def setting(default, help, flag=None, **details):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of all settings: values by name, an unknown name being a ValueError."""
+    """Base class of all settings: values by name; an unknown name raises ValueError."""
+
+    @classmethod
+    def fields(cls):
+        """The dataclass fields."""
+        return dataclasses.fields(cls)
 
     @classmethod
     def names(cls, **details):
         """Names of the fields, or of those with these details, as in names(fixed=True)."""
         return [
             field.name
-            for field in dataclasses.fields(cls)
+            for field in cls.fields()
             if all(field.metadata.get(key) == value for key, value in details.items())
         ]
 
     @classmethod
     def of(cls, **values):
-        """An instance. Raises ValueError for a name that is no field."""
+        """An instance; lists become tuples. Raises ValueError for a name that is no field."""
         unknown = [name for name in values if name not in cls.names()]
         if unknown:
             raise ValueError(
-                f"{unknown[0]} {values[unknown[0]]!r}: no such setting of {cls.__name__}, expected "
-                f"some of {', '.join(cls.names())}"
+                f"{unknown[0]}: no such setting of {cls.__name__}, expected some of "
+                f"{', '.join(cls.names())}"
             )
-        return cls(**values)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def but(self, **values):
-        """The same with some values replaced. Raises ValueError for a name that is no field."""
+        """A copy with some values replaced. Raises ValueError for a name that is no field."""
         return self.of(**{**self.asdict(), **values})
 
     def asdict(self):
-        """Name -> value, plain data."""
-        return {name: getattr(self, name) for name in self.names()}
-
-    def changed(self):
-        """Name -> value of those that differ from their defaults."""
-        plain = {field.name: field.default for field in dataclasses.fields(self)}
-        return {name: value for name, value in self.asdict().items() if value != plain[name]}
+        """Name -> value as plain data, the form stored in checkpoints and reports."""
+        values = {name: getattr(self, name) for name in self.names()}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
 _ARGPARSE = ("type", "choices", "metavar", "nargs")
@@ -66,10 +67,10 @@ _ARGPARSE = ("type", "choices", "metavar", "nargs")
 def add_flags(group, cls, only=None, unset=None, **defaults):
     """Add a flag for each field of a Settings class to an argparse group.
 
-    only: names of the fields, in place of all. unset: no flag has a default, and this is what the
-    help says of one that is left out. defaults: in place of the fields' own.
+    only: names of the fields to add, instead of all. unset: if given, flags have no default, and
+    the help states this text instead. defaults: override the defaults of the fields.
     """
-    for field in dataclasses.fields(cls):
+    for field in cls.fields():
         details = field.metadata
         name = field.name if details["flag"] is None else details["flag"]
         if not name or (only is not None and field.name not in only):
@@ -83,16 +84,25 @@ def add_flags(group, cls, only=None, unset=None, **defaults):
             words = f"{words} (default: {meaning})"
         if isinstance(field.default, bool):
             options["action"] = "store_false" if field.default else "store_true"
-        group.add_argument(f"--{name}", dest=field.name, default=default, help=words, **options)
+        group.add_argument(
+            f"--{name}", dest=destination(field), default=default, help=words, **options
+        )
+
+
+def destination(field):
+    """The attribute of parsed flags that holds a field; "" for a field without a flag."""
+    flag = field.metadata["flag"]
+    return field.name if flag is None or isinstance(field.default, bool) else flag
+
+
+def said_flags(cls, args):
+    """Name -> value of the fields that are among the parsed flags."""
+    fields = {field.name: destination(field) for field in cls.fields()}
+    return {
+        name: getattr(args, flag) for name, flag in fields.items() if flag and hasattr(args, flag)
+    }
 
 
 def from_flags(cls, args, **values):
-    """The settings that parsed flags ask for; `values` in place of some."""
-    said = {name: getattr(args, name) for name in cls.names() if hasattr(args, name)}
-    return cls.of(**{**said, **values})
-
-
-def given_flags(cls, args):
-    """Name -> value of the flags of a Settings class that are not None."""
-    said = {name: getattr(args, name, None) for name in cls.names()}
-    return {name: value for name, value in said.items() if value is not None}
+    """The settings according to parsed flags; `values` override them."""
+    return cls.of(**{**said_flags(cls, args), **values})

@@ -1,4 +1,4 @@
-"""Tables of names: what a flag chooses from, and what a new row makes available everywhere."""
+"""Tables of names: a flag chooses from them, and a new row is available everywhere."""
 
 from importlib import import_module
 
@@ -6,8 +6,8 @@ from importlib import import_module
 class Table(dict):
     """Name -> object. A row may be the text "module:attribute", imported when it is looked up.
 
-    So flags know every name before torch is loaded, which takes seconds. kind: what the rows are,
-    for the ValueError that an unknown name raises.
+    Flags thus know all names before torch is imported, which takes seconds. kind: noun for the
+    rows in the ValueError that an unknown name raises.
     """
 
     def __init__(self, kind, rows):

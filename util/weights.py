@@ -1,4 +1,4 @@
-"""Weight files: read one safely, load it strictly, and say plainly what does not fit.
+"""Weight files: read them safely, load them strictly, and report clearly what does not fit.
 
 Nothing in a file is ever executed: `.safetensors` files hold tensors only, and everything else goes
 through `torch.load(weights_only=True)`.
@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from util.files import check_zip
 
-_SHOWN = 3  # differences of each kind that a message spells out
+_SHOWN = 3  # differences of each kind that a message lists
 
 
 class _Ignored:
-    """Stands in for an object of somebody else's library: takes anything and does nothing."""
+    """Stand-in for an object of another library: accepts anything and does nothing."""
 
     def __init__(self, *args):
         pass
@@ -29,13 +29,13 @@ class _Ignored:
 
 
 def _ignored(name):
-    """An `_Ignored` class that answers to the dotted `name`."""
+    """A subclass of `_Ignored` with the dotted `name`."""
     module, _, attribute = name.rpartition(".")
     return type(attribute, (_Ignored,), {"__module__": module})
 
 
-# What published checkpoints pickle beside their tensors. A Namespace only has attributes; the rest,
-# from Lightning's record of its callbacks, is replaced by classes that do nothing.
+# Objects that published checkpoints pickle besides tensors. A Namespace only has attributes; the
+# others, from Lightning's record of its callbacks, are replaced by classes that do nothing.
 _HARMLESS = [
     argparse.Namespace,
     _ignored("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"),
@@ -50,8 +50,8 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
 
     Args:
         path: a `.safetensors` file, or one that `torch.save` wrote.
-        entries: where to look, in this order; without any of them, the file itself is the dict.
-        missing: advice for the message when there is no such file, e.g. how to download it.
+        entries: keys to look under, in this order; if none exists, the file itself is the dict.
+        missing: advice for the error message if the file does not exist, e.g. a download command.
 
     Raises:
         ValueError: there is no such file, it is damaged, it holds pickled objects that are not
@@ -72,21 +72,21 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
 
 
 def read_file(path, missing=""):
-    """All that the file at `path` holds. Raises ValueError as `read_weights` does."""
+    """The whole content of the file at `path`. Raises ValueError as `read_weights` does."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file. {missing}".rstrip())
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals(_HARMLESS):
-            # mapped, so that eight processes of a node do not each hold a copy
+            # memory-mapped, so that the processes of a node share one copy
             mapped = zipfile.is_zipfile(path)
             if mapped:
                 check_zip(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file raises nearly anything, even OSError
+    except Exception as error:  # a damaged file can raise nearly anything, even OSError
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused:
             raise ValueError(
@@ -101,17 +101,17 @@ def read_file(path, missing=""):
 
 
 def load_strictly(module, state, source, hint=""):
-    """Load `state` into `module`; every name and shape must agree, and all values be finite.
+    """Load `state` into `module`; all names and shapes must match, and all values be finite.
 
     Args:
         module: any `nn.Module`.
         state: name -> tensor.
-        source: what the message calls the state, usually its path.
-        hint: a sentence for the end of the message, for whoever knows more about the module.
+        source: name of the state in the error message, usually its path.
+        hint: a sentence to append to the error message.
 
     Raises:
-        ValueError: they differ, or are not finite. The module is then as it was. The message gives
-            the first few differences of each kind and the count of all.
+        ValueError: they differ, or values are not finite. The module is then unchanged. The message
+            lists the first few differences of each kind and counts all.
     """
     own = module.state_dict()
     shapes = [
@@ -142,7 +142,7 @@ def load_strictly(module, state, source, hint=""):
 
 
 def digest(state):
-    """The sha256 of a state dict: of its names, shapes and values, wherever they are kept."""
+    """The sha256 of a state dict: of its names, shapes and values, on any device."""
     sha = hashlib.sha256()
     for name, value in sorted(state.items()):
         sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())

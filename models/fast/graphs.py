@@ -1,31 +1,31 @@
-"""Many small kernels as one launch, where the device can."""
+"""CUDA graphs: many small kernels in one launch, where the device supports it."""
 
 import torch
 
 from util.dist import print0
 
-MOST = 64  # recordings kept: of a sampling there are as many as counts of tokens asked at a step
+MOST = 64  # recordings held: sampling needs one for each number of tokens predicted per step
 
 
 class Graphs:
-    """Records what functions of tensors do on a CUDA device, and replays it; elsewhere calls them.
+    """Records functions of tensors on a CUDA device and replays them; elsewhere just calls them.
 
-    A function is recorded once for each key and shapes of its inputs. It must not wait for the
-    device, and what else it reads must stay where it is. A copy of this object, or one that was
-    written to a file, begins with no recordings.
+    A function is recorded once per key and shapes of its inputs. It must not wait for the device,
+    and all else that it reads must stay at the same address. A copy of this object, pickled or not,
+    starts without recordings.
     """
 
     def __init__(self):
         self.recorded, self.pool, self.possible = {}, None, True
-        # of all its recordings: they share memory only on one, and what a library keeps for a
-        # stream may end with a recording made on it, so nobody else records there
+        # one for all recordings: they share memory only on the same stream, and what a library
+        # stores per stream may end with a recording made on it, so nothing else records there
         self.stream = None
 
     def __reduce__(self):
         return Graphs, ()
 
     def usable(self, device):
-        """Whether recordings are made on this device."""
+        """Whether functions are recorded on this device."""
         return self.possible and device.type == "cuda"
 
     def __call__(self, key, function, *inputs):
@@ -50,29 +50,29 @@ class Graphs:
             graph, held, output, _ = self.recorded[key]
             torch._foreach_copy_(held, list(inputs))
             graph.replay()
-            return output.clone()  # the next replay, of any graph of the pool, writes over it
+            return output.clone()  # the next replay of any graph of the pool overwrites it
 
     def _record(self, function, inputs):
         held = [x.clone() for x in inputs]
         self.stream, before = self.stream or torch.cuda.Stream(), torch.cuda.current_stream()
         self.stream.wait_stream(before)
-        with torch.cuda.stream(self.stream):  # libraries set themselves up at the first call
+        with torch.cuda.stream(self.stream):  # libraries initialize themselves at the first call
             function(*held)
         before.wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         try:
-            # what other threads do meanwhile, a watchdog or a loader, is theirs
+            # other threads, such as a watchdog or a loader, may go on using CUDA
             with torch.cuda.graph(
                 graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
             ):
                 output = function(*held)
         finally:
-            torch.cuda.set_stream(before)  # a recording that fails does not do it itself
+            torch.cuda.set_stream(before)  # a recording that fails does not do so itself
         self.pool = graph.pool()
-        return graph, held, output, function  # which holds what it reads
+        return graph, held, output, function  # the function holds what it reads
 
 
 def padded(count):
-    """`count` rounded up to one of few sizes, at most a quarter above it beyond 32."""
+    """`count` rounded up to one of a few sizes, by at most a quarter above 32."""
     step = max(8, 1 << max(0, count.bit_length() - 3))
     return -(-count // step) * step

@@ -1,6 +1,6 @@
-"""Sets of images to be measured: of a data set, of a folder, of an .npz.
+"""Sets of images to evaluate: from a data set, a folder, or an .npz.
 
-Each gives (uint8 (H, W, 3), label), as models' images come; the label is -1 where there is none.
+Each yields (uint8 (H, W, 3), label), like generated images; the label is -1 if unknown.
 """
 
 import zipfile
@@ -10,40 +10,24 @@ import numpy as np
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data import DIGITS, ImageFolder, digits, listing, read_image
-from util.dist import broadcast, is_main
+from util.data import open_data
+from util.data.folder import read_image
 from util.files import check_zip
 from util.images import to_uint8
 
 
-def is_data_set(source):
-    """Whether a path is that of a data set: a folder with train/, or the digits."""
-    return source == DIGITS or (source is not None and (Path(source) / "train").is_dir())
+class RealImages(Dataset):
+    """The images of a data set in the format of generated ones: (uint8 (H, W, 3), label).
 
-
-def check_data_set(path):
-    """Raises ValueError for a --data_path that is not one."""
-    if not is_data_set(path):
-        raise ValueError(f"--data_path {path}: expected a folder with train/ or '{DIGITS}'")
-
-
-def real_images(source, img_size, split):
-    """The real images of a data set, as those of a model are: (uint8 (H, W, 3), label).
-
-    `description` says which they are: files with their sizes and times, crop and size.
+    source: its path, as in --data_path. `description` identifies the images.
     """
-    if source == DIGITS:
-        return Bytes(digits(split), f"digits {split}")
-    dataset = ImageFolder(Path(source) / split, img_size, flip=False)
-    listed = broadcast(listing(dataset) if is_main() else None)
-    return Bytes(dataset, f"{listed} ADM centre crop {img_size}")
 
+    def __init__(self, source, split, img_size):
+        self.dataset = open_data(source, split, img_size)
 
-class Bytes(Dataset):
-    """A data set of (image in [−1, 1], label) as (uint8 (H, W, 3), label)."""
-
-    def __init__(self, dataset, description):
-        self.dataset, self.description = dataset, description
+    @property
+    def description(self):
+        return self.dataset.description
 
     def __len__(self):
         return len(self.dataset)
@@ -54,12 +38,12 @@ class Bytes(Dataset):
 
 
 class Folder(Dataset):
-    """All pictures below a folder, in the order of their names: (uint8 (H, W, 3), -1)."""
+    """All images below a folder, in the order of their names: (uint8 (H, W, 3), -1)."""
 
     def __init__(self, path, img_size):
         self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not self.paths:
-            raise ValueError(f"{path}: expected pictures there, found none")
+            raise ValueError(f"{path}: expected images there, found none")
         self.img_size = img_size or read_image(self.paths[0]).size[0]
 
     def __len__(self):
@@ -70,7 +54,7 @@ class Folder(Dataset):
         if image.size != (self.img_size, self.img_size):
             raise ValueError(
                 f"{self.paths[index]}: {image.width}×{image.height} pixels, expected "
-                f"{self.img_size}×{self.img_size}: all pictures of one size"
+                f"{self.img_size}×{self.img_size}: all images of one size"
             )
         return np.array(image), -1
 
@@ -98,9 +82,9 @@ class Array(Dataset):
 
 
 def _mapped(path, name):
-    """An array of an .npz, left on the disk if it is not compressed: it may have 10 GB."""
+    """An array of an .npz, memory-mapped unless compressed, as it may have 10 GB."""
     try:
-        check_zip(path)  # a map would not notice
+        check_zip(path)  # a memory map would not notice damage
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path}: not a readable .npz ({error})") from error
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
@@ -110,7 +94,7 @@ def _mapped(path, name):
         header = member.tell()
     if info.compress_type != zipfile.ZIP_STORED or fortran:
         return np.load(path)[name]
-    with open(path, "rb") as file:  # behind a local header, whose length only it knows
+    with open(path, "rb") as file:  # after a local header, which states its length
         file.seek(info.header_offset + 26)
         lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
     return np.memmap(path, dtype, "r", info.header_offset + 30 + lengths + header, shape)
@@ -129,7 +113,7 @@ def open_images(path, img_size=None):
 
 
 def open_npz(path):
-    """The arrays of an .npz by name, read when asked for. Raises ValueError."""
+    """The arrays of an .npz by name, with None for arr_0. Raises ValueError."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:

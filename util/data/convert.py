@@ -1,4 +1,4 @@
-"""What is done to a cache of latents without its tokenizer: verify it, or change its layout."""
+"""Verify a cache of latents, or convert it to the other layout, without its tokenizer."""
 
 from itertools import chain
 from multiprocessing.pool import ThreadPool
@@ -6,21 +6,29 @@ from pathlib import Path
 
 import numpy as np
 
-from util import shards
-from util.data import SHOWN, CachedFolder, check_cache, read_moments, write_moments
+from util.data import shards
+from util.data.cached import CachedFolder, check_cache, read_moments, write_moments
+from util.data.shards import ShardedCache, layout_of, read_manifest
 from util.dist import all_gather, barrier, is_main, rank, world_size
+from util.files import first_few
 from util.logger import Progress
-from util.shards import ShardedCache, layout_of, read_manifest
 
-FACTS = ("tokenizer", "img_size", "tokenizer_name", "scale", "crop")  # that both layouts keep
+FACTS = (
+    "tokenizer",
+    "img_size",
+    "tokenizer_name",
+    "scale",
+    "crop",
+)  # manifest entries of both layouts
+OPTIONAL = ("shift",)  # likewise, if present: only shifts other than 0 are
 BATCH = 64  # images read at once
 
 
 def verify(folder, workers=4):
-    """Read all of a cache, shared among the processes; returns (its layout, number of images).
+    """Read all of a cache, divided among the processes; returns (its layout, number of images).
 
-    Shards must have the sha256 of their manifest; files of an image must be whole, finite and of
-    one shape. Raises ValueError naming what is not so.
+    Shards must match the sha256 in their manifest; files of single images must be intact, finite
+    and of one shape. workers: number of threads. Raises ValueError that lists damaged files.
     """
     layout = layout_of(folder)
     if layout is None:
@@ -30,16 +38,14 @@ def verify(folder, workers=4):
     )
     bad = sorted(chain.from_iterable(all_gather(bad)))
     if bad:
-        more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise ValueError(
-            f"{folder}: {len(bad)} damaged files: {', '.join(bad[:SHOWN])}{more}; delete them and "
-            "cache again"
+            f"{folder}: {len(bad)} damaged files: {first_few(bad)}; delete them and cache again"
         )
     return layout, images
 
 
 def _damaged_files(folder, workers):
-    """(number of images, messages), as of shards.find_damage."""
+    """The number of images and messages about damaged files, as in shards.find_damage."""
     dataset = CachedFolder(folder)
     shapes = (_probe(path)[1] for path, _ in dataset.samples)
     shape = next((shape for shape in shapes if shape), None)  # the same on every process
@@ -57,7 +63,7 @@ def _damaged_files(folder, workers):
 
 
 def _probe(path):
-    """(path, shape of its moments or None, what is wrong or None)."""
+    """(path, shape of its moments or None, problem or None)."""
     try:
         one, other = read_moments(path).values()
     except ValueError:
@@ -69,11 +75,11 @@ def _probe(path):
 
 def convert(source, folder, layout, workers=4):
     """Write the latents of the cache `source` into `folder`, in the other layout, "shards" or
-    "images". What is there already is kept.
+    "images". Existing files are not rewritten.
 
-    Shards are float16 (see util.shards): back in files of float32, moments are rounded. Returns
-    (written, skipped) images. Raises ValueError where `source` is no cache, has that layout or is
-    damaged, or `folder` holds other latents.
+    Shards are float16 (see util.data.shards), so moments converted from them are rounded.
+    Returns the numbers of images (written, skipped). Raises ValueError if `source` is no cache, has
+    that layout already or is damaged, or if `folder` holds other latents.
     """
     found = layout_of(source)
     if found in (None, layout):
@@ -82,7 +88,8 @@ def convert(source, folder, layout, workers=4):
             f" expected a cache in the layout other than --layout {layout}"
         )
     known = read_manifest(source)
-    facts = {name: known.get(name) for name in FACTS}  # null where nobody knows
+    facts = {name: known.get(name) for name in FACTS}  # null where unknown
+    facts |= {name: known[name] for name in OPTIONAL if name in known}
     write = _to_shards if layout == "shards" else _to_images
     return write(source, Path(folder), facts, workers)
 
@@ -90,7 +97,7 @@ def convert(source, folder, layout, workers=4):
 def _to_shards(source, folder, facts, workers):
     dataset = CachedFolder(source)
     first = read_moments(dataset.samples[0][0])["moments"]
-    # a single channel of whole numbers: those of codes, which float16 knows up to 2,048 only
+    # a single channel of integers: code indices, exact in float16 only up to 2,048
     numbers = len(first) == 1 and np.array_equal(first, first.round())
     facts |= {"shape": list(first.shape), "dtype": "int32" if numbers else "float16"}
 
@@ -119,13 +126,13 @@ def _to_shards(source, folder, facts, workers):
 
 
 def _to_images(source, folder, facts, workers):
-    verify(source, workers)  # what damage became would look whole
+    verify(source, workers)  # otherwise, damaged latents would look intact once converted
     dataset = ShardedCache(source)
     names = dataset.names()
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{source}: {name!r} is no name of an image of a class")
-    # a cache of the published code says nothing of itself, so what became of it does not either
+    # a cache of the published code has no manifest, nor has one converted from it
     known = is_main() and facts["tokenizer"] is not None
     check_cache(folder, facts.pop("tokenizer"), facts.pop("img_size"), write=known, **facts)
     mine = range(rank(), len(dataset), world_size())
@@ -150,7 +157,7 @@ def _to_images(source, folder, facts, workers):
 
 
 def _holds(path, one, other):
-    """Whether the file is there and whole. Raises ValueError where it has other moments."""
+    """Whether the file exists and is intact. Raises ValueError if it holds other moments."""
     try:
         found = list(read_moments(path).values()) if path.is_file() else []
     except ValueError:

@@ -1,21 +1,14 @@
-"""Flags that belong together. A preset goes between the defaults and what the command line says."""
+"""Presets: named sets of flags. They override the defaults; the command line overrides them."""
 
-# What a data set brings with it, whoever trains on it.
-DATA = {
-    "digits": {
-        "img_size": 8,
-        "class_num": 10,
-        "tokenizer": "pixels",
-        "patch_size": 2,
-    },
-}
+from diffusion.solvers import BELOW_SINGULARITY
+from util.data import kind_or_folder
 
 PRESETS = {
-    # The demo: 1,437 images, minutes on a CPU. Where it leaves the paper's recipe, and why:
+    # The demo: 1,437 images, minutes on a CPU. Departures from the paper's recipe, and why:
     "digits": {
         "data_path": "digits",
         "model": "mar_tiny",
-        "buffer_size": 4,  # 16 tokens need no 64 class tokens
+        "buffer_size": 4,  # 64 class tokens are too many for 16 tokens
         "diffloss_d": 3,
         "diffloss_w": 64,
         "diffusion_batch_mul": 4,
@@ -24,14 +17,14 @@ PRESETS = {
         "lr_schedule": "cosine",
         "warmup_epochs": 5,  # 100 epochs would be the whole run
         "epochs": 200,
-        # one token a step means up to 15 of 16 known: at the paper's 0.7 no more than 4 ever are
-        # in training, and the pixel Fréchet distance doubles
+        # with one token per step, up to 15 of 16 are known; at the paper's 0.7, training never
+        # has more than 4 known, and the pixel Fréchet distance doubles
         "mask_ratio_min": 0.1,
         "ema_rate": 0.995,  # 0.9999 would still hold the initial weights at the end
         "attn_dropout": 0.0,
         "proj_dropout": 0.0,
-        "num_iter": 16,  # one token a step
-        "max_timestep": 950,  # from 999 every sample of so small a model diverges
+        "num_iter": 16,  # one token per step
+        "max_timestep": BELOW_SINGULARITY,  # from 999 every sample of so small a model diverges
         "cfg": 1.5,
         "num_workers": 0,  # the images are in memory already
         "eval_freq": 25,
@@ -41,8 +34,8 @@ PRESETS = {
 
 
 # ---- the rows of the paper's tables ---------------------------------------------------------
-# Batches of 64 are those of each of 32 processes: 2,048 in all. Where the paper gives no value, as
-# for the guidance of the ablations, none is set.
+# A batch of 64 on each of 32 processes makes 2,048 in total. Where the paper gives no value, as for
+# the guidance of the ablations, none is set.
 
 RECIPE = {
     "img_size": 256,
@@ -56,7 +49,7 @@ RECIPE = {
     "num_sampling_steps": "100",
 }
 VAE = "pretrained_models/vae"
-KL16 = {"tokenizer": "kl16", "vae_path": f"{VAE}/ldm_kl16.ckpt"}  # LDM's, of OpenImages
+KL16 = {"tokenizer": "kl16", "vae_path": f"{VAE}/ldm_kl16.ckpt"}  # LDM's, trained on OpenImages
 KL16_RETRAINED = {"tokenizer": "kl16", "vae_path": f"{VAE}/kl16.ckpt"}  # on ImageNet
 VQ16 = {"tokenizer": "vq16", "vae_path": f"{VAE}/ldm_vq16.ckpt"}
 CE = {**RECIPE, **VQ16, "head": "ce", "lr_schedule": "cosine"}
@@ -64,7 +57,7 @@ DIFF = {**RECIPE, **KL16, "head": "diffloss"}
 
 RASTER = {"model": "ar_large", "order": "raster"}
 RANDOM = {"model": "ar_large", "order": "random"}
-ONE = {"model": "mar_large", "num_iter": 256}  # one token a step
+ONE = {"model": "mar_large", "num_iter": 256}  # one token per step
 MAR = {"model": "mar_large", "num_iter": 64}
 
 SYSTEM = {**RECIPE, **KL16_RETRAINED, "epochs": 800, "num_iter": 256, "cfg_schedule": "linear"}
@@ -83,7 +76,7 @@ PAPER = {
     "table1-mar-ce": ({**CE, **MAR}, "8.79/146.1 → 3.69/278.4"),
     "table1-mar-diff": ({**DIFF, **MAR}, "3.50/201.4 → 1.98/290.3"),
     "table1-mar-l2": ({**DIFF, **MAR, "head": "l2"}, "above 100"),
-    # the latent before quantization; its scale is not published: measure it (main_tokenizer.py)
+    # latents before quantization; their scale is not published: measure it (main_tokenizer.py)
     "table2-vq16": ({**DIFF, **MAR, **VQ16, "tokenizer": "vq16_latent"}, "7.82/151.7 → 3.64/258.5"),
     "table2-kl16": ({**DIFF, **MAR}, "3.50/201.4 → 1.98/290.3"),
     "table2-kl8": (
@@ -121,22 +114,22 @@ PRESETS |= {name: flags for name, (flags, _) in PAPER.items()}
 
 
 def listing():
-    """Every preset with its flags and the paper's figures, as text."""
-    lines = ["FID/IS without guidance → with guidance are the paper's, on ImageNet."]
+    """A listing of every preset with its flags and the paper's FID and IS."""
+    lines = ["FID/IS without guidance → with guidance, as in the paper, on ImageNet."]
     for name, flags in PRESETS.items():
-        figures = f"  ({PAPER[name][1]})" if name in PAPER else ""
-        lines.append(f"{name}{figures}")
+        results = f"  ({PAPER[name][1]})" if name in PAPER else ""
+        lines.append(f"{name}{results}")
         lines.append("    " + " ".join(f"--{flag} {value}" for flag, value in flags.items()))
     return "\n".join(lines)
 
 
 def apply(parser, argv):
-    """Parse argv with the defaults that its --preset and --data_path bring."""
+    """Parse argv with the defaults set by its --preset and --data_path."""
     first, given = parser.parse_given(argv)
     preset = PRESETS[first.preset] if first.preset else {}
     data = first.data_path if "data_path" in given else preset.get("data_path", first.data_path)
-    defaults = {**DATA.get(data, {}), **preset}
+    defaults = {**kind_or_folder(data).defaults, **preset}
     if "tokenizer" in given and first.tokenizer != defaults.get("tokenizer"):
-        defaults.pop("patch_size", None)  # which was for that tokenizer
+        defaults.pop("patch_size", None)  # it belongs to the preset's tokenizer
     parser.set_defaults(**defaults)
     return parser.parse_given(argv)

@@ -1,19 +1,19 @@
 """Linear layers in float32 on a CPU, by oneDNN.
 
-Torch asks MKL for them, whose kernels are slow on processors that are not Intel's, and for few rows
-on any: `benchmarks/RESULTS.md` has the ratio. Elsewhere all here is torch's own. Results differ by
-rounding.
+Torch uses MKL for them, whose kernels are slow on processors other than Intel's, and for few rows
+on any: `benchmarks/RESULTS.md` has the ratio. On other devices this is plain torch. Results differ
+only by rounding.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-SMALLEST = 128 * 128  # below it the call costs more than the product
+SMALLEST = 128 * 128  # below this many weights, the call costs more than the product
 AVAILABLE = torch.backends.mkldnn.is_available() and all(
     hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
 )
-enabled = True  # the benchmark turns it off, to tell what else is fast
+enabled = True  # a benchmark turns it off, to measure the rest
 
 
 class Linear(nn.Linear):
@@ -24,7 +24,7 @@ class Linear(nn.Linear):
 
 
 def speed_up(model):
-    """Make the linear layers of a model those of this file; parameters and names stay."""
+    """Turn the linear layers of a model into those of this file; parameters and names stay."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Linear
@@ -41,14 +41,14 @@ def linear(x, weight, bias=None):
 
 
 def pack(weight):
-    """A weight as `packed_linear` takes it: in oneDNN's own layout where that is used, a copy."""
+    """A weight for `packed_linear`: a copy in oneDNN's layout where oneDNN is used."""
     if _fits(weight, weight):
         return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
     return weight.detach()
 
 
 def packed_linear(x, weight, bias=None):
-    """`linear` without a gradient, for a weight of `pack`."""
+    """`linear` without a gradient, for a weight from `pack`."""
     return _product(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)
 
 
@@ -76,7 +76,7 @@ def _product(x, weight, bias=None):
 def _opaque_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`_product` for torch.compile, which would take the weight for a constant."""
+    """`_product` for torch.compile, which would otherwise treat the weight as a constant."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

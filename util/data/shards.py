@@ -1,16 +1,16 @@
-"""Cached latents in a few large files, of which a whole batch is gathered at once.
+"""Cached latents in a few large files, from which whole batches are gathered.
 
-Such a cache is a folder with, for each SHARD_SIZE images,
+Such a cache is a folder with, for every SHARD_SIZE images,
 
-    shard-00000.moments.npy  (n, C, h, w): float16, or int32 where they are numbers of codes
+    shard-00000.moments.npy  (n, C, h, w): float16, or int32 for code indices
     shard-00000.flips.npy    the same, of the mirror images
     shard-00000.labels.npy   (n,) int64
     shard-00000.names.npy    (n,) str, class/name.ext
-    shard-00000.json         its size, and bytes and sha256 of the four; it is written last
+    shard-00000.json         its size, and bytes and sha256 of the four; written last
 
-and a manifest, `cache.json`, which says what made the latents and, once all shards are there, what
-each of their .json says. Shard k holds the same images whoever writes it, so a run that was stopped
-may go on with another number of processes.
+and a manifest, `cache.json`: what the latents depend on and, once all shards are complete, the
+content of their .json files. Shard k holds the same images whichever process writes it, so an
+interrupted run can resume with another number of processes.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ PARTS = ("moments", "flips", "labels", "names")
 
 
 def read_manifest(folder):
-    """What the cache in `folder` says of itself, of either layout; {} where it says nothing."""
+    """The manifest of the cache in `folder`, in either layout; {} if it has none."""
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return {}
@@ -51,7 +51,7 @@ def write_manifest(folder, manifest):
 
 
 def layout_of(folder):
-    """How the latents in `folder` are kept: "shards", "images" (a file each), or None: no cache."""
+    """The layout of the cache in `folder`: "shards", "images" (one file each), or None."""
     manifest = read_manifest(folder)
     if manifest or any(Path(folder).rglob("*.npz")):
         return manifest.get("layout", "images")
@@ -59,13 +59,14 @@ def layout_of(folder):
 
 
 def write(folder, facts, names, labels, read, batch_size):
-    """Write those shards of a data set that are not there yet, each process its own.
+    """Write the missing shards of a data set, divided among the processes.
 
-    facts: of the manifest, `tokenizer` (the sha256 of its weights), `img_size`, `shape` and `dtype`
-    of the moments of an image, `classes`, and others that may differ between runs. names, labels:
-    of all images. read: given lists of indices, yields for each (moments, flips), (n, C, h, w).
-    Returns (written, skipped) images, of all processes. Raises ValueError where what is there is of
-    other latents or images, and for an image whose moments the dtype cannot hold.
+    facts: entries of the manifest: `tokenizer` (the sha256 of its weights), `img_size`, `shape` and
+    `dtype` of the moments of an image, `classes`, and others that may differ between runs. names,
+    labels: names and labels of all images. read: function of a list of batches, each a list of
+    indices, that yields their (moments, flips), each (n, C, h, w). Returns the numbers of images
+    (written, skipped) by all processes. Raises ValueError if the folder holds other latents or
+    latents of other images, and for an image whose moments the dtype cannot hold.
     """
     folder, count = Path(folder), len(names)
     manifest = {"layout": "shards", **facts, "count": count, "shard_size": SHARD_SIZE}
@@ -75,10 +76,10 @@ def write(folder, facts, names, labels, read, batch_size):
         _check_same(folder, known, manifest)
     shards = [range(i, min(i + SHARD_SIZE, count)) for i in range(0, count, SHARD_SIZE)]
     mine = range(rank(), len(shards), world_size())
-    # without a manifest nobody knows what a shard is of
+    # without a manifest, the origin of a shard is unknown
     todo = [k for k in mine if not (known and _is_whole(folder, k))]
     if any(all_gather(bool(todo))) and is_main():
-        write_manifest(folder, manifest)  # which says that not all are there
+        write_manifest(folder, manifest)  # without `shards`, as not all are complete
 
     plan = {k: _batches(shards[k], batch_size) for k in todo}
     batches = iter(read(list(chain.from_iterable(plan.values()))))
@@ -129,7 +130,7 @@ def _is_whole(folder, k):
 
 
 def _write_shard(folder, k, manifest, batches, names, labels, source, progress):
-    """batches: lists of indices. source: yields (moments, flips) of each."""
+    """Write shard k. batches: lists of indices. source: iterator of their (moments, flips)."""
     indices = list(chain.from_iterable(batches))
     _record(folder, k).unlink(missing_ok=True)
     with ExitStack() as stack:
@@ -144,7 +145,7 @@ def _write_shard(folder, k, manifest, batches, names, labels, source, progress):
                 progress.update(len(batch))
         small = {"labels": [int(labels[i]) for i in indices], "names": [names[i] for i in indices]}
         for part, values in small.items():
-            with beside[part].open("wb") as file:  # np.save adds .npy to a name that lacks it
+            with beside[part].open("wb") as file:  # np.save appends .npy to names without it
                 np.save(file, np.array(values))
         record = {
             "file": f"shard-{k:05d}",
@@ -157,15 +158,15 @@ def _write_shard(folder, k, manifest, batches, names, labels, source, progress):
 
 
 def _write_header(file, shape, dtype):
-    """What np.save puts before the values: they follow by the batch, as a shard may not fit memory,
-    and through a file, as on a full disk a memory map dies without a word."""
+    """Write the header of np.save: the values follow in batches, as a shard may exceed memory, and
+    through a file, as a memory map would crash without a message on a full disk."""
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     header = {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
 def _cast(values, dtype, names):
-    """Values (n, ...) as the dtype. Raises ValueError with the first name whose values it bends."""
+    """Values (n, ...) cast to the dtype. Raises ValueError with the first name that fails."""
     with np.errstate(over="ignore", invalid="ignore"):
         cast = values.astype(dtype)
     fits = np.isfinite(cast) if cast.dtype.kind == "f" else cast == values
@@ -173,14 +174,14 @@ def _cast(values, dtype, names):
     if bad.any():
         first = int(bad.argmax())
         raise ValueError(
-            f"{names[first]}: moments as large as {np.abs(values[first]).max():g}, expected those "
-            f"that {dtype} holds; --layout images keeps float32"
+            f"{names[first]}: moments as large as {np.abs(values[first]).max():g}, expected "
+            f"values that {dtype} can hold; --layout images uses float32"
         )
     return cast
 
 
 def file_sha256(path, progress=None):
-    """The sha256 of a file; progress counts its bytes."""
+    """The sha256 of a file. progress: a Progress that counts its bytes."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -191,10 +192,10 @@ def file_sha256(path, progress=None):
 
 
 def find_damage(folder):
-    """Hash each file of each shard, shared among the processes.
+    """Hash each file of each shard, divided among the processes.
 
-    Returns (images, messages): how many there are, and for each damaged file of this process's
-    share, which and how. Raises ValueError where not all shards are there.
+    Returns the number of images of the cache and a message for each damaged file that this process
+    read. Raises ValueError if the cache is incomplete.
     """
     folder, manifest = Path(folder), _whole_manifest(folder)
     mine = manifest["shards"][rank() :: world_size()]
@@ -222,11 +223,12 @@ def _whole_manifest(folder):
 
 
 class ShardedCache(Dataset):
-    """The moments of a folder of shards, those of the mirror image half the time.
+    """The moments of a folder of shards; those of the mirror image half the time.
 
-    `__getitems__(indices)` gathers a batch: moments (N, C, h, w) as they are kept, labels (N,)
-    int64. shape: (C, h, w) that is expected, None for any. Attributes: `classes`, names; `labels`,
-    (n,) int64. Raises ValueError for a folder that is not whole, or of another shape.
+    `__getitems__(indices)` gathers a batch: moments (N, C, h, w) in the dtype of the shards, labels
+    (N,) int64. shape: expected shape (C, h, w) of the moments; None for any. Attributes: `classes`,
+    their names; `labels`, int64, of all images. Raises ValueError for an incomplete folder, or
+    another shape.
     """
 
     def __init__(self, folder, shape=None):
@@ -244,7 +246,7 @@ class ShardedCache(Dataset):
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         self.maps = [self._map("moments"), self._map("flips")]
 
-    def __reduce__(self):  # to a worker that is spawned go the names of the files, not the data
+    def __reduce__(self):  # spawned workers receive the names of the files, not the data
         return ShardedCache, (self.folder, self.shape)
 
     def __len__(self):
@@ -254,15 +256,20 @@ class ShardedCache(Dataset):
         moments, labels = self.__getitems__([index])
         return moments[0], int(labels[0])
 
+    @staticmethod
+    def collate(batch):
+        """The batch unchanged: `__getitems__` has collated it."""
+        return batch
+
     def __getitems__(self, indices):
         flips = (torch.rand(len(indices)) < 0.5).tolist()
-        # joining bytes takes two thirds of the time of copying rows of arrays one by one
+        # joining bytes takes two thirds of the time of copying array rows one by one
         rows = bytearray().join([self._row(i, f) for i, f in zip(indices, flips, strict=True)])
         moments = np.frombuffer(rows, self.dtype).reshape(len(indices), *self.shape)
         return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
 
     def pair(self, index):
-        """Moments of an image and of its mirror image, arrays (C, h, w)."""
+        """The moments of an image and of its mirror image, arrays (C, h, w)."""
         rows = [self._row(index, flip) for flip in (False, True)]
         return [np.frombuffer(row, self.dtype).reshape(self.shape) for row in rows]
 
@@ -272,14 +279,14 @@ class ShardedCache(Dataset):
         return self.maps[flip][shard][start : start + self.row_bytes]
 
     def names(self):
-        """class/name.ext of all images."""
+        """The names class/name.ext of all images, a list."""
         return self._read("names").tolist()
 
     def _read(self, part):
         return np.concatenate([self._load(shard, part) for shard in self.shards])
 
     def _map(self, part):
-        """The bytes of the rows of each shard, which are read when they are needed."""
+        """The bytes of the rows of each shard, memory-mapped."""
         arrays = [self._load(shard, part, self.shape, "r") for shard in self.shards]
         return [memoryview(array.reshape(-1).view(np.uint8)) for array in arrays]
 
@@ -287,7 +294,7 @@ class ShardedCache(Dataset):
         path, expected = self.folder / f"{shard['file']}.{part}.npy", (shard["count"], *shape)
         try:
             array = np.load(path, mmap_mode=mode)
-        except Exception as error:  # numpy raises several kinds for a damaged file
+        except Exception as error:  # numpy raises several types for a damaged file
             raise ValueError(
                 f"{path}: not a part of a shard ({error}); delete it and cache again"
             ) from None

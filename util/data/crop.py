@@ -1,14 +1,14 @@
-"""The centre crop of ADM (Dhariwal and Nichol 2021), on which published FIDs depend."""
+"""The center crop of ADM (Dhariwal and Nichol 2021), on which published FIDs depend."""
 
 import numpy as np
 from PIL import Image
 
 
 def center_crop_arr(image, size):
-    """The centre `size`×`size` of a PIL image whose shorter side is scaled to `size`.
+    """The central `size`×`size` pixels of a PIL image whose shorter side is scaled to `size`.
 
-    Halved by a box filter while the shorter side is at least twice too large, then bicubic: no
-    aliasing, and no dependence on the resampling of one library call.
+    Box filters halve the image while its shorter side is at least twice `size`, then a bicubic one
+    finishes: no aliasing, and no dependence on the resampling of a single library call.
     """
     while min(image.size) >= 2 * size:
         image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)

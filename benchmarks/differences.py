@@ -1,0 +1,123 @@
+"""Checks that both sides compute the same, without which comparing speed is meaningless."""
+
+import sys
+
+import torch
+
+from benchmarks.sides import Updates
+from benchmarks.steps import pick_steps
+from benchmarks.timing import table
+from diffusion.solvers import BELOW_SINGULARITY
+from util.precision import full_precision
+
+TOLERANCE = 1e-5
+ROWS = 8  # tokens of the head
+
+
+def check(sides, timed_steps):
+    """Print how much the sides differ; exit with status 1 if they compute different things."""
+    found = in_float32(sides, timed_steps)
+    print("\n## Largest relative differences for the same noise, float32\n")
+    _print(found, "what")
+    if not all(value <= TOLERANCE for value in found.values()):  # nor where one is nan
+        print(f"\nabove {TOLERANCE:.0e}: these are not the same computation; no speed is measured")
+        sys.exit(1)
+    if sides.precision == "fp32":
+        return
+    found = in_precision(sides)
+    print(f"\nThe head in {sides.precision}, from plain in float32:\n")
+    _print(found, "side")
+    if not found["ours"] <= 2 * found["plain"]:
+        print("\nours is further off than twice plain; no speed is measured")
+        sys.exit(1)
+
+
+def _print(found, title):
+    table([title, "difference"], [[name, f"{value:.1e}"] for name, value in found.items()])
+
+
+def in_float32(sides, timed_steps):
+    """Relative differences: name -> largest |a − b| / largest |b|."""
+    with full_precision(sides.device.type):
+        return {
+            **of_head(sides),
+            **of_steps(sides, timed_steps),
+            **of_training(sides),
+            **of_updates(sides),
+        }
+
+
+def of_head(sides):
+    """Tokens of the head.
+
+    From 999, samples of random weights grow so large that half of the computation hardly matters;
+    from 950 all of it does.
+    """
+    found, noise = {}, _head_noise(sides)
+    for start in (None, BELOW_SINGULARITY):
+        with sides.starting_at(start):
+            ours, plain = sides.head(ROWS, noise)
+            found[f"head, {ROWS} tokens, from {start or 999}"] = relative(ours(), plain()[:ROWS])
+    return found
+
+
+def of_steps(sides, timed_steps):
+    """Tokens after autoregressive steps."""
+    with sides.starting_at(BELOW_SINGULARITY):
+        return {
+            f"autoregressive step {step.number}, batch {step.bsz}, from {BELOW_SINGULARITY}": (
+                relative(step.ours(), step.plain())
+            )
+            for step in pick_steps(sides, timed_steps, bsz=2, noise=True)
+        }
+
+
+def of_training(sides):
+    """The loss and its gradient as one vector; gradients of key biases are mere rounding."""
+    losses = [side() for side in sides.training(2, same=True)]
+    ours, plain = (
+        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        for model in (sides.model, sides.plain)
+    )
+    norm = ((ours - plain).norm() / plain.norm()).item()
+    return {"training loss": relative(*losses), "gradients, their norm": norm}
+
+
+@torch.no_grad()
+def of_updates(sides, count=3):
+    """The weights and their averages after some updates, which are then undone."""
+    before = [p.clone() for p in sides.model.parameters()]
+    updates = Updates(sides)
+    for _ in range(count):
+        updates.ours()
+        updates.plain()
+    found = {
+        f"weights after {count} updates": max(relative(*pair) for pair in updates.weights()),
+        "averaged weights": max(relative(*pair) for pair in updates.averaged()),
+    }
+    for model in (sides.model, sides.plain):
+        torch._foreach_copy_(list(model.parameters()), before)
+    return found
+
+
+def in_precision(sides):
+    """Difference of each side's head from plain in float32: name -> difference.
+
+    Ours runs twice, with other rows first, to reveal a graph that replays stale inputs.
+    """
+    noise = _head_noise(sides)
+    with sides.starting_at(BELOW_SINGULARITY):
+        exact = sides.head(ROWS, noise)[1]()[:ROWS]
+        with sides.autocast():
+            sides.head(ROWS, noise.flip(1))[0]()
+            ours, plain = sides.head(ROWS, noise)
+            return {"ours": relative(ours(), exact), "plain": relative(plain()[:ROWS], exact)}
+
+
+def _head_noise(sides):
+    return sides.randn(sides.diffusion_steps + 1, ROWS, sides.model.token_embed_dim)
+
+
+def relative(ours, plain):
+    """The largest difference over the largest value."""
+    return ((ours - plain).abs().max() / plain.abs().max()).item()

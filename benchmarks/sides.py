@@ -1,0 +1,193 @@
+"""The two sides of `benchmarks.speed`, ours and plain, as pairs of functions that do the same."""
+
+import math
+from contextlib import contextmanager
+from itertools import count, repeat
+
+import torch
+
+from benchmarks import plain
+from engine_mar import parameter_groups
+from models import build_model
+from util.ema import EMA
+from util.precision import autocast
+
+
+class Sides:
+    """A model of ours and the plain one, with the same random weights, and how both are sampled.
+
+    name: name of the model. depth, width: size of its head. num_sampling_steps: diffusion steps.
+    sampling: a models.settings.Sampling. precision: precision of the timings. Raises ValueError for
+    more autoregressive steps than tokens.
+    """
+
+    def __init__(self, name, depth, width, num_sampling_steps, sampling, device, precision):
+        self.sampling, self.device, self.precision = sampling, device, precision
+        sizes = {"diffloss_d": depth, "diffloss_w": width}
+        with torch.device(device):
+            self.model = build_model(name, **sizes, num_sampling_steps=num_sampling_steps)
+            randomize(self.model, device)
+            self.plain = plain.PlainMAR(self.model)
+        self.eval()
+        if sampling.num_iter > self.model.seq_len:
+            raise ValueError(
+                f"--num_iter {sampling.num_iter}: expected at most {self.model.seq_len}, the tokens"
+            )
+
+    @property
+    def gpu(self):
+        """Whether the device is a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def diffusion_steps(self):
+        """Number of steps of the full reverse process."""
+        return self.model.diffloss.gen_diffusion.num_steps
+
+    def train(self, mode=True):
+        """Both models in training mode."""
+        self.model.train(mode)
+        self.plain.train(mode)
+
+    def eval(self):
+        """Both models in evaluation mode."""
+        self.train(False)
+
+    def autocast(self):
+        """The autocast of the precision that is timed."""
+        return autocast(self.device, self.precision)
+
+    def randn(self, *shape, seed=0):
+        """Standard normal numbers of this shape, on the device."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(shape, generator=generator, device=self.device)
+
+    @contextmanager
+    def starting_at(self, timestep):
+        """Both start the reverse process at this timestep; None is its very end."""
+        before, self.sampling = self.sampling, self.sampling.but(max_timestep=timestep)
+        self.plain.diffloss.start_at(timestep)
+        try:
+            yield
+        finally:
+            self.sampling = before
+            self.plain.diffloss.start_at(before.max_timestep)
+
+    # ---- pairs of functions (ours, plain) ------------------------------------------------------
+
+    def head(self, rows, noise=None):
+        """Sampling of `rows` tokens with guidance; of plain both halves, (2·rows, C).
+
+        noise: (steps + 1, rows, C); drawn if not given.
+        """
+        width = self.model.fake_latent.shape[1]
+        z, z_uncond = self.randn(rows, width, seed=1), self.randn(rows, width, seed=2)
+        draw, cfg = self.model.head.sampler(self.sampling), self.sampling.cfg
+        both = torch.cat([z, z_uncond])
+
+        def ours():
+            return draw(z, cfg, z_uncond, noise=noise)
+
+        @torch.no_grad()
+        def theirs():
+            return self.plain.diffloss.sample(both, cfg, guided=True, noise=noise)
+
+        return ours, theirs
+
+    def training(self, bsz, same=False):
+        """The loss of a batch, with its backward pass; each call draws anew.
+
+        In corresponding calls both mask the same number of tokens. same: all draws of all calls are
+        the same, and the precision is float32.
+        """
+        model, precision = self.model, "fp32" if same else self.precision
+        latents = self.randn(bsz, model.vae_embed_dim, model.seq_h, model.seq_w, seed=3)
+        labels = torch.arange(bsz, device=self.device) % model.class_num
+
+        def ours(generator, step_generator):
+            return model(latents, labels, generator, step_generator)
+
+        def theirs(generator, step_generator):
+            draws = training_draws(model, bsz, generator, step_generator)
+            return self.plain(model.patchify(latents), self.plain.class_emb(labels), *draws)
+
+        def side(network, forward):
+            seeds = repeat(0) if same else count(1)
+
+            def run():
+                network.zero_grad(set_to_none=True)
+                seed = next(seeds)
+                generators = torch.Generator(self.device), torch.Generator()
+                with autocast(self.device, precision):
+                    loss = forward(*(g.manual_seed(seed) for g in generators))
+                loss.backward()
+                return loss.detach()
+
+            return run
+
+        return side(model, ours), side(self.plain, theirs)
+
+
+def randomize(model, device):
+    """Redraw all weights, as layers initialized with 0 would hide differences."""
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in model.named_parameters():
+        std = p[0].numel() ** -0.5 if p.ndim > 1 and name.endswith("weight") else 0.02
+        torch.nn.init.normal_(p, 1.0 * (p.ndim == 1 and "weight" in name), std, generator)
+
+
+def training_draws(model, bsz, generator, step_generator):
+    """The draws of our forward pass, in its order, in the form of plain: all tokens by position.
+
+    Returns mask (N, L), timesteps (mul·N·L,) and noise (mul·N·L, C), 0 where nothing is masked.
+    """
+    orders, device = model.sample_orders(bsz, generator), model.fake_latent.device
+    if model.training:
+        torch.rand(bsz, 1, generator=generator, device=device)  # which labels are dropped
+    masked = orders[:, : math.ceil(model.sample_mask_ratio(step_generator) * model.seq_len)]
+    rows = (model.diffloss.diffusion_batch_mul, *masked.shape)
+    t = model.diffloss.draw_timesteps(rows, generator, device)
+    noise = torch.randn(*rows, model.token_embed_dim, generator=generator, device=device)
+    mask = torch.zeros(bsz, model.seq_len, device=device).scatter(1, masked, 1.0)
+
+    def in_place(x):
+        index = masked.expand(len(x), -1, -1).view(*rows, *[1] * (x.ndim - 3)).expand_as(x)
+        return x.new_zeros(*rows[:2], model.seq_len, *x.shape[3:]).scatter(2, index, x)
+
+    return mask, in_place(t).flatten(), in_place(noise).flatten(0, 2)
+
+
+class Updates:
+    """AdamW and EMA of both sides, with random gradients."""
+
+    rate = 0.9999
+
+    def __init__(self, sides):
+        self.pair = sides.model, sides.plain
+        groups = parameter_groups(sides.model, 0.02)
+        self.optimizer = torch.optim.AdamW(groups, lr=8e-4, betas=(0.9, 0.95), fused=True)
+        self.plain_optimizer = plain.optimizer(sides.plain)
+        self.ema = EMA(sides.model, self.rate)
+        self.averages = [p.detach().clone() for p in sides.plain.parameters()]
+        generator = torch.Generator(sides.device).manual_seed(5)
+        for mine, other in self.weights():
+            mine.grad = torch.randn(mine.shape, generator=generator, device=sides.device)
+            other.grad = mine.grad.clone()
+
+    def weights(self):
+        """Pairs of parameters (ours, plain)."""
+        return list(zip(*(model.parameters() for model in self.pair), strict=True))
+
+    def averaged(self):
+        """Pairs of averaged parameters (ours, plain)."""
+        return list(zip(self.ema.module.parameters(), self.averages, strict=True))
+
+    def ours(self):
+        """One update."""
+        self.optimizer.step()
+        self.ema.update(self.pair[0])
+
+    def plain(self):
+        """One update, as plain does it."""
+        self.plain_optimizer.step()
+        plain.update_ema(self.averages, self.pair[1].parameters(), self.rate)

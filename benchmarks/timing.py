@@ -1,0 +1,93 @@
+"""Shared by the benchmarks: timing calls in turns, counting operations, printing tables."""
+
+import statistics
+import time
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TITLES = ["", "ours", "min", "plain", "min", "plain / ours"]  # of the rows of `compare`
+
+
+def timed(function, device=None):
+    """(seconds, result) of a call. device: the device to wait for, if it is a GPU."""
+    wait(device)
+    begin = time.perf_counter()
+    result = function()
+    wait(device)
+    return time.perf_counter() - begin, result
+
+
+def wait(device):
+    """Wait until all work on a device is done."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(functions, rounds, device=None):
+    """Seconds of the calls of some functions, in turns: name -> list of `rounds` numbers.
+
+    functions: name -> function. A first call of each, cold, is not counted.
+    """
+    seconds = {name: [] for name in functions}
+    for _ in range(1 + rounds):
+        for name, function in functions.items():
+            seconds[name].append(timed(function, device)[0])
+    return {name: values[1:] for name, values in seconds.items()}
+
+
+def compare(what, ours, plain, rounds, device, unit=1e3):
+    """A row of text: median and minimum of ours and of plain in ms, and the ratio of medians."""
+    seconds = in_turns({"ours": ours, "plain": plain}, rounds, device)
+    numbers = [f(values) * unit for values in seconds.values() for f in (statistics.median, min)]
+    ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["ours"])
+    return [what, *(f"{x:.4g}" for x in numbers), f"{ratio:.2f}"]
+
+
+def table(titles, rows):
+    """Print rows of text as a table in Markdown."""
+    print("| " + " | ".join(titles) + " |")
+    print("|" + " --- |" * len(titles))
+    for row in rows:
+        print("| " + " | ".join(row) + " |", flush=True)
+
+
+def count_launches(function, device):
+    """(kernels or graphs launched, host-to-device copies) of a call on a GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    function()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        timed(function, device)
+    names = [event.name for event in profiler.events()]
+    launches = sum("LaunchKernel" in name or "GraphLaunch" in name for name in names)
+    return launches, sum("Memcpy HtoD" in name for name in names)
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations that compute (not views), and tensors made from Python or NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.made = 0
+
+    def __enter__(self):
+        self.makers = torch.tensor, torch.from_numpy
+        torch.tensor, torch.from_numpy = map(self._counted, self.makers)
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        torch.tensor, torch.from_numpy = self.makers
+        return super().__exit__(*args)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = any(r.alias_info and not r.alias_info.is_write for r in function._schema.returns)
+        self.operations += not views
+        return function(*args, **(kwargs or {}))
+
+    def _counted(self, function):
+        def call(*args, **kwargs):
+            self.made += 1
+            return function(*args, **kwargs)
+
+        return call

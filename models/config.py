@@ -1,0 +1,131 @@
+"""The arguments of a model, resolved from the flags, the tokenizer and a checkpoint."""
+
+from inspect import signature
+
+from models import arguments_of_tokenizer
+from models.autoregressive import HEAD_DEFAULTS
+from models.options import options_of
+from models.settings import HEADS, MODELS, Model
+from util.dist import print0
+from util.settings import destination
+
+FLAGS = {field.name: destination(field) or field.name for field in Model.fields()}
+
+
+def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
+    """Name and arguments of a model, as a checkpoint holds them. Raises ValueError.
+
+    requested: a Model. given: names of the fields that the user set. extra: arguments without a
+    field, name -> value. tokenizer: the tokenizer whose latents the model must fit. stored: name
+    and arguments of the model in the checkpoint at `source`, whose weights fix the architecture; a
+    field that contradicts it is refused.
+    """
+    fitting = "ce" if tokenizer.num_codes else "diffloss"
+    if stored:
+        stored = {"head": fitting, **{k: v for k, v in stored.items() if v is not None}}
+        if "name" not in given:
+            requested = requested.but(name=stored["name"])
+    head = requested.head or (stored or {}).get("head") or fitting
+    used = takes(requested.name, head)
+    _check_used(requested, given, extra, used)
+    if tokenizer.num_codes and "num_codes" not in used:
+        raise ValueError(f"{requested.name}: expected a continuous tokenizer, this one has codes")
+    found = {**requested.asdict(), **_from_tokenizer(requested, given, tokenizer), "head": head}
+    found["diffloss_w"] = requested.diffloss_w or default_of(requested.name, "diffloss_w")
+    found = {name: value for name, value in found.items() if name in used or name == "name"}
+    return _keep_stored(found | extra, stored, given, extra, source) if stored else found | extra
+
+
+def takes(name, head):
+    """The names of the arguments that a model of this name uses, with this head."""
+    build = MODELS[name]
+    names = set(signature(build).parameters)
+    for part in build.func.parts(head):
+        names |= set(options_of(part))
+    return names
+
+
+def default_of(name, argument):
+    """The default of a head's argument in a model of this name."""
+    return {**HEAD_DEFAULTS, **MODELS[name].keywords}.get(argument)
+
+
+def _from_tokenizer(requested, given, tokenizer):
+    """Fields that follow from the tokenizer. Raises ValueError if the user set another value."""
+    derived = {"vae_stride": tokenizer.stride, "vae_embed_dim": tokenizer.channels}
+    for name, value in derived.items():
+        if name in given and getattr(requested, name) != value:
+            raise ValueError(f"--{name} {getattr(requested, name)}: the tokenizer has {value}")
+    derived["num_codes"] = tokenizer.num_codes
+    derived["patch_size"] = requested.patch_size or tokenizer.patch_size
+    return derived
+
+
+def _check_used(requested, given, extra, used):
+    """Raises ValueError for an argument that was given but that the model does not use.
+
+    An argument that only another head uses is reported and ignored.
+    """
+    of_heads = {name for head in HEADS for name in takes(requested.name, head)}
+    for name in sorted(given - {"name"}):
+        unused = (
+            f"--{FLAGS[name]} {getattr(requested, name)}: {requested.name} has no such argument"
+        )
+        if name not in of_heads:
+            raise ValueError(unused)
+        if name not in used:
+            print0(f"NOTE: {unused} with this head")
+    for name, value in extra.items():
+        if name in FLAGS or name not in used:
+            why = "has a flag of its own" if name in FLAGS else f"{requested.name} has none such"
+            raise ValueError(f"--model_kwargs {name}={value}: {why}")
+
+
+def _keep_stored(found, stored, given, extra, source):
+    """The arguments, with those fixed by weights taken from the checkpoint. Raises ValueError."""
+    fixed = {name for name in Model.names(fixed=True) if name in found or name in stored}
+    fixed |= {name for name in {**stored, **extra} if name not in FLAGS}
+    # a field that is newer than the checkpoint takes its default
+    of_weights = {**Model().asdict(), **stored}
+    for name in fixed:
+        requested, value = name in given or name in extra, of_weights.get(name)
+        if requested and found[name] != value:
+            raise ValueError(
+                f"--{FLAGS.get(name, name)} {found[name]}: {source} holds {value}; leave the flag "
+                "out to take it from there"
+            )
+        found[name] = value
+    if found.get("max_timestep") is None and "max_timestep" in found:
+        found["max_timestep"] = stored.get("max_timestep")
+    return found
+
+
+def check_same_latents(name, stored, source):
+    """Raises ValueError for a tokenizer other than the checkpoint's, unless both are autoencoders:
+    some share latents, such as KL-8 and the Consistency Decoder."""
+    autoencoders = all(arguments_of_tokenizer(each, vae_path=None) for each in (name, stored))
+    if name != stored and not autoencoders:
+        raise ValueError(
+            f"--tokenizer {name}: {source} was trained with {stored}; leave the flag out to take "
+            "it from there"
+        )
+
+
+def fit_steps(sampling, model, given):
+    """The Sampling with a num_iter that the model can take. Raises ValueError.
+
+    model: name and arguments of the model. given: whether the user set num_iter.
+    """
+    length = (model["img_size"] // model["vae_stride"] // model["patch_size"]) ** 2
+    one_at_a_time = MODELS[model["name"]].func.one_at_a_time
+    num_iter = sampling.num_iter
+    if not given:
+        num_iter = length if one_at_a_time else min(num_iter, length)
+    if one_at_a_time and num_iter != length:
+        raise ValueError(
+            f"--num_iter {num_iter}: {model['name']} generates one of its {length} tokens per "
+            "step; leave the flag out"
+        )
+    if not 1 <= num_iter <= length:
+        raise ValueError(f"--num_iter {num_iter}: expected 1 to {length}, the number of tokens")
+    return sampling.but(num_iter=num_iter)

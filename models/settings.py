@@ -1,0 +1,215 @@
+"""Settings of models and of sampling, and the tables that they choose from.
+
+Nothing here imports torch, so that flags can be parsed without it. A row "module:attribute" is
+imported when it is looked up.
+"""
+
+from dataclasses import dataclass
+
+from diffusion.schedule import TRAIN_STEPS, annealing, spaced_timesteps
+from diffusion.solvers import BELOW_SINGULARITY, SOLVERS
+from util.flags import checked, finite, fraction, integer, nonnegative, positive_int
+from util.settings import Settings, setting
+from util.table import Table
+
+MODELS = Table(
+    "model",
+    {
+        name: f"models.{name.split('_')[0]}:{name}"
+        for name in (
+            *("mar_tiny", "mar_small", "mar_base", "mar_large", "mar_huge"),
+            *("ar_tiny", "ar_small", "ar_base", "ar_large", "ar_huge"),
+            *("dit_tiny", "dit_small", "dit_xl"),
+        )
+    },
+)
+HEADS = Table(
+    "head",
+    {
+        "diffloss": "models.diffloss:DiffLoss",
+        "ce": "models.heads:CrossEntropy",
+        "l2": "models.heads:L2",
+    },
+)
+TOKENIZERS = Table(
+    "tokenizer",
+    {
+        "kl16": "models.tokenizer:kl16",
+        "kl8": "models.tokenizer:kl8",
+        "pixels": "models.tokenizer:PixelTokenizer",
+        "vq16": "models.tokenizer:vq16",
+        "vq16_latent": "models.tokenizer:vq16_latent",
+        "consistency": "models.tokenizer:ConsistencyTokenizer",
+        # the last three take any network of their kind, such as those of main_tokenizer.py
+        "kl": "models.tokenizer:KLTokenizer",
+        "vq": "models.tokenizer:VQTokenizer",
+        "vq_latent": "models.tokenizer:VQLatentTokenizer",
+    },
+)
+ORDERS = Table(
+    "order",
+    {
+        "random": "models.order:RandomOrder",
+        "raster": "models.order:RasterOrder",
+        "confidence": "models.order:ConfidenceOrder",
+    },
+)
+TOKEN_SCHEDULES = Table(
+    "token_schedule", {"cosine": "models.order:cosine", "uniform": "models.order:uniform"}
+)
+CFG_SCHEDULES = Table(
+    "cfg_schedule", {"linear": "models.sampling:linear", "constant": "models.sampling:constant"}
+)
+
+
+@dataclass(frozen=True)
+class Model(Settings):
+    """Name and constructor arguments of a model. Each part of it takes those that it names.
+
+    Fields marked `fixed` are fixed by the weights; each run chooses the others. Those without a
+    flag are derived from the tokenizer and from the Sampling.
+    """
+
+    name: str = setting("mar_large", "backbone and size", "model", choices=MODELS, fixed=True)
+    img_size: int = setting(256, "side of an image in pixels", type=positive_int, fixed=True)
+    vae_stride: int = setting(
+        None,
+        "pixels per latent, along each side",
+        type=positive_int,
+        metavar="S",
+        otherwise="the tokenizer's",
+        fixed=True,
+    )
+    patch_size: int = setting(
+        None,
+        "P×P latents are one token",
+        type=positive_int,
+        metavar="P",
+        otherwise="the tokenizer's usual one",
+        fixed=True,
+    )
+    vae_embed_dim: int = setting(
+        None,
+        "channels of a latent",
+        type=positive_int,
+        metavar="C",
+        otherwise="the tokenizer's",
+        fixed=True,
+    )
+    num_codes: int = setting(None, "number of codes of a discrete tokenizer", "", fixed=True)
+    class_num: int = setting(1000, "number of classes", type=positive_int, fixed=True)
+    buffer_size: int = setting(
+        64, "class tokens in front of MAR's encoder", type=positive_int, fixed=True
+    )
+    head: str = setting(
+        None,
+        "model of a token: Diffusion Loss, cross-entropy over codes, or L2",
+        choices=HEADS,
+        otherwise="the one that fits the tokenizer, diffloss or ce",
+        fixed=True,
+    )
+    diffloss_d: int = setting(3, "blocks of the denoising MLP", type=positive_int, fixed=True)
+    diffloss_w: int = setting(
+        None,
+        "width of the denoising MLP",
+        type=positive_int,
+        otherwise="in proportion to the model: tiny 64, small 256, else 1024",
+        fixed=True,
+    )
+    order: str = setting(None, "order that a causal model learns", "", fixed=True)
+    attn_dropout: float = setting(0.1, "dropout rate of the attention weights", type=fraction)
+    proj_dropout: float = setting(0.1, "dropout rate of projections and MLPs", type=fraction)
+    mask_ratio_min: float = setting(
+        0.7, "smallest fraction of tokens masked in training", type=fraction
+    )
+    label_drop_prob: float = setting(
+        0.1, "fraction of labels dropped in training, for guidance", type=fraction
+    )
+    diffusion_batch_mul: int = setting(
+        1, "timesteps drawn per token (the paper's models: 4)", type=positive_int
+    )
+    vlb: bool = setting(True, "omit the variational term from the loss", "no_vlb")
+    grad_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass, to save memory"
+    )
+    num_sampling_steps: str = setting(None, "diffusion steps per token", "")
+    max_timestep: int = setting(None, "first timestep of the reverse process", "")
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
+    """How a model is sampled. Fields marked `approximates` trade accuracy for speed."""
+
+    num_iter: int = setting(
+        64,
+        "autoregressive steps, 1 to the number of tokens",
+        type=positive_int,
+        metavar="K",
+    )
+    num_sampling_steps: str = setting(
+        None,
+        "diffusion steps per token: a count, counts of sections (10,10,20) or ddimN",
+        type=checked(spaced_timesteps),
+        metavar="S",
+        otherwise="the model's",
+    )
+    cfg: float = setting(1.0, "guidance scale; 1 is no guidance", type=finite, metavar="W")
+    cfg_schedule: str = setting(
+        "linear",
+        "guidance over the steps: from 1 to --cfg as tokens become known, or --cfg throughout",
+        choices=CFG_SCHEDULES,
+    )
+    token_schedule: str = setting(
+        "cosine",
+        "tokens per step: few at first and many at the end, or equally many",
+        choices=TOKEN_SCHEDULES,
+    )
+    order: str = setting(
+        None,
+        "order in which tokens are generated, and in which a causal model is trained; confidence "
+        "needs cross-entropy",
+        choices=ORDERS,
+        otherwise="the model's: random, but raster for a new causal one",
+    )
+    temperature: float = setting(
+        1.0, "temperature of the diffusion noise, or of the logits", type=nonnegative, metavar="T"
+    )
+    max_timestep: int = setting(
+        None,
+        f"start the reverse process at this timestep instead of {TRAIN_STEPS - 1}; "
+        f"{BELOW_SINGULARITY} keeps small or briefly trained models from diverging",
+        type=integer(0, TRAIN_STEPS - 1),
+        metavar="T",
+        otherwise=f"the model's, else {TRAIN_STEPS - 1}",
+    )
+    solver: str = setting(
+        "ddpm",
+        f"solver of the reverse process: ddim and dpm++ draw no noise, need fewer "
+        f"--num_sampling_steps, and start at {BELOW_SINGULARITY}",
+        choices=SOLVERS,
+        approximates=True,
+    )
+    anneal: str = setting(
+        "none",
+        "reduce the diffusion steps as tokens become known: linear, cosine or two-stage, from 50 "
+        f"to 5, or as in linear:100:10; starts at {BELOW_SINGULARITY}",
+        type=checked(annealing),
+        metavar="KIND",
+        approximates=True,
+    )
+    cfg_interval: tuple = setting(
+        (0.0, 1.0),
+        "guidance only while the fraction of steps done is between A and B",
+        type=fraction,
+        nargs=2,
+        metavar=("A", "B"),
+        approximates=True,
+    )
+    refresh_every: int = setting(
+        1,
+        "compute all features every P steps and in between only those that changed most; "
+        "bidirectional models only",
+        type=positive_int,
+        metavar="P",
+        approximates=True,
+    )

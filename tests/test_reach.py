@@ -1,0 +1,263 @@
+"""Every flag of a setting reaches what it is for. Run: python -m pytest tests/test_reach.py
+
+Field by field of the settings classes: a value other than the default, given on the command line,
+must change what the model, the optimizer or the sampler gets. A new field is covered at once, or
+fails here if no value for it is known.
+"""
+
+import shlex
+
+import pytest
+import torch
+from test_fixtures import CHECKPOINT, FIXTURES
+
+import engine_mar
+import engine_tokenizer
+import main_mar
+import main_tokenizer
+import models
+import sample
+import util.evaluation.evaluator
+from models.mar import MAR
+from models.settings import Model, Sampling
+from util.evaluation.settings import Evaluation
+from util.recipe import Recipe
+
+# values where none of GUESSES fits
+SAID = {
+    "anneal": "linear",
+    "cfg_interval": "0.25 0.75",
+    "ch_mult": "1,1,2",
+    "img_size": "16",
+    "max_timestep": "800",  # the preset's 950 is a default of another kind
+    "order": "raster",
+    "patch_size": "4",
+    "solver": "ddim",  # the checkpoint's is dpm++
+}
+GUESSES = ("5", "0.375", "other")
+
+
+class Stop(Exception):
+    """Raised when what is looked at has been seen."""
+
+
+def flag_of(field):
+    """The flag of a field as it is typed; "" for a field without one."""
+    name = field.name if field.metadata["flag"] is None else field.metadata["flag"]
+    return f"--{name}" if name else ""
+
+
+def other(field):
+    """A flag that gives a field another value than its default, as text."""
+    if isinstance(field.default, bool):
+        return flag_of(field)
+    if field.name in SAID:
+        return f"{flag_of(field)} {SAID[field.name]}"
+    if "choices" in field.metadata:
+        name = [name for name in field.metadata["choices"] if name != field.default][-1]
+        return f"{flag_of(field)} {name}"
+    for guess in GUESSES:
+        try:
+            if field.metadata.get("type", str)(guess) != field.default:
+                return f"{flag_of(field)} {guess}"
+        except Exception:
+            continue
+    raise AssertionError(f"{field.name}: expected a value for it in SAID")
+
+
+def with_flags(cls):
+    """The fields of a settings class that have a flag, as parameters of a test."""
+    return [pytest.param(field, id=field.name) for field in cls.fields() if flag_of(field)]
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+DIGITS = "--preset digits --device cpu --output_dir {folder}"
+# what is also said, with the field and without it
+BESIDE = {"min_lr": "--lr_schedule cosine"}
+# fields that are derived, each with flags from which another value follows
+DERIVED = {
+    "vae_stride": f"--tokenizer kl --vae_path {FIXTURES}/kl.ckpt",
+    "vae_embed_dim": f"--tokenizer kl --vae_path {FIXTURES}/kl.ckpt",
+    "num_codes": f"--tokenizer vq --vae_path {FIXTURES}/vq.ckpt",
+    "order": "--model ar_tiny --order random",
+    "num_sampling_steps": "--num_sampling_steps 7",
+    "max_timestep": "--max_timestep 800",
+}
+
+
+def built(flags, folder, monkeypatch):
+    """(arguments, model) that main_mar.py builds, on the meta device."""
+    found, build = [], models.build_model
+
+    def spy(name, **arguments):
+        with torch.device("meta"):
+            found.extend(({"name": name, **arguments}, build(name, **arguments)))
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(models, "build_model", spy)
+        main_mar.main(shlex.split(f"{DIGITS.format(folder=folder)} {flags}"))
+    return found
+
+
+def anatomy(model):
+    """All plain values and shapes that a model is made of."""
+    plain = (bool, int, float, str, type(None))
+    parts = {f"{name} shape": tuple(p.shape) for name, p in model.named_parameters()}
+    for path, module in model.named_modules():
+        parts[path] = type(module).__name__
+        parts |= {f"{path}.{k}": v for k, v in vars(module).items() if isinstance(v, plain)}
+    return parts
+
+
+@pytest.mark.parametrize("field", Model.fields(), ids=Model.names())
+def test_fields_of_models(field, tmp_path, monkeypatch):
+    """The argument of the constructor changes, and so does the model that it makes."""
+    flags = DERIVED.get(field.name) or other(field)
+    before, model = built("--img_size 8", tmp_path, monkeypatch)
+    if field.name == "order":
+        before, model = built("--model ar_tiny", tmp_path, monkeypatch)
+    after, changed = built(flags, tmp_path, monkeypatch)
+    assert field.name in after and after[field.name] != before.get(field.name)
+    assert anatomy(changed) != anatomy(model)
+    if field.name not in ("name", "head", *DERIVED):  # on which others depend
+        assert {name for name in before if after[name] != before[name]} == {field.name}
+
+
+@pytest.mark.parametrize("name", ["vae_stride", "vae_embed_dim"])
+def test_flags_that_contradict_the_tokenizer(name, tmp_path):
+    """They are the tokenizer's: the published flag is accepted where it says the same."""
+    with pytest.raises(ValueError, match=f"--{name} 3: the tokenizer"):
+        main_mar.main(shlex.split(f"{DIGITS.format(folder=tmp_path)} --{name} 3"))
+
+
+# ---- training ------------------------------------------------------------------------------------
+
+
+def trained(flags, folder, monkeypatch):
+    """What the engine, the optimizer, the EMA and the compiler get, as plain values."""
+    found = {"epochs": 0, "compiled": []}
+
+    def spy(model, tokenizer, loader, optimizer, scaler, ema, epoch, *, learning_rate, **how):
+        found["epochs"] += 1
+        found["learning_rate"] = [learning_rate(x / 2) for x in range(1000)]
+        found["batch_size"] = loader.batches.batch_size
+        found["decay"] = [group["weight_decay"] for group in optimizer.param_groups]
+        found["ema_rate"] = ema.rate
+        found["how"] = {k: v for k, v in how.items() if k not in ("logger", "progress")}
+        return 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_mar, "train_one_epoch", spy)
+        patch.setattr(main_mar, "after_epoch", lambda *args: None)
+        patch.setattr(
+            torch.nn.Module,
+            "compile",
+            lambda module, **how: found["compiled"].append(type(module).__name__),
+        )
+        common = "--data_path digits --model mar_tiny --device cpu --num_workers 0"
+        main_mar.main(shlex.split(f"{common} --output_dir {folder} {flags}"))
+    return found
+
+
+@pytest.mark.parametrize("field", with_flags(Recipe))
+def test_fields_of_the_recipe(field, tmp_path, monkeypatch):
+    """What trains the model changes."""
+    beside = BESIDE.get(field.name, "")
+    before = trained(beside, tmp_path, monkeypatch)
+    assert trained(f"{beside} {other(field)}", tmp_path, monkeypatch) != before
+    assert trained(beside, tmp_path, monkeypatch) == before
+
+
+# ---- sampling ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sample", "main_mar"])
+def sampled(request, tmp_path, monkeypatch):
+    """A function from flags to the keyword arguments that `sample_tokens` gets from a script."""
+    monkeypatch.setattr(util.evaluation.evaluator, "open_evaluator", evaluator)
+    scripts = {
+        "sample": (sample.main, f"--ckpt {CHECKPOINT} --out {tmp_path}/images"),
+        "main_mar": (
+            main_mar.main,
+            f"--resume {CHECKPOINT} --evaluate --num_images 3 --output_dir {tmp_path}",
+        ),
+    }
+    main, common = scripts[request.param]
+
+    def sampled(flags):
+        found = []
+
+        def spy(model, bsz, **arguments):
+            found.append(arguments)
+            raise Stop
+
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(MAR, "sample_tokens", spy)
+            main(shlex.split(f"{common} --device cpu {flags}"))
+        return found[0]
+
+    return sampled
+
+
+def evaluator(*args, **kwargs):
+    """Where nothing is measured."""
+
+    class Nothing:
+        def start(self, count):
+            return None
+
+    return Nothing()
+
+
+@pytest.mark.parametrize("field", with_flags(Sampling))
+def test_fields_of_sampling(field, sampled):
+    """The sampler gets the value that was given, and all others as they were."""
+    before, after = sampled(""), sampled(other(field))
+    assert set(Sampling.names()) <= set(before)
+    changed = {name for name in Sampling.names() if after[name] != before[name]}
+    assert changed == {field.name}
+
+
+# ---- evaluation, tokenizers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["sample", "main_mar"])
+@pytest.mark.parametrize("field", with_flags(Evaluation))
+def test_fields_of_evaluation(field, script, tmp_path, monkeypatch):
+    """The Evaluator is opened with the value that was given."""
+
+    def spy(settings, *args, **kwargs):
+        found.append(settings)
+        raise Stop
+
+    found = []
+    monkeypatch.setattr(util.evaluation.evaluator, "open_evaluator", spy)
+    flags = f"--ckpt {CHECKPOINT} --reference none"
+    main = sample.main
+    if script == "main_mar":
+        flags = f"--resume {CHECKPOINT} --evaluate --output_dir {tmp_path}"
+        main = main_mar.main
+    for said in ("", other(field)):
+        with pytest.raises(Stop):
+            main(shlex.split(f"{flags} --device cpu {said}"))
+    before, after = (settings.asdict() for settings in found)
+    assert {name for name in before if before[name] != after[name]} == {field.name}
+
+
+@pytest.mark.parametrize("field", with_flags(main_tokenizer.Training))
+def test_fields_of_tokenizer_training(field, tmp_path, monkeypatch):
+    """The network or its training changes."""
+
+    def spy(network, loader, reviver, *, epochs, lr, **how):
+        found.append({"network": network.config, "epochs": epochs, "lr": lr})
+        raise Stop
+
+    found = []
+    monkeypatch.setattr(engine_tokenizer, "train_tokenizer", spy)
+    flags = f"--tokenizer vq --data_path digits --device cpu --output_dir {tmp_path} --epochs 2"
+    for said in ("", other(field)):
+        with pytest.raises(Stop):
+            main_tokenizer.main(shlex.split(f"{flags} {said}"))
+    assert found[0] != found[1]

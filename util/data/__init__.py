@@ -1,0 +1,125 @@
+"""Data sets, identified by --data_path. Imports neither torch nor numpy.
+
+A kind of data is a row of DATASETS. Its `open` gives a torch Dataset of (image (C, H, W) in
+[-1, 1], label) with the attributes
+
+    classes      names of the classes
+    channels     C
+    img_size     H and W
+    description  text that identifies the images, computed on access
+
+and, if the kind supports them,
+
+    check(workers, record)        reads every image once; raises ValueError for damaged ones
+    name(index), targets          class/name.ext of an image, and all labels, for caching latents
+    training_loader(batch_size, num_workers, seed, pin_memory)
+                                  a special loader, with `steps`, `images` and `epoch(n)` as in
+                                  util.data.loader.Loader. For a streaming data set, which has no
+                                  length and no indices: models can be trained on it, but nothing
+                                  is compared with it, and its row has held_out=None
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from pkgutil import resolve_name
+
+from util.table import Table
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of data that --data_path can name."""
+
+    open: str | Callable  # open(path, split, img_size, flip=False), or its "module:function"
+    claims: Callable  # claims(path): whether a path is of this kind
+    path: str = ""  # description of such a path; the name of the row if not given
+    channels: int = 3  # of the images; known before reading any
+    defaults: dict = field(default_factory=dict)  # default flags for such data: name -> value
+    # split that generated images are compared with; None for streaming data
+    held_out: str | None = "train"
+    extractor: str | None = None  # usual feature extractor; None for Inception
+    workers: int | None = None  # most loader workers that are useful; None for no limit
+
+
+# The first row that claims a path opens it.
+DATASETS = Table(
+    "data set",
+    {
+        "digits": Kind(
+            open="util.data.digits:open_digits",
+            claims=lambda path: str(path) == "digits",
+            path="'digits': the built-in 8×8 digits",
+            channels=1,
+            defaults={"img_size": 8, "class_num": 10, "tokenizer": "pixels", "patch_size": 2},
+            held_out="test",
+            extractor="digits-classifier",
+            workers=0,  # the images are in memory
+        ),
+        "folder": Kind(  # FIDs are published against ImageNet's training images
+            open="util.data.folder:open_folder",
+            claims=lambda path: (Path(path) / "train").is_dir(),
+            path="a folder with train/class/image files",
+        ),
+    },
+)
+
+
+def kind_of(path):
+    """The Kind of a --data_path; None if no row claims it."""
+    kinds = DATASETS.values() if path is not None else ()
+    return next((kind for kind in kinds if kind.claims(path)), None)
+
+
+def kind_or_folder(path):
+    """The Kind of a --data_path; a path that no row claims counts as a folder yet to be made."""
+    return kind_of(path) or DATASETS["folder"]
+
+
+def is_data_set(path):
+    """Whether a path denotes a data set."""
+    return kind_of(path) is not None
+
+
+def has_images(path):
+    """Whether a path denotes a data set whose images can be compared with others."""
+    kind = kind_of(path)
+    return kind is not None and kind.held_out is not None
+
+
+def describe_paths():
+    """A description of valid --data_path values."""
+    return ", or ".join(kind.path or name for name, kind in reversed(DATASETS.items()))
+
+
+def check_data_set(path):
+    """Raises ValueError for a --data_path that does not denote a data set."""
+    if not is_data_set(path):
+        raise ValueError(f"--data_path {path}: expected {describe_paths()}")
+
+
+def check_classes(dataset, class_num, source):
+    """Raises ValueError unless a data set, opened from `source`, has class_num classes."""
+    if len(dataset.classes) != class_num:
+        raise ValueError(
+            f"{source}: found {len(dataset.classes)} classes, --class_num is {class_num}: "
+            f"pass --class_num {len(dataset.classes)}"
+        )
+
+
+def open_data(path, split, img_size, flip=False, workers=4, record=None, class_num=None):
+    """Open a split of the data set at `path`. Raises ValueError.
+
+    flip: mirror images at random, if the kind supports it. class_num: expected number of classes;
+    None for any. record: file that records which images were found intact, so that a resumed run
+    does not read them all again; None: the images are not checked. workers: number of threads that
+    check them.
+    """
+    kind = kind_or_folder(path)
+    opener = resolve_name(kind.open) if isinstance(kind.open, str) else kind.open
+    dataset = opener(path, split, img_size, flip=flip)
+    if class_num is not None:
+        check_classes(dataset, class_num, path)
+    if record is not None and hasattr(dataset, "check"):
+        dataset.check(workers, record)
+    return dataset

@@ -1,0 +1,57 @@
+"""Metrics of images without a model: python -m util.evaluation IMAGES --reference REFERENCE
+
+IMAGES is a folder of images or an .npz; REFERENCE is either, an .npz of statistics (`mu`,
+`sigma`: ADM's, or the official repository's), or a data set: a folder with train/class/image.
+"""
+
+from util.evaluation.settings import Evaluation
+from util.files import make_folder
+from util.flags import Parser, add_device_flag, positive_int, run
+from util.settings import add_flags, from_flags
+
+
+def get_parser():
+    parser = Parser(
+        prog="python -m util.evaluation",
+        description="Metrics of a folder of images or an .npz, without a model.",
+    )
+    parser.add_argument("images", help="a folder of images, or an .npz with arr_0")
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="append the metrics to results.jsonl in this folder (default: print only)",
+    )
+    parser.add_argument(
+        "--img_size",
+        type=positive_int,
+        metavar="N",
+        help="required side of the images (default: that of the first)",
+    )
+    add_device_flag(parser)
+    add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
+    return parser
+
+
+def main(argv=None):
+    args = get_parser().parse_args(argv)
+    from util import dist
+    from util.evaluation.accumulator import summarize
+    from util.evaluation.evaluator import open_evaluator
+    from util.evaluation.image_sets import open_images
+
+    device = dist.init(args.device)
+    if args.output_dir:
+        make_folder(args.output_dir, "--output_dir")
+    images = open_images(args.images, args.img_size)
+    evaluator = open_evaluator(
+        from_flags(Evaluation, args),
+        img_size=images[0][0].shape[0],
+        num_images=len(images),
+        device=device,
+    )
+    summaries = summarize(images, evaluator.start(len(images)), "images")
+    evaluator.report(summaries, {"source": args.images}, args.output_dir)
+
+
+if __name__ == "__main__":
+    run(main)

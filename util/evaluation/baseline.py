@@ -1,0 +1,76 @@
+"""The metrics of real images: those of a perfect model."""
+
+import json
+
+import numpy as np
+from torch.utils.data import Subset
+
+from util import dist
+from util.evaluation.accumulator import summarize
+from util.evaluation.references import kept_path
+from util.files import replacing
+
+
+def measure_baseline(evaluator, source, dataset, num_images):
+    """(metrics, number of images) of num_images real training images, by the Evaluator's rows.
+
+    source: path of the data set. dataset: its RealImages, from which they are drawn at random
+    without replacement; all if there are fewer. Results are cached in stats_dir by name; only
+    missing ones are computed.
+    """
+    count = min(num_images, len(dataset))
+    paths = {name: _path(evaluator, name, source, dataset, count) for name in evaluator.extractors}
+    kept = dist.broadcast({name: _read(path) for name, path in paths.items()})
+    found, missing = _kept_and_missing(evaluator, kept)
+    if missing:
+        found |= _measure(evaluator, dataset, count, missing)
+        _keep(evaluator, missing, found, kept, paths)
+    return dist.broadcast(found), count
+
+
+def _kept_and_missing(evaluator, kept):
+    """(name -> cached number, name -> Metric still to be computed)."""
+    found, missing = {}, {}
+    for name, row in evaluator.rows.items():
+        extractor = evaluator.extractor_of(row).name
+        held, reference = kept[extractor], evaluator.references[extractor]
+        if "labels" in row.needs:
+            # a classifier has seen the images it was trained on, but not those of the reference
+            found |= row.numbers(name, reference, reference)
+        elif row.labels(name).keys() <= held.keys():
+            found |= {key: held[key] for key in row.labels(name)}
+        else:
+            missing[name] = row
+    return found, missing
+
+
+def _measure(evaluator, dataset, count, rows):
+    """Metrics of `count` images drawn from a data set, by these rows; {} off rank 0."""
+    drawn = Subset(dataset, np.random.default_rng(0).permutation(len(dataset))[:count].tolist())
+    summaries = summarize(drawn, evaluator.start(count, rows), "real images")
+    return evaluator.metrics(summaries, rows) if dist.is_main() else {}
+
+
+def _keep(evaluator, rows, found, kept, paths):
+    """Add the numbers of these rows to the cache files, one per extractor."""
+    for name, row in rows.items() if dist.is_main() else ():
+        extractor = evaluator.extractor_of(row).name
+        kept[extractor] |= {key: found[key] for key in row.labels(name)}
+        with replacing(paths[extractor]) as beside:
+            beside.write_text(json.dumps(kept[extractor]))
+
+
+def _path(evaluator, extractor, source, dataset, count):
+    """The cache file of metrics in the features of an extractor."""
+    sha256 = evaluator.extractors[extractor].sha256
+    depends = f"{dataset.description}|{count}|{extractor}|{sha256}|{evaluator.settings.isc_splits}|"
+    depends += evaluator.references[extractor].sha256
+    return kept_path(evaluator.settings.stats_dir, source, "real", depends, "json")
+
+
+def _read(path):
+    """The content of a cache file, name -> number; {} if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,209 @@
+"""The Evaluator: all that evaluation needs, opened before any image is generated."""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from util import dist
+from util.data import has_images, kind_of
+from util.dist import print0
+from util.evaluation.accumulator import Accumulator, Measurement
+from util.evaluation.baseline import measure_baseline
+from util.evaluation.features import Extractor, pick_extractor
+from util.evaluation.image_sets import RealImages
+from util.evaluation.metrics import INCEPTION, NEEDS, pick_metrics
+from util.evaluation.references import check_reference, find_reference, load_reference
+from util.evaluation.reports import caveats, report
+from util.evaluation.settings import Evaluation
+from util.precision import full_precision
+
+
+@dataclass
+class Evaluator:
+    """Evaluates sets of images by rows of METRICS, and reports the results.
+
+    start → add, add, … → summary → report.
+    """
+
+    settings: Evaluation
+    extractors: dict  # name -> Extractor; the first is the main one
+    chosen: dict  # name -> Metric, according to the settings
+    references: dict = field(default_factory=dict)  # name of an extractor -> Reference, or empty
+    baseline: tuple | None = None  # (metrics, number of images) of real training images
+
+    @property
+    def extractor(self):
+        """The main Extractor."""
+        return next(iter(self.extractors.values()))
+
+    @property
+    def reference(self):
+        """The Reference in the features of the main Extractor, or None."""
+        return self.references.get(self.extractor.name)
+
+    @property
+    def rows(self):
+        """The chosen metrics whose needs are met: name -> Metric."""
+        return {name: row for name, row in self.chosen.items() if not self.lacking(row)}
+
+    @property
+    def promised(self):
+        """Names of the numbers in every report, whether labels are known or not."""
+        rows = self.rows.items()
+        return [key for name, row in rows if "labels" not in row.needs for key in row.labels(name)]
+
+    def extractor_of(self, row):
+        """The Extractor in whose features a Metric is computed."""
+        return self.extractors[row.extractor or self.extractor.name]
+
+    def lacking(self, row):
+        """The unmet needs of a Metric (names in NEEDS)."""
+        extractor = self.extractor_of(row)
+        reference = self.references.get(extractor.name)
+        there = {
+            "reference": reference,
+            "features": True,
+            "reference features": reference and reference.has_images,
+            "logits": extractor.classes,
+            "labels": extractor.classes,
+        }
+        return [need for need in row.needs if not there[need]]
+
+    def start(self, num_images, rows=None):
+        """A Measurement of num_images images by `rows` (default: all).
+
+        Call its `add` for each batch, then `summary`.
+
+        Raises ValueError for too few images.
+        """
+        rows = self.rows if rows is None else rows
+        accumulators = {}
+        for name, extractor in self.extractors.items():
+            mine = [row for row in rows.values() if self.extractor_of(row) is extractor]
+            needs = {need for row in mine for need in row.needs}
+            if mine or extractor is self.extractor:
+                splits = self.settings.isc_splits if "logits" in needs else None
+                accumulators[name] = Accumulator(extractor, num_images, "features" in needs, splits)
+        for name, row in rows.items():
+            if num_images < row.least:
+                raise ValueError(f"{num_images} images: expected at least {row.least}, for {name}")
+        return Measurement(accumulators)
+
+    def metrics(self, summaries, rows=None):
+        """Metrics of the summaries of a Measurement, by `rows` (default: all). On rank 0."""
+        found = {}
+        for name, row in (self.rows if rows is None else rows).items():
+            extractor = self.extractor_of(row)
+            device = torch.device(extractor.device)
+            held = summaries[extractor.name], self.references.get(extractor.name)
+            if {"features", "reference features"} & {*row.needs}:
+                held = [_features_on(device, each) for each in held]
+            with full_precision(device.type):  # distances are differences of products
+                found |= row.numbers(name, *held)
+        return found
+
+    def stated(self, num_images):
+        """Entries of every report on num_images images."""
+        reference = self.reference
+        more = {each.name: each.sha256 for each in self.extractors.values()}
+        return {
+            "images": num_images,
+            "reference": reference.name if reference else None,
+            "reference_images": reference.num_images if reference else None,
+            "reference_sha256": reference.sha256 if reference else None,
+            "extractor": self.extractor.name,
+            "extractor_sha256": more.pop(self.extractor.name),
+            "isc_splits": self.settings.isc_splits,
+            **({"more_extractors": more} if more else {}),
+        }
+
+    def notes(self, num_images):
+        """Caveats about metrics of num_images images."""
+        for name, reference in self.references.items():
+            where = "" if reference is self.reference else f"{name}: "
+            for note in caveats(num_images, reference, self.extractors[name]):
+                yield where + note
+        for name, row in self.chosen.items() if self.references else ():
+            if "reference features" in self.lacking(row):
+                numbers = " and ".join(row.labels(name))
+                yield f"no {numbers}: the reference has statistics only, no images"
+
+    def report(self, summaries, settings, output_dir=None, logger=None, step=0):
+        """Report the summaries of a Measurement; returns the metrics, {} off rank 0.
+
+        settings: all that they depend on besides the evaluation, name -> value. For the other
+        arguments see `reports.report`.
+        """
+        if not dist.is_main():
+            return {}
+        num_images = summaries[self.extractor.name].num_images
+        found, settings = self.metrics(summaries), {**self.stated(num_images), **settings}
+        notes = self.notes(num_images)
+        report(found, settings, notes, self.baseline, output_dir, logger, step)
+        return found
+
+
+def _features_on(device, held):
+    """A Summary or a Reference with its features on a device; None stays None."""
+    if held is None or held.features is None:
+        return held
+    return replace(held, features=held.features.to(device))
+
+
+def open_evaluator(settings, data_path=None, *, img_size, num_images, device="cpu"):
+    """The Evaluator of num_images images for an Evaluation. Raises ValueError.
+
+    data_path: the data set whose real images are the baseline; if not given, that of the reference,
+    if it is a data set.
+    """
+    source = find_reference(settings.reference, data_path, img_size)
+    if source:
+        check_reference(source)  # quick, before weights are downloaded
+    own = pick_extractor(settings.extractor, source, data_path)
+    chosen = pick_metrics(settings.metrics, own)
+    extractors = _open_extractors(settings, own, chosen, img_size, device)
+    evaluator = Evaluator(settings, extractors, chosen)
+    evaluator.start(num_images)  # raises for too few images before the reference is read
+    real, data_path = None, str(data_path or source)
+    if source:
+        real = _add_references(evaluator, source, data_path, img_size)
+    else:
+        print0("no --reference: only metrics that need none")
+    _check_chosen(evaluator, num_images)
+    if real:
+        evaluator.baseline = measure_baseline(evaluator, data_path, real, num_images)
+    return evaluator
+
+
+def _open_extractors(settings, own, chosen, img_size, device):
+    """Name -> Extractor: the main one first, then those that metrics name, each once."""
+    opened = {own: Extractor(own, settings.inception_weights, device, img_size)}
+    for name in {row.extractor: None for row in chosen.values() if row.extractor}:
+        if name not in opened:
+            weights = settings.inception_weights if name == INCEPTION else None
+            opened[name] = Extractor(name, weights, device, img_size)
+    return opened
+
+
+def _add_references(evaluator, source, data_path, img_size):
+    """Add the references of an Evaluator; returns the real training images, or None."""
+    real = RealImages(data_path, "train", img_size) if has_images(data_path) else None
+    same = real and source == data_path and kind_of(source).held_out == "train"
+    own, cache = evaluator.extractor, evaluator.settings.stats_dir
+    for name, extractor in evaluator.extractors.items():
+        evaluator.references[name] = load_reference(
+            source, extractor, img_size, cache, dataset=real if same else None, own=extractor is own
+        )
+    return real
+
+
+def _check_chosen(evaluator, num_images):
+    """Raises ValueError for too few images, and for requested metrics that are unavailable."""
+    evaluator.start(num_images)
+    for name in evaluator.settings.metrics or ():
+        row = evaluator.chosen[name]
+        if lacking := evaluator.lacking(row):
+            raise ValueError(
+                f"--metrics {name}: needs {NEEDS[lacking[0]]}; here are the extractor "
+                f"{evaluator.extractor_of(row).name} and --reference {evaluator.settings.reference}"
+            )

@@ -1,0 +1,125 @@
+"""Feature extractors: from images to the features in which sets of images are compared.
+
+Any extractor of torch-fidelity by its name, or a row of EXTRACTORS, small ones defined here. An
+Extractor has the hash of its weights, so that metrics in different features cannot be mixed.
+"""
+
+import copy
+from functools import cache
+
+import torch
+from torch import nn
+
+from util.classifier import fit_classifier
+from util.data import kind_of
+from util.data.digits import digits
+from util.evaluation.metrics import INCEPTION
+from util.table import Table
+from util.weights import digest, read_weights
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+    "weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+def pick_extractor(name, *sources):
+    """The name of the extractor; if None, the usual one for the data sets or references."""
+    usual = [kind.extractor for kind in map(kind_of, sources) if kind and kind.extractor]
+    return name or next(iter(usual), INCEPTION)
+
+
+class Extractor:
+    """Images uint8 (N, H, W, 3) to features (N, D) and, where the network has them, logits (N, K).
+
+    name: in EXTRACTORS or in torch-fidelity's registry. weights: a file for Inception; without it,
+    torch-fidelity downloads them. img_size: side of the images, which determines the number of
+    features of grey-pixels. Raises ValueError for an unknown name, or unavailable weights.
+
+    Attributes: `width` is D, `classes` K or None, `sha256` the hash of the weights. Features and
+    logits are on `device`.
+    """
+
+    def __init__(self, name=INCEPTION, weights=None, device="cpu", img_size=8):
+        self.name, self.device = name, device
+        network = EXTRACTORS[name]() if name in EXTRACTORS else _published(name, weights)
+        self.network = network.to(device)
+        self.sha256 = digest(self.network.state_dict())
+        features, logits = self(torch.zeros(1, img_size, img_size, 3, dtype=torch.uint8))
+        self.width, self.classes = features.shape[1], None if logits is None else logits.shape[1]
+
+    @torch.no_grad()
+    def __call__(self, images):
+        images = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2)
+        outputs = self.network(images)
+        return outputs[0], outputs[1] if len(outputs) > 1 else None
+
+
+def _published(name, weights):
+    """torch-fidelity's network, with the layers that it uses for the FID and the IS."""
+    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
+    from torch_fidelity.utils import create_feature_extractor
+
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        known = ", ".join(sorted({*EXTRACTORS, *FEATURE_EXTRACTORS_REGISTRY}))
+        raise ValueError(f"extractor {name!r}: expected one of {known}")
+    if weights is not None:
+        # read it safely first, because torch-fidelity would execute code in it
+        read_weights(weights, entries=(), missing=f"Inception's weights are at {INCEPTION_URL}")
+    layer_for = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric
+    layers = list(dict.fromkeys([layer_for("fid"), layer_for("isc")]))
+    try:
+        return create_feature_extractor(
+            name, layers, False, feature_extractor_weights_path=weights, verbose=False
+        )
+    except Exception as error:  # a hub without a network can raise anything
+        raise ValueError(_unavailable(name, weights, error)) from error
+
+
+def _unavailable(name, weights, error):
+    """A line on why the weights are unavailable, and how to get them."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if weights is not None:
+        return f"{weights}: not the weights of {name} ({reason})"
+    advice = f"download {INCEPTION_URL} elsewhere and pass it as --inception_weights FILE"
+    if name != INCEPTION:
+        advice = "torch-fidelity fetches them where there is a network"
+    return f"the weights of {name} could not be fetched ({reason}); {advice}"
+
+
+class GreyPixels(nn.Module):
+    """Pixels in [−1, 1], averaged over the color channels."""
+
+    def forward(self, images):
+        """Images uint8 (N, 3, H, W) to features (N, H·W)."""
+        return (images.float().mean(1).flatten(1) / 127.5 - 1,)
+
+
+class DigitsClassifier(nn.Module):
+    """A small network trained on the real training digits, once per process, deterministically.
+
+    For a data set that no published network covers: 64 features and 10 logits.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = copy.deepcopy(_digits_classifier())
+
+    def forward(self, images):
+        """Images uint8 (N, 3, 8, 8) to features (N, 64) and logits (N, 10)."""
+        if images.shape[-2:] != (8, 8):
+            raise ValueError(
+                f"images of {images.shape[-1]}×{images.shape[-2]} pixels: the digits-classifier "
+                "expects 8×8, pass another --extractor"
+            )
+        features = self.classifier.features(images[:, :1].float() / 127.5 - 1)
+        return features, self.classifier.head(features)
+
+
+@cache
+def _digits_classifier():
+    return fit_classifier(*digits("train").tensors, classes=10)
+
+
+# name -> module from images uint8 (N, 3, H, W) to (features (N, D),) or (features, logits (N, K))
+EXTRACTORS = Table("extractor", {"grey-pixels": GreyPixels, "digits-classifier": DigitsClassifier})

@@ -1,0 +1,204 @@
+"""The metrics as functions, and METRICS, the table from which everything else follows.
+
+A new metric is one function and one row. Reports, sweeps and their plots, TensorBoard,
+results.jsonl and the metrics of real images all follow from the rows. Metrics are computed by
+torch-fidelity where it has them.
+
+Flags choose from METRICS before torch is loaded, so functions import what they need themselves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from util.table import Table
+
+INCEPTION = "inception-v3-compat"  # the extractor with which a Fréchet distance is the FID
+NEIGHBORS = 3  # Kynkäänniemi et al. 2019
+SSIM_WINDOW = 11  # pixels; Wang et al. 2004
+SPLITS = ("torch-fidelity", "adm")  # of the Inception Score, see RunningInceptionScore
+NEEDS = {
+    "reference": "a reference",
+    "features": "features of each generated image, which are then stored",
+    "reference features": "a reference with images, not statistics alone",
+    "logits": "an extractor with classes",
+    "labels": "an extractor whose classes are the labels; left out if these are unknown",
+}
+
+
+# ---- numbers --------------------------------------------------------------------------------
+
+
+def frechet_distance(statistics1, statistics2):
+    """The Fréchet distance between two Gaussians, each {"mu": (D,), "sigma": (D, D)}.
+
+    With Inception's features it is the FID (Heusel et al. 2017). Raises ValueError if the widths
+    differ or a value is not finite.
+    """
+    import numpy as np
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    pair = [
+        {k: np.asarray(s[k], dtype=np.float64) for k in ("mu", "sigma")}
+        for s in (statistics1, statistics2)
+    ]
+    widths = [len(s["mu"]) for s in pair]
+    if widths[0] != widths[1]:
+        raise ValueError(f"statistics of {widths[0]} and {widths[1]} features: expected the same")
+    if not all(np.isfinite(value).all() for s in pair for value in s.values()):
+        raise ValueError("statistics that are not finite have no Fréchet distance")
+    return float(next(iter(fid_statistics_to_metric(*pair, verbose=False).values())))
+
+
+def precision_recall(*, generated, real, neighbors=NEIGHBORS):
+    """(precision, recall) of features (N, D) and (M, D) (Kynkäänniemi et al. 2019).
+
+    Precision is the fraction of generated images within the manifold of real ones, recall the
+    fraction of real ones within that of generated ones; the arguments are keyword-only, as swapping
+    them would swap the two. Raises ValueError for too few images.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    for name, features in (("generated", generated), ("real", real)):
+        if len(features) <= neighbors:
+            raise ValueError(
+                f"{len(features)} {name} images: expected more than {neighbors}, the neighbors"
+            )
+    found = prc_features_to_metric(
+        generated.float(),
+        real.float(),
+        prc_neighborhood=neighbors,
+        save_cpu_ram=max(len(generated), len(real)) ** 2 > 10**8,
+        verbose=False,
+    )
+    return found["precision"], found["recall"]
+
+
+def psnr(images1, images2):
+    """Peak signal-to-noise ratio in dB of images (N, C, H, W) in [−1, 1]: (N,)."""
+    error = (images1.double() - images2.double()).square().flatten(1).mean(1)
+    return 10 * (4 / error).log10()
+
+
+def ssim(images1, images2):
+    """Structural similarity of images (N, C, H, W) in [−1, 1]: (N,) (Wang et al. 2004).
+
+    A Gaussian window of standard deviation 1.5, valid positions only, averaged over the channels.
+    Raises ValueError for images smaller than the window.
+    """
+    from torchvision.transforms.functional import gaussian_blur
+
+    if min(images1.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"images of {tuple(images1.shape[-2:])} pixels: expected at least 11×11")
+    edge = SSIM_WINDOW // 2
+
+    def blur(x):
+        return gaussian_blur(x, SSIM_WINDOW, 1.5)[..., edge:-edge, edge:-edge]
+
+    x, y = (images1.double() + 1) / 2, (images2.double() + 1) / 2
+    mx, my = blur(x), blur(y)
+    vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
+    c1, c2 = 0.01**2, 0.03**2
+    score = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    return score.flatten(1).mean(1)
+
+
+# ---- rows -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of METRICS."""
+
+    label: str | dict  # in plots; for several numbers name -> label, None if not plotted
+    compute: Callable  # (generated: Summary, reference: Reference) -> number, or tuple of numbers
+    needs: tuple = ()  # names in NEEDS
+    extractor: str | None = None  # whose features it uses; None: the main extractor's
+    fits: Callable = lambda extractor: True  # whether it fits the main extractor
+    least: int = 2  # images
+
+    def __post_init__(self):
+        assert set(self.needs) <= set(NEEDS), f"needs {self.needs}, expected some of {[*NEEDS]}"
+
+    def labels(self, name):
+        """Name -> label of the numbers that this row, called `name`, produces."""
+        return {name: self.label} if isinstance(self.label, str) else self.label
+
+    def numbers(self, name, generated, reference):
+        """Name -> number, without those that are unavailable for these images."""
+        found = self.compute(generated, reference)
+        values = found if isinstance(found, tuple) else (found,)
+        named = zip(self.labels(name), values, strict=True)
+        return {key: value for key, value in named if value is not None}
+
+
+def _distance(generated, reference):
+    return frechet_distance(generated.statistics, reference.statistics)
+
+
+def _inception_score(generated, reference):
+    return generated.inception_score
+
+
+def _accuracy(generated, reference):
+    return generated.accuracy
+
+
+def _precision_recall(generated, reference):
+    return precision_recall(generated=generated.features, real=reference.features)
+
+
+def _is_inception(extractor):
+    return extractor == INCEPTION
+
+
+def _is_other(extractor):
+    return extractor != INCEPTION
+
+
+METRICS = Table(
+    "metric",
+    {
+        "fid": Metric("FID", _distance, ("reference",), fits=_is_inception),
+        "frechet_distance": Metric("Fréchet distance", _distance, ("reference",), fits=_is_other),
+        "pixel_distance": Metric(
+            "Fréchet distance, pixels", _distance, ("reference",), extractor="grey-pixels"
+        ),
+        "inception_score": Metric(
+            {"inception_score": "IS", "inception_score_std": None}, _inception_score, ("logits",)
+        ),
+        # Inception's 1,008 classes are not the labels
+        "accuracy": Metric("accuracy", _accuracy, ("labels",), fits=_is_other),
+        "precision_recall": Metric(
+            {"precision": "precision", "recall": "recall"},
+            _precision_recall,
+            ("features", "reference features"),
+            least=NEIGHBORS + 1,
+        ),
+    },
+)
+
+
+def labels():
+    """Name -> label of all numbers shown in plots and tables of sweeps, in the order of rows."""
+    found = {}
+    for name, row in METRICS.rows():
+        found |= row.labels(name)
+    return {name: label for name, label in found.items() if label}
+
+
+def pick_metrics(names, extractor):
+    """Name -> Metric for these names; for None, all metrics in the features of the extractor.
+
+    extractor: name of the main extractor. Raises ValueError for a name that is not a metric, or
+    that does not fit this extractor.
+    """
+    fitting = {n: row for n, row in METRICS.rows() if row.extractor or row.fits(extractor)}
+    if names is None:
+        return {name: row for name, row in fitting.items() if row.extractor is None}
+    for name in names:
+        if METRICS[name] is not fitting.get(name):
+            raise ValueError(
+                f"metric {name!r}: is not for the extractor {extractor}, expected some of "
+                f"{', '.join(fitting)}"
+            )
+    return {name: fitting[name] for name in names}

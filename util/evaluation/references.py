@@ -1,0 +1,155 @@
+"""References that generated images are compared with: a folder, an .npz, or a data set."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+
+from util import dist
+from util.data import describe_paths, has_images, kind_of
+from util.evaluation.accumulator import WORKERS, Accumulator, summarize
+from util.evaluation.image_sets import RealImages, open_images, open_npz
+from util.files import replacing
+
+MANIFOLD_IMAGES = 10_000  # of a data set, for precision and recall, as in ADM's reference
+
+
+@dataclass
+class Reference:
+    """A reference in the features of one extractor. Its arrays are on rank 0 only."""
+
+    name: str
+    sha256: str  # of mu
+    num_images: int | None  # used for the statistics, if known
+    has_images: bool  # whether there are features of images, for precision and recall
+    accuracy: float | None = None  # of the extractor's classifier on the images
+    statistics: dict | None = field(default=None, repr=False)
+    features: torch.Tensor | None = field(default=None, repr=False)  # (M, D)
+
+
+def find_reference(source, data_path, img_size):
+    """The reference denoted by --reference: its path, a data set, or None."""
+    if source == "auto":
+        published = Path("fid_stats") / f"adm_in{img_size}_stats.npz"
+        kind = kind_of(data_path)
+        if published.is_file() and not (kind and kind.extractor):
+            return str(published)
+        return str(data_path) if has_images(data_path) else None
+    return None if source in (None, "none") else str(source)
+
+
+def load_reference(source, extractor, img_size, cache, workers=WORKERS, dataset=None, own=True):
+    """The Reference that `source` names, in the features of an Extractor. Raises ValueError.
+
+    img_size: required size of its images, or None for any. cache: folder for statistics of data
+    sets, named by all that they depend on. dataset: the images of a data set, if already open.
+    own: whether the extractor is the main one, to which statistics in a file refer; for others, the
+    reference must contain images.
+    """
+    check_reference(source)
+    if has_images(source):
+        dataset = dataset or RealImages(source, kind_of(source).held_out, img_size)
+        held = _data_reference(source, dataset, extractor, cache, workers)
+    else:
+        held = _path_reference(Path(source), extractor, img_size, workers, own)
+    if not dist.is_main():
+        held = {}
+    arrays = {name: held.pop(name, None) for name in ("statistics", "features")}
+    if arrays["statistics"]:
+        held["sha256"] = hashlib.sha256(arrays["statistics"]["mu"].tobytes()).hexdigest()
+        held["has_images"] = arrays["features"] is not None
+    return Reference(name=str(source), **dist.broadcast(held), **arrays)
+
+
+def check_reference(source):
+    """Raises ValueError for an invalid --reference."""
+    path = Path(source)
+    if path.suffix == ".npz":
+        held = open_npz(path)
+        if not {"mu", "sigma"} <= set(held) and "arr_0" not in held:
+            raise ValueError(
+                f"{path}: expected arrays mu and sigma, or images in arr_0; found "
+                f"{', '.join(held) or 'nothing'}"
+            )
+    elif not (has_images(source) or path.is_dir()):
+        raise ValueError(
+            f"--reference {source}: expected a folder of images, an .npz, a data set "
+            f"({describe_paths()})"
+        )
+
+
+def _path_reference(path, extractor, img_size, workers, own):
+    held = open_npz(path) if path.suffix == ".npz" else {}
+    statistics, features, count = None, None, None
+    if own and "mu" in held and "sigma" in held:
+        statistics, count = _stored_statistics(path, held, extractor)
+    if path.is_dir() or "arr_0" in held:
+        images = open_images(path, img_size)
+        accumulator = Accumulator(extractor, len(images), keep_features=True)
+        summary = summarize(images, accumulator, f"features of {path.name}", workers=workers)
+        features = summary.features
+        if statistics is None:
+            statistics, count = summary.statistics, summary.num_images
+    elif not own:
+        raise ValueError(
+            f"{path}: has statistics of one extractor only, expected images for {extractor.name}"
+        )
+    return {"statistics": statistics, "features": features, "num_images": count}
+
+
+def _stored_statistics(path, held, extractor):
+    """(statistics, number of images or None) of an .npz. Raises ValueError if they do not fit."""
+    mu, sigma = np.asarray(held["mu"], np.float64).reshape(-1), held["sigma"]
+    if mu.shape != (extractor.width,) or sigma.shape != (extractor.width, extractor.width):
+        raise ValueError(
+            f"{path}: statistics of {mu.shape[0]} features, those of {extractor.name} have "
+            f"{extractor.width}: they are from another extractor"
+        )
+    if "sha256" in held and str(held["sha256"]) != extractor.sha256:
+        raise ValueError(
+            f"{path}: statistics from other weights than those of this {extractor.name} "
+            f"(sha256 {str(held['sha256'])[:12]}…, here {extractor.sha256[:12]}…)"
+        )
+    return {"mu": mu, "sigma": sigma}, int(held["count"]) if "count" in held else None
+
+
+def _data_reference(source, dataset, extractor, cache, workers):
+    """Cached statistics of a data set, with features of some images; computed if missing."""
+    depends = f"{dataset.description}|{extractor.name}|{extractor.sha256}"
+    path = kept_path(cache, source, extractor.name, depends, "npz")
+    if not dist.broadcast(path.is_file()):
+        arrays = _measure_data(source, dataset, extractor, workers)
+        if dist.is_main():
+            with replacing(path) as beside, open(beside, "wb") as file:
+                np.savez(file, **arrays, sha256=extractor.sha256, depends=depends)
+    if not dist.is_main():
+        return {}
+    with np.load(path) as file:
+        return {
+            "statistics": {"mu": file["mu"], "sigma": file["sigma"]},
+            "features": torch.from_numpy(file["features"]),
+            "num_images": int(file["count"]),
+            "accuracy": float(file["accuracy"]) if "accuracy" in file else None,
+        }
+
+
+def _measure_data(source, dataset, extractor, workers):
+    """mu, sigma, count of a data set; features, accuracy of some images. On rank 0, else {}."""
+    some = Subset(dataset, range(0, len(dataset), max(1, len(dataset) // MANIFOLD_IMAGES)))
+    every = Accumulator(extractor, len(dataset))
+    few = Accumulator(extractor, len(some), keep_features=True)
+    every = summarize(dataset, every, f"statistics of {source}", workers=workers)
+    few = summarize(some, few, f"features of {source}", workers=workers)
+    if not dist.is_main():
+        return {}
+    arrays = {**every.statistics, "features": few.features.numpy()}
+    return arrays if few.accuracy is None else {**arrays, "accuracy": few.accuracy}
+
+
+def kept_path(cache, source, what, depends, suffix):
+    """The cache file of a result for a data set. depends: text of all that it depends on."""
+    key = hashlib.sha256(depends.encode()).hexdigest()[:16]
+    return Path(cache) / f"{Path(source).name or 'data'}-{what}-{key}.{suffix}"

@@ -1,0 +1,53 @@
+"""Settings of the evaluation of images, from which scripts create their flags."""
+
+from dataclasses import dataclass
+
+from util.data import describe_paths
+from util.evaluation.metrics import METRICS, SPLITS
+from util.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class Evaluation(Settings):
+    """The reference, the feature extractor and the metrics of an evaluation."""
+
+    reference: str | None = setting(
+        "auto",
+        "a folder of images, an .npz (mu and sigma, or images in arr_0) or a data set "
+        f"({describe_paths()}), of which held-out images are used if it has any; auto: "
+        "fid_stats/adm_in<img_size>_stats.npz if it exists, else --data_path; none: only "
+        "metrics without a reference",
+        metavar="PATH",
+        otherwise="no reference",
+    )
+    metrics: tuple | None = setting(
+        None,
+        f"metrics to compute: {', '.join(METRICS)}",
+        nargs="+",
+        choices=METRICS,
+        metavar="NAME",
+        otherwise="all in the features of --extractor",
+    )
+    extractor: str | None = setting(
+        None,
+        "network whose features are compared: torch-fidelity's inception-v3-compat, "
+        "dinov2-vit-l-14, …; digits-classifier or grey-pixels",
+        metavar="NAME",
+        otherwise="that of the data set, such as digits-classifier, else inception-v3-compat",
+    )
+    inception_weights: str | None = setting(
+        None, "Inception's weights", metavar="FILE", otherwise="torch-fidelity downloads them"
+    )
+    isc_splits: str = setting(
+        "torch-fidelity",
+        "splits of the Inception Score: ten parts after a shuffle, or consecutive 5,000 images",
+        choices=SPLITS,
+    )
+    stats_dir: str = setting(
+        "fid_stats",
+        "folder of cached statistics of data sets, named by all that they depend on",
+        metavar="DIR",
+    )
+
+
+NETWORK = ("extractor", "inception_weights")  # the fields that choose the network alone

@@ -1,0 +1,84 @@
+"""Settings of the training, and advice for runs that they do not fit."""
+
+from dataclasses import dataclass
+
+from util.flags import fraction, nonnegative, positive_int
+from util.lr_sched import SCHEDULES, learning_rate
+from util.settings import Settings, setting
+
+
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """The training recipe; the defaults are the published ones."""
+
+    epochs: int = setting(400, "passes over the data", type=positive_int)
+    batch_size: int = setting(16, "images per batch and process", type=positive_int)
+    accum_iter: int = setting(1, "batches per optimizer step", type=positive_int)
+    lr: float = setting(
+        None, "peak learning rate", type=nonnegative, otherwise="--blr × total batch / 256"
+    )
+    blr: float = setting(1e-4, "learning rate per 256 images per step", type=nonnegative)
+    min_lr: float = setting(0.0, "learning rate at the end of a cosine", type=nonnegative)
+    lr_schedule: str = setting("constant", "learning rate after warm-up", choices=SCHEDULES)
+    warmup_epochs: float = setting(100, "epochs of linear warm-up from 0", type=nonnegative)
+    weight_decay: float = setting(
+        0.02, "weight decay, except of biases, 1-D parameters and the head", type=nonnegative
+    )
+    grad_clip: float = setting(3.0, "maximum gradient norm; 0 is no limit", type=nonnegative)
+    ema_rate: float = setting(0.9999, "decay rate of the averaged weights", type=fraction)
+    mask_ratio_per_rank: bool = setting(
+        False,
+        "each process draws its own mask ratio, as in the published code; processes then wait for "
+        "one another",
+    )
+    compile: bool = setting(
+        False,
+        "compile the blocks and the head with torch.compile: takes minutes at the start, saves "
+        "time per step",
+    )
+
+    def total_batch(self, processes):
+        """Images per optimizer step."""
+        return self.batch_size * self.accum_iter * processes
+
+    def resolved(self, processes):
+        """The recipe with the peak learning rate as a number."""
+        if self.lr is not None:
+            return self
+        return self.but(lr=self.blr * self.total_batch(processes) / 256)
+
+    def rate(self, epoch):
+        """The learning rate at a fractional epoch."""
+        return learning_rate(
+            epoch,
+            lr=self.lr,
+            warmup_epochs=self.warmup_epochs,
+            epochs=self.epochs,
+            min_lr=self.min_lr,
+            schedule=self.lr_schedule,
+        )
+
+    def misfits(self, steps):
+        """Sentences on settings that do not fit a run with `steps` per epoch, and what would."""
+        if self.warmup_epochs >= self.epochs:
+            fitting = max(1, self.epochs // 20) if self.epochs > 1 else 0
+            yield (
+                f"the warm-up of {self.warmup_epochs:g} epochs is not over in {self.epochs} "
+                f"epochs; --warmup_epochs {fitting} would fit"
+            )
+        # an average holds 5% of the initial weights after 3 horizons, and 37% after one
+        total = steps * self.epochs
+        horizon = 1 / (1 - self.ema_rate) if self.ema_rate < 1 else float("inf")
+        if 3 * horizon > total:
+            fitting = max(0.0, 1 - 10 / total)
+            yield (
+                f"the EMA remembers {horizon:.0f} steps, the run has {total}; "
+                f"--ema_rate {fitting:.4g} would fit"
+            )
+
+
+def changes(now, before):
+    """The differences between settings (name -> value) and those of a checkpoint, as text."""
+    for name, value in now.items():
+        if before.get(name) is not None and before[name] != value:
+            yield f"--{name} {value} (was {before[name]})"
