@@ -277,11 +277,11 @@ def build(this):
     """A new model on the run's device, initialized with --seed. Raises ValueError."""
     import torch
 
-    from models import build_model
+    from models.config import build_checked
     from util.dist import print0
 
     torch.manual_seed(this.args.seed)  # the initial weights, the same on every process
-    model = build_model(**this.config["model"]).to(this.device)
+    model = build_checked(this.config["model"], dict(this.args.model_kwargs)).to(this.device)
     model.check(this.sampling)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     name = this.config["model"]["name"]
@@ -453,7 +453,8 @@ def start_state(this, model, recipe, checkpoint, path):
         print0(f"NOTE: {path} holds weights only: training begins with epoch {state.epoch}")
         return state
     print0(f"resumed {path}: {state.epoch} epochs are done")
-    chosen = {name: this.config["model"].get(name) for name in Model.names(fixed=None)}
+    model = this.config["model"]
+    chosen = {n: model[n] for n in Model.names(fixed=None) if model.get(n) is not None}
     if changed := list(changes({**recipe.asdict(), **chosen}, checkpoint["args"])):
         print0(f"NOTE: not as before: {', '.join(changed)}")
     return state

@@ -150,7 +150,8 @@ def pick_sampling(args, config, model, points):
     """The checkpoint's Sampling, overridden by flags and checked at all points of a sweep."""
     given = {k: v for k, v in said_flags(Sampling, args).items() if v is not None}
     model_own = {k: config["model"].get(k) for k in ("num_sampling_steps", "max_timestep")}
-    sampling = Sampling.of(**{**model_own, **config["sampling"], **given})
+    stored = {k: v for k, v in config["sampling"].items() if v is not None}
+    sampling = Sampling.of(**{**model_own, **stored, **given})
     if args.num_iter is None:
         sampling = sampling.but(num_iter=min(sampling.num_iter, model.seq_len))
     for point in points:

@@ -7,6 +7,7 @@ backbone: the loss, and the wiring of the head. A backbone supplies `training_ta
 `predict`; the loop over the steps is in models/sampling.py.
 """
 
+import torch
 from torch import nn
 from tqdm import tqdm
 
@@ -105,6 +106,8 @@ class Autoregressive(LatentModel):
     def to_compile(self):
         """(module, dynamic) for each module to compile for training. Parameter names stay."""
         self.compiled = True
+        # blocks are compiled for every length of the encoder's input
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         blocks = [(module, False) for module in self.modules() if isinstance(module, Block)]
         # the head has one row per masked token, so their number varies
         return blocks + [(module, True) for module in self.head.to_compile()]

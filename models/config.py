@@ -2,14 +2,13 @@
 
 from inspect import signature
 
-from models import arguments_of_tokenizer
+from models import arguments_of_tokenizer, build_model
 from models.autoregressive import HEAD_DEFAULTS
 from models.options import options_of
 from models.settings import HEADS, MODELS, Model
 from util.dist import print0
-from util.settings import destination
 
-FLAGS = {field.name: destination(field) or field.name for field in Model.fields()}
+FLAGS = {field.name: field.metadata["flag"] or field.name for field in Model.fields()}
 
 
 def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
@@ -34,6 +33,18 @@ def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
     found["diffloss_w"] = requested.diffloss_w or default_of(requested.name, "diffloss_w")
     found = {name: value for name, value in found.items() if name in used or name == "name"}
     return _keep_stored(found | extra, stored, given, extra, source) if stored else found | extra
+
+
+def build_checked(arguments, extra):
+    """A new model. Raises ValueError where `extra` arguments, unchecked so far, do not fit it."""
+    try:
+        return build_model(**arguments)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        if not extra:
+            raise
+        passed = " ".join(f"{name}={value}" for name, value in extra.items())
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(f"--model_kwargs {passed}: {reason}") from error
 
 
 def takes(name, head):

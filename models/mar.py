@@ -180,7 +180,10 @@ class MAR(Autoregressive):
         places = torch.arange(buffer + padding + known, device=tokens.device)
         hidden = (places >= buffer) & (places < buffer + padding)
         x = self.encode(tokens[:, given], orders[:, given], classes, hidden.view(1, 1, 1, -1))
-        return self.decode(torch.cat([x[:, :buffer], x[:, buffer + padding :]], 1), orders, masked)
+        x = torch.cat([x[:, :buffer], x[:, buffer + padding :]], 1)
+        # all rows through the last block too: it would be compiled again for each number of them
+        x = self.decoder_blocks(self.decoder_input(x, orders, masked.stop))
+        return self.decoder_output(x[:, self.decoder_rows(masked)], orders, masked)
 
     def start_cache(self, sampling):
         """A `Lazy` if some steps reuse features, else None. Raises ValueError."""

@@ -2,7 +2,7 @@
 
 from inspect import signature
 
-from models.settings import Model
+from models.settings import HEADS
 
 
 def options_of(part):
@@ -25,8 +25,9 @@ def named_by(options, *parts):
 
 
 def check_options(model, options, *parts):
-    """Raises ValueError for an option that belongs neither to the parts nor to any model."""
-    known = {*Model.names(), *(name for part in parts for name in options_of(part))}
+    """Raises ValueError for an option that belongs neither to the parts nor to any head."""
+    parts += tuple(head for _, head in HEADS.rows()) if parts else ()
+    known = {name for part in parts for name in options_of(part)}
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{name} {value!r}: {type(model).__name__} has no such argument")

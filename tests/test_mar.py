@@ -393,6 +393,27 @@ def test_wrong_latents(model):
         model.patchify(torch.zeros(2, 4, 8, 8))
 
 
+@pytest.mark.slow
+def test_blocks_are_compiled_few_times(monkeypatch):
+    """At 256 tokens as many times as the encoder's input has lengths, and not for every ratio."""
+    torch._dynamo.reset()
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw)
+    )
+    model = tiny(img_size=256, mask_ratio_min=0.5).train()
+    for module, dynamic in model.to_compile():
+        module.compile(dynamic=dynamic)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before, lengths = graphs["unique_graphs"], set()
+    model.encoder_norm.register_forward_hook(lambda m, x, y: lengths.add(y.shape[1]))
+    for seed in range(30):
+        model(torch.randn(1, 16, 16, 16), torch.tensor([1]), generator(seed))
+    assert len(lengths) > 8
+    # a length of the encoder each, one of the decoder, and the head
+    assert graphs["unique_graphs"] - before <= len(lengths) + 4
+
+
 def test_compiled_training_is_the_same(monkeypatch):
     """Known tokens are filled up to few lengths, which changes neither loss nor gradients."""
     compile_module, lengths = torch.nn.Module.compile, set()

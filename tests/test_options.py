@@ -120,7 +120,7 @@ def test_options_reach_parts_by_name():
     options = {"part_depth": 3, "rate": 0.1, "width": 8, "attn_dropout": 0.2}
     assert named_by(options, Part) == {"depth": 3, "rate": 0.1}
     assert named_by(options, Part, Attention) == {"depth": 3, "rate": 0.1, "attn_dropout": 0.2}
-    check_options(Part, {"rate": 1, "part_depth": 1, "buffer_size": 8}, Part)
+    check_options(Part, {"rate": 1, "part_depth": 1, "diffloss_d": 8}, Part)  # of another head
     with pytest.raises(ValueError, match="depth 1: type has no such argument"):
         check_options(Part, {"depth": 1}, Part)
 
