@@ -2,7 +2,8 @@
 
 from inspect import signature
 
-from models import arguments_of_tokenizer, build_model
+import models
+from models import arguments_of_tokenizer
 from models.autoregressive import HEAD_DEFAULTS
 from models.options import options_of
 from models.settings import HEADS, MODELS, Model
@@ -38,7 +39,7 @@ def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
 def build_checked(arguments, extra):
     """A new model. Raises ValueError where `extra` arguments, unchecked so far, do not fit it."""
     try:
-        return build_model(**arguments)
+        return models.build_model(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         if not extra:
             raise
