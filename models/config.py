@@ -95,7 +95,7 @@ def _check_used(requested, given, extra, used):
 
 def _keep_stored(found, stored, given, extra, source):
     """The arguments, with those fixed by weights taken from the checkpoint. Raises ValueError."""
-    fixed = {name for name in Model.names(fixed=True) if name in found or name in stored}
+    fixed = {name for name in Model.names(fixed=True) if name in found}
     fixed |= {name for name in {**stored, **extra} if name not in FLAGS}
     # a field that is newer than the checkpoint takes its default
     of_weights = {**Model().asdict(), **stored}

@@ -67,7 +67,7 @@ def sample_steps(
 def check_sampling(model, sampling):
     """Raises ValueError for settings that the model does not support."""
     orders = _pick_order(model, sampling).start(1, model.seq_len, torch.Generator())
-    model.check_orders(orders.to(model.fake_latent.device), sampling.order)
+    model.check_orders(orders, sampling.order)
     _guidance_interval(sampling)
     for table in (CFG_SCHEDULES, TOKEN_SCHEDULES):
         table[getattr(sampling, table.kind)]
