@@ -57,7 +57,7 @@ def test_published_checkpoint_evaluates_and_resumes(tmp_path, vae_path, capsys):
 
 
 @pytest.mark.parametrize("backbone", ["ar_tiny", "ar_tiny --order random", "dit_tiny"])
-def test_other_backbones_train_resume_and_sample(tmp_path, backbone):
+def test_other_backbones_train_resume_and_sample(tmp_path, backbone, capsys):
     """The same scripts serve them all; the checkpoint says which it is."""
     flags = f"--preset digits --device cpu --model {backbone} --batch_size 512"
     flags += f" --num_sampling_steps 3 --save_last_freq 1 --output_dir {tmp_path}"
@@ -65,9 +65,26 @@ def test_other_backbones_train_resume_and_sample(tmp_path, backbone):
     plain = f"--resume {tmp_path} --data_path digits --output_dir {tmp_path} --device cpu"
     main_mar.main(shlex.split(f"{plain} --epochs 2 --batch_size 512 --num_workers 0"))
     assert load_checkpoint(tmp_path / LAST)["epoch"] == 1
+    (changed,) = [x for x in capsys.readouterr().out.splitlines() if "not as before" in x]
+    assert "--lr" in changed and "None" not in changed  # nor settings that the model does not have
     out = tmp_path / "samples.npz"
     sample.main(["--ckpt", str(tmp_path), "--device", "cpu", "--cfg", "2", "--out", str(out)])
     assert np.load(out)["arr_0"].shape == (80, 8, 8, 3)
+
+
+def test_a_raster_model_is_not_trained_on_in_another_order(tmp_path, capsys):
+    """Resuming it with --order random is refused before any step; the checkpoint is as it was."""
+    flags = f"--preset digits --device cpu --model ar_tiny --batch_size 512 --output_dir {tmp_path}"
+    main_mar.main(shlex.split(f"{flags} --num_sampling_steps 3 --epochs 1"))
+    before = (tmp_path / LAST).read_bytes()
+    capsys.readouterr()
+    line = complain(
+        capsys,
+        main_mar.main,
+        *shlex.split(f"{flags} --resume {tmp_path} --epochs 2 --order random"),
+    )
+    assert "order random: this model learned the raster order only" in line
+    assert (tmp_path / LAST).read_bytes() == before
 
 
 def test_images_to_cache_to_training_to_samples(tmp_path, images, vae_path):

@@ -36,6 +36,22 @@ def test_unknown_options(name):
         build_model(name, **TINY, mlp_ration=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("ar_tiny", {"mask_ratio_min": 0.5}),
+        ("ar_tiny", {"buffer_size": 4}),
+        ("dit_tiny", {"attn_dropout": 0.5}),
+        ("dit_tiny", {"num_codes": 16}),
+        ("mar_tiny", {"order": "raster"}),
+    ],
+)
+def test_options_of_another_model(name, option):
+    """Are not dropped in silence."""
+    with pytest.raises(ValueError, match=rf"{next(iter(option))} .*: \w+ has no such argument"):
+        build_model(name, **TINY, **option)
+
+
 @pytest.mark.parametrize("option", ["width", "heads", "causal", "target_channels"])
 @pytest.mark.parametrize("name", AUTOREGRESSIVE)
 def test_what_a_part_needs_is_no_option(name, option):

@@ -37,6 +37,17 @@ def test_sampling_without_a_class(tmp_path, ckpt):
     assert np.load(tmp_path / "a.npz")["arr_0"].shape == (8, 8, 8, 3)
 
 
+def test_the_model_s_own_settings_are_stated(ckpt):
+    """Where the stored Sampling leaves them to the model, and where it never had them."""
+    args = sample.get_parser().parse_args(["--ckpt", str(ckpt)])
+    model, _, config = sample.open_checkpoint(args)
+    assert config["model"]["max_timestep"] == 950
+    config["sampling"] |= {"max_timestep": None, "num_sampling_steps": None}
+    stated = sample.pick_sampling(args, config, model, [])
+    assert stated.max_timestep == 950
+    assert stated.num_sampling_steps == config["model"]["num_sampling_steps"]
+
+
 def sweep(ckpt, folder, *axes):
     flags = ["--ckpt", ckpt, "--device", "cpu", "--labels", "all", "--per_class", "2"]
     flags += ["--reference", "digits", "--stats_dir", folder / "stats", "--output_dir", folder]

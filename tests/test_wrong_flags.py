@@ -18,6 +18,14 @@ from util import dist
     ("flags", "message"),
     [
         (("--vae_path", "nowhere.ckpt"), "nowhere.ckpt: no such file"),
+        ((*DIGITS, "--model_kwargs", "norm_layer=x"), "--model_kwargs norm_layer=x: 'str' object"),
+        ((*DIGITS, "--model_kwargs", "mlp_ratio=-1"), "--model_kwargs mlp_ratio=-1: "),
+        ((*DIGITS, "--model_kwargs", "mlp_ratio=x"), "--model_kwargs mlp_ratio=x: "),
+        ((*DIGITS, "--model_kwargs", "buffer_size=2"), "buffer_size=2: has a flag of its own"),
+        (
+            (*DIGITS, "--model", "dit_tiny", "--no_vlb", "--head", "l2"),
+            "--head l2: dit_tiny has no",
+        ),
         ((*DIGITS, "--class_num", "7"), "found 10 classes, --class_num is 7"),
         ((*DIGITS, "--img_size", "9"), "img_size 9: expected a multiple"),
         ((*DIGITS, "--img_size", "16"), "the digits are 8×8"),

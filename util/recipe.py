@@ -81,4 +81,5 @@ def changes(now, before):
     """The differences between settings (name -> value) and those of a checkpoint, as text."""
     for name, value in now.items():
         if before.get(name) is not None and before[name] != value:
-            yield f"--{name} {value} (was {before[name]})"
+            flag = name if isinstance(value, bool) else f"--{name}"  # some switch it off: no_vlb
+            yield f"{flag} {value} (was {before[name]})"
