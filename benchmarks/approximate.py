@@ -8,34 +8,25 @@ comparison: other diffusion steps draw other noise, which gives that distance. T
 """
 
 import statistics
-import time
-from collections import Counter
+from collections import Counter, defaultdict
+from functools import partial
 
-import numpy as np
-import torch
-
-import engine_mar as engine
 from diffusion.solvers import BELOW_SINGULARITY
-from models import build_tokenizer, load_model
 from models.settings import Sampling
-from util import dist
-from util.evaluation import metrics
-from util.evaluation.evaluator import open_evaluator
 from util.evaluation.settings import NETWORK, Evaluation
 from util.flags import Parser, add_device_flag, positive_int, run
-from util.precision import pick_precision
 from util.settings import add_flags, from_flags
 
-# name -> fields of Sampling that differ from exact sampling; num_iter is a fraction of its steps
+# name -> fields of Sampling; num_iter is a fraction of the exact one's
 MODES = {
     "exact": {},
     "--max_timestep 980": {"max_timestep": 980},
     f"--max_timestep {BELOW_SINGULARITY}": {"max_timestep": BELOW_SINGULARITY},
     "ancestral, 25 diffusion steps": {"num_sampling_steps": "25"},
-    "--solver ddim, 25": {"num_sampling_steps": "25", "solver": "ddim"},
-    "--solver ddim, 10": {"num_sampling_steps": "10", "solver": "ddim"},
-    "--solver dpm++, 25": {"num_sampling_steps": "25", "solver": "dpm++"},
-    "--solver dpm++, 10": {"num_sampling_steps": "10", "solver": "dpm++"},
+    "--solver ddim, 25": {"solver": "ddim", "num_sampling_steps": "25"},
+    "--solver ddim, 10": {"solver": "ddim", "num_sampling_steps": "10"},
+    "--solver dpm++, 25": {"solver": "dpm++", "num_sampling_steps": "25"},
+    "--solver dpm++, 10": {"solver": "dpm++", "num_sampling_steps": "10"},
     "--anneal linear": {"anneal": "linear"},
     "--anneal cosine": {"anneal": "cosine"},
     "--anneal two-stage": {"anneal": "two-stage"},
@@ -48,10 +39,10 @@ MODES = {
         "cfg_interval": (0.25, 0.75),
         "refresh_every": 2,
     },
-    "dpm++ 10, refresh 2": {"num_sampling_steps": "10", "solver": "dpm++", "refresh_every": 2},
+    "dpm++ 10, refresh 2": {"solver": "dpm++", "num_sampling_steps": "10", "refresh_every": 2},
     "dpm++ 10, refresh 2, half the steps": {
-        "num_sampling_steps": "10",
         "solver": "dpm++",
+        "num_sampling_steps": "10",
         "refresh_every": 2,
         "num_iter": 0.5,
     },
@@ -80,98 +71,136 @@ def get_parser():
 def main(argv=None):
     """Run the script."""
     args = get_parser().parse_args(argv)
+
+    import torch
+
+    from models import load_model
+    from util import dist
+    from util.precision import pick_precision
+
     device = dist.init(args.device)
     model, config = load_model(args.ckpt)
+    labels = [i % config["model"]["class_num"] for i in range(args.num_images)]
+    precision = pick_precision("auto", device)
+    sample = open_sample(args, model, config, labels, device, precision)
+    measurements = Measurements(open_evaluation(args, config, device), args.rounds, labels)
+    sampling = Sampling.of(**config["sampling"])
+    exact = sampling.asdict()
+    exact["num_sampling_steps"] = sampling.num_sampling_steps or model.head.spacing
+    print(
+        f"{args.ckpt} on {device}, {torch.get_num_threads()} threads, {precision}; "
+        f"{args.rounds} rounds of {args.num_images} images, {args.batch_size} at once; exact is "
+        f"{exact}\n"
+    )
+    rows = measure(model, sample, sampling, args.rounds, measurements.keep)
+    print_table(rows, measurements, args.num_images)
+
+
+def open_sample(args, model, config, labels, device, precision):
+    """A function (seed, sampling) that gives an image of each label, uint8 (n, H, W, 3)."""
+    import numpy as np
+
+    import engine_mar as engine
+    from models import build_tokenizer
+
     tokenizer = build_tokenizer(**config["tokenizer"]).to(device)
-    model.to(device)
-    evaluator = open_evaluator(
+    drawn = model.to(device), tokenizer, labels
+    how = {"batch_size": args.batch_size, "device": device, "precision": precision}
+
+    def sample(seed, sampling):
+        batches = engine.generate_images(*drawn, sampling, seed=seed, **how)
+        return np.concatenate([images for _, images in batches])
+
+    return sample
+
+
+def open_evaluation(args, config, device):
+    """The Evaluator of the images. Raises ValueError."""
+    from util.evaluation.evaluator import open_evaluator
+
+    return open_evaluator(
         from_flags(Evaluation, args),
         img_size=config["model"]["img_size"],
         num_images=args.num_images,
         device=device,
     )
-    labels = [i % config["model"]["class_num"] for i in range(args.num_images)]
-    precision = pick_precision("auto", device)
-    common = {"batch_size": args.batch_size, "device": device, "precision": precision}
-
-    def sample(seed, sampling):
-        drawn = model, tokenizer, labels, sampling
-        batches = engine.generate_images(*drawn, seed=seed, **common)
-        return np.concatenate([images for _, images in batches])
-
-    exact = Sampling.of(**config["sampling"])
-    print(
-        f"{args.ckpt} on {device}, {torch.get_num_threads()} threads, {precision}; "
-        f"{args.rounds} rounds of {args.num_images} images, {args.batch_size} at once; exact is "
-        f"{exact.asdict()}\n"
-    )
-    measured, done = {}, Counter()
-
-    def keep(name, images):
-        if name not in measured:
-            measured[name] = evaluator.start(args.rounds * args.num_images)
-        measured[name].add(range(done[name], done[name] + len(images)), images, labels)
-        done[name] += len(images)
-
-    rows = measure(model, sample, exact, args.rounds, keep)
-    found = {name: evaluator.metrics(each.summary()) for name, each in measured.items()}
-    show(rows, found, args.num_images)
 
 
-def show(rows, found, num_images):
-    """Print the rows of `measure`, each with its metrics. found: mode -> metrics."""
+class Measurements:
+    """A Measurement of the images of each mode, of all rounds. labels: those of a round."""
+
+    def __init__(self, evaluator, rounds, labels):
+        self.evaluator, self.labels = evaluator, labels
+        self.by_mode = defaultdict(partial(evaluator.start, rounds * len(labels)))
+        self.done = Counter()
+
+    def keep(self, name, images):
+        """Add a round of a mode's images."""
+        indices = range(self.done[name], self.done[name] + len(images))
+        self.by_mode[name].add(indices, images, self.labels)
+        self.done[name] += len(images)
+
+    def metrics(self):
+        """Mode -> name of a metric -> number."""
+        return {name: self.evaluator.metrics(each.summary()) for name, each in self.by_mode.items()}
+
+
+def print_table(rows, measurements, num_images):
+    """Print the rows of `measure`, each with its metrics."""
+    from benchmarks.timing import table
+    from util.evaluation import metrics
+
+    found = measurements.metrics()
     shown = {key: label for key, label in metrics.labels().items() if key in found["exact"]}
-    columns = ["mode", "images/s", "ratio", "distance", *shown.values()]
-    print(f"| {' | '.join(columns)} |\n| {' | '.join('---' for _ in columns)} |")
-    for name, seconds, ratio, distance in rows:
-        cells = [name, f"{num_images / seconds:.0f}", f"{ratio:.2f}", distance]
-        cells += [f"{found[name][key]:.4g}" for key in shown]
-        print(f"| {' | '.join(cells)} |")
+    table(
+        ["mode", "images/s", "ratio", "distance", *shown.values()],
+        [
+            [name, f"{num_images / seconds:.0f}", f"{ratio:.2f}", distance]
+            + [f"{found[name][key]:.4g}" for key in shown]
+            for name, seconds, ratio, distance in rows
+        ],
+    )
 
 
-def measure(model, sample, exact, rounds, keep=lambda name, images: None):
+def measure(model, sample, sampling, rounds, keep=lambda name, images: None):
     """Times and distances of all modes that the model supports, in turns.
 
     sample(seed, sampling) gives images, whose distances are fractions of the range of a pixel, or
-    latents, whose distances are in their standard deviations. exact: the Sampling to compare with.
+    latents, whose distances are in their standard deviations. sampling: the exact Sampling.
     keep(name, result): called with the result of each counted round. Returns rows (name, median
     seconds, how many times faster than exact, distance from exact as text).
     """
-    modes = open_modes(model, exact)
-    seconds, distances = {name: [] for name in modes}, {name: [] for name in modes}
-    others, before = [], None
+    from benchmarks.timing import timed
+
+    modes = fitting_modes(model, sampling)
+    seconds, distances, others, before = defaultdict(list), defaultdict(list), [], None
     for turn in range(rounds + 1):
-        for name, sampling in modes.items():
-            begin = time.perf_counter()
-            result = sample(turn, sampling)
-            seconds[name].append(time.perf_counter() - begin)
-            if not turn:
+        exact = None
+        for name, settings in modes.items():
+            taken, result = timed(partial(sample, turn, settings))
+            if not turn:  # cold
                 continue
             keep(name, result)
-            whole = result.dtype == np.uint8
-            result = result.astype(np.float32)
-            if name == "exact":
-                reference, unit = result, 255.0 if whole else result.std()
-                others += [] if before is None else [rms(reference, before) / unit]
-                before = reference
-            distances[name].append(rms(result, reference) / unit)
-    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    rows = []
-    for name in modes:
-        distance = f"{statistics.mean(distances[name]):.3f}"
-        if name == "exact" and others:
-            distance = f"0 (another seed: {statistics.mean(others):.3f})"
-        rows.append((name, medians[name], medians["exact"] / medians[name], distance))
-    return rows
+            exact = result if exact is None else exact  # the first mode
+            seconds[name].append(taken)
+            distances[name].append(distance(result, exact))
+        if before is not None:
+            others.append(distance(before, exact))
+        before = exact
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    said = {name: f"{statistics.mean(values):.3f}" for name, values in distances.items()}
+    if others:
+        said["exact"] = f"0 (another seed: {statistics.mean(others):.3f})"
+    return [(name, medians[name], medians["exact"] / medians[name], said[name]) for name in modes]
 
 
-def open_modes(model, exact):
+def fitting_modes(model, exact):
     """Name -> Sampling of the MODES that the model supports; the others are reported."""
     modes = {}
     for name, changes in MODES.items():
         if "num_iter" in changes:
-            steps = max(1, round(changes["num_iter"] * exact.num_iter))
-            changes = {**changes, "num_iter": steps}
+            num_iter = max(1, round(changes["num_iter"] * exact.num_iter))
+            changes = {**changes, "num_iter": num_iter}
         try:
             model.check(exact.but(**changes))
             modes[name] = exact.but(**changes)
@@ -180,9 +209,11 @@ def open_modes(model, exact):
     return modes
 
 
-def rms(a, b):
-    """The root mean square difference between two arrays."""
-    return float(np.sqrt(np.mean((np.asarray(a) - np.asarray(b)) ** 2)))
+def distance(result, exact):
+    """The root mean square difference of arrays, over 255 for bytes, else over the exact std."""
+    unit = 255.0 if exact.dtype == "uint8" else exact.std()
+    difference = result.astype("float32") - exact.astype("float32")
+    return float((difference**2).mean() ** 0.5 / unit)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,12 @@ is printed, then medians: with the cache, the time of one token hardly grows wit
 """
 
 import statistics
-import time
 
-import torch
-
-from models.ar import AR
 from util.flags import Parser, positive_int, run
-from util.rng import image_generators
 
 
 def main(argv=None):
+    """Run the script."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--sides", type=positive_int, nargs="+", default=[8, 16, 32], help="sides of the token grid"
@@ -27,28 +23,14 @@ def main(argv=None):
         "--rounds", type=positive_int, default=5, help="rounds counted, after a cold one"
     )
     args = parser.parse_args(argv)
+
+    import torch
+
     print(f"{torch.get_num_threads()} threads, width {args.width}, {args.depth} blocks, float32")
     print("tokens  difference  cached ms/token  plain ms/token  plain/cached")
     for side in args.sides:
-        torch.manual_seed(0)
-        model = AR(
-            img_size=side, vae_stride=1, embed_dim=args.width, depth=args.depth, head="l2"
-        ).eval()
-        start_cache = model.start_cache
-        sides = {"cached": start_cache, "plain": lambda sampling: None}
-        seconds, samples = {name: [] for name in sides}, {}
-        for _ in range(1 + args.rounds):
-            for name, start in sides.items():
-                model.start_cache = start
-                begin = time.perf_counter()
-                samples[name] = sample(model, args.batch_size)
-                seconds[name].append(time.perf_counter() - begin)
-        difference = (samples["cached"] - samples["plain"]).abs().max() / samples[
-            "plain"
-        ].abs().max()
-        cached, plain = (
-            1000 * statistics.median(seconds[name][1:]) / model.seq_len for name in sides
-        )
+        model = build(side, args.width, args.depth)
+        difference, cached, plain = measure(model, args.batch_size, args.rounds)
         print(
             f"{model.seq_len:6d}  {difference:10.1e}  {cached:15.2f}  {plain:14.2f}  "
             f"{plain / cached:12.1f}",
@@ -56,7 +38,46 @@ def main(argv=None):
         )
 
 
+def build(side, width, depth):
+    """A causal model of side × side tokens with random weights."""
+    import torch
+
+    from models.ar import AR
+
+    torch.manual_seed(0)
+    return AR(img_size=side, vae_stride=1, embed_dim=width, depth=depth, head="l2").eval()
+
+
+def measure(model, count, rounds):
+    """The largest relative difference of `count` samples, and the median ms per token of each way.
+
+    Returns (difference, with the cache, without).
+    """
+    from benchmarks.timing import in_turns
+
+    starts = {"cached": model.start_cache, "plain": lambda sampling: None}
+    samples = {}
+
+    def way(name):
+        def run():
+            model.start_cache = starts[name]
+            samples[name] = sample(model, count)
+
+        return run
+
+    seconds = in_turns({name: way(name) for name in starts}, rounds)
+    del model.start_cache  # the class's is there again
+    cached, plain = samples.values()
+    difference = (cached - plain).abs().max() / plain.abs().max()
+    return difference, *(1e3 * statistics.median(s) / model.seq_len for s in seconds.values())
+
+
 def sample(model, count):
+    """Latents (count, C, h, w), one token per step, guided."""
+    import torch
+
+    from util.rng import image_generators
+
     return model.sample_tokens(
         count,
         num_iter=model.seq_len,

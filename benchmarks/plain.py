@@ -236,8 +236,8 @@ class Tables:
         """Mean and log-variance of the previous x, for predicted noise and v."""
         low = self.at("posterior_log_variance_clipped", t, x.shape)
         high = self.at("log_betas", t, x.shape)
-        share = (v + 1) / 2
-        log_variance = share * high + (1 - share) * low
+        fraction = (v + 1) / 2
+        log_variance = fraction * high + (1 - fraction) * low
         start = self.at("recip", t, x.shape) * x
         start = start - self.at("recip_less_one", t, x.shape) * predicted
         mean = self.at("posterior_mean_coef1", t, x.shape) * start

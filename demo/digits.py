@@ -12,29 +12,21 @@ import itertools
 import json
 from pathlib import Path
 
-import numpy as np
-import torch
-
-import engine_mar as engine
-from models import build_tokenizer, load_model
 from models.settings import Sampling
-from util.evaluation.evaluator import open_evaluator
 from util.evaluation.settings import Evaluation
-from util.evaluation.sweep import write_sweep
 from util.files import replacing
 from util.flags import Parser, nonnegative_int, positive_int, run
-from util.images import grid, save_image, to_uint8
-from util.logger import Stopwatch
-from util.rng import image_generators
 
 CLASSES = 10
 METRICS = ("frechet_distance", "pixel_distance", "accuracy")
 GUIDANCE = (1.0, 1.5, 2.0)
 TEMPERATURE = (0.9, 0.95, 1.0)
 STRIP_STEPS = (0, 1, 2, 4, 8, 12, 16)  # of 16: one token per step
+UNKNOWN = (110, 120, 140)  # color of unknown tokens
 
 
 def main(argv=None):
+    """Run the script."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint trained on the digits")
     parser.add_argument(
@@ -42,27 +34,25 @@ def main(argv=None):
     )
     parser.add_argument("--seed", type=nonnegative_int, default=0, help="seed of the samples")
     args = parser.parse_args(argv)
-    model, config = load_model(args.ckpt)
-    tokenizer = build_tokenizer(**config["tokenizer"])
-    if config["model"]["img_size"] != 8 or config["model"]["class_num"] != CLASSES:
-        raise ValueError(f"{args.ckpt}: expected a model of 8×8 images of {CLASSES} classes")
-    folder = Path(args.ckpt).parent
 
+    from util.evaluation.evaluator import open_evaluator
+    from util.evaluation.sweep import write_sweep
+
+    model, tokenizer, config = open_checkpoint(args.ckpt)
+    folder = Path(args.ckpt).parent
     evaluation = Evaluation(reference="digits", metrics=METRICS, stats_dir=folder / "fid_stats")
     evaluator = open_evaluator(evaluation, img_size=8, num_images=args.num_images)
     labels = [i * CLASSES // args.num_images for i in range(args.num_images)]
     sampling = Sampling.of(**config["sampling"])
-    drawn = {"latent_range": config["latent_range"], "seed": args.seed}
-    points, records = [], []
-    for cfg, temperature in itertools.product(GUIDANCE, TEMPERATURE):
-        points.append({"cfg": cfg, "temperature": temperature})
-        images, seconds = sample(model, tokenizer, labels, sampling.but(**points[-1]), **drawn)
-        measurement = evaluator.start(len(images))
-        measurement.add(range(len(images)), images, labels)
-        metrics = evaluator.metrics(measurement.summary())
-        records.append({**points[-1], **metrics, "images": len(images)})
-        records[-1] |= {"seconds_per_image": seconds / len(images), "real": evaluator.baseline[0]}
-        if sampling.but(**points[-1]) == sampling:
+    drawn = model, tokenizer, labels
+    generation = {"seed": args.seed, "latent_range": config["latent_range"]}
+    points, records = grid_of_settings(), []
+    for point in points:
+        chosen = sampling.but(**point)
+        images, seconds = sample(*drawn, chosen, **generation)
+        records.append({**point, **measure(evaluator, images, labels)})
+        records[-1]["seconds_per_image"] = seconds / len(images)
+        if chosen.asdict() == sampling.asdict():
             write_samples(folder / "samples.png", images, labels)
     files = write_sweep(records, points, folder)
     write_strip(folder / "strip.png", model, tokenizer, sampling, args.seed)
@@ -74,8 +64,30 @@ def main(argv=None):
     print(f"\n{table}\nin {folder}: {', '.join(names)}")
 
 
-def sample(model, tokenizer, labels, sampling, **drawn):
+def open_checkpoint(path):
+    """(model, tokenizer, configuration). Raises ValueError for a model of other data."""
+    from models import build_tokenizer, load_model
+
+    model, config = load_model(path)
+    if config["model"]["img_size"] != 8 or config["model"]["class_num"] != CLASSES:
+        raise ValueError(f"{path}: expected a model of 8×8 images of {CLASSES} classes")
+    return model, build_tokenizer(**config["tokenizer"]), config
+
+
+def grid_of_settings():
+    """Fields of Sampling at each point of the sweep."""
+    pairs = itertools.product(GUIDANCE, TEMPERATURE)
+    return [{"cfg": cfg, "temperature": temperature} for cfg, temperature in pairs]
+
+
+def sample(model, tokenizer, labels, sampling, **generation):
     """(images uint8 (N, 8, 8, 3), seconds taken) for these labels."""
+    import numpy as np
+    import torch
+
+    import engine_mar as engine
+    from util.logger import Stopwatch
+
     clock = Stopwatch()
     batches = engine.generate_images(
         model,
@@ -85,37 +97,67 @@ def sample(model, tokenizer, labels, sampling, **drawn):
         batch_size=250,
         device=torch.device("cpu"),
         progress=f"guidance {sampling.cfg:g}, temperature {sampling.temperature:g}",
-        **drawn,
+        **generation,
     )
     images = np.concatenate([images for _, images in clock.timed(batches)])
     return images, clock.seconds
 
 
+def measure(evaluator, images, labels):
+    """Metrics of images, with how many there are, and those of real ones as `real`."""
+    measurement = evaluator.start(len(images))
+    measurement.add(range(len(images)), images, labels)
+    metrics = evaluator.metrics(measurement.summary())
+    return {**metrics, "images": len(images), "real": evaluator.baseline[0]}
+
+
 def write_samples(path, images, labels):
     """Write a grid with a row of ten images per class."""
+    import numpy as np
+
+    from util.images import grid, save_image
+
     rows = [images[np.array(labels) == digit][:CLASSES] for digit in range(CLASSES)]
     save_image(path, grid(np.concatenate(rows), CLASSES, min_side=48))
 
 
 def write_strip(path, model, tokenizer, sampling, seed):
     """Write a row per class: the image after 0, 1, 2, 4, … steps; unknown tokens are gray."""
-    states = [(torch.zeros(CLASSES, 1, 8, 8), torch.ones(CLASSES, model.seq_len))]
-    states += model.sample_steps(
+    import numpy as np
+
+    from util.images import grid, save_image
+
+    states = strip_states(model, sampling.but(num_iter=model.seq_len), seed)
+    columns = [show_state(model, tokenizer, *states[step]) for step in STRIP_STEPS]
+    strip = np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
+    save_image(path, grid(strip, len(STRIP_STEPS), min_side=48))
+
+
+def strip_states(model, sampling, seed):
+    """(latents, mask) of an image of each class after every step, the start among them."""
+    import torch
+
+    from util.rng import image_generators
+
+    start = torch.zeros(CLASSES, 1, 8, 8), torch.ones(CLASSES, model.seq_len)
+    steps = model.sample_steps(
         CLASSES,
         labels=torch.arange(CLASSES),
         generator=image_generators(seed, range(CLASSES)),
-        **sampling.but(num_iter=model.seq_len).asdict(),
+        **sampling.asdict(),
     )
-    columns = []
-    for step in STRIP_STEPS:
-        latents, mask = states[step]
-        images = to_uint8(tokenizer.decode(latents)).copy()
-        side = images.shape[1] // model.seq_w
-        hidden = mask.view(CLASSES, model.seq_h, model.seq_w).numpy() > 0
-        images[hidden.repeat(side, 1).repeat(side, 2)] = (110, 120, 140)
-        columns.append(images)
-    strip = np.stack(columns, axis=1).reshape(-1, *columns[0].shape[1:])
-    save_image(path, grid(strip, len(STRIP_STEPS), min_side=48))
+    return [start, *steps]
+
+
+def show_state(model, tokenizer, latents, mask):
+    """Images uint8 (N, 8, 8, 3) with the unknown tokens in gray."""
+    from util.images import to_uint8
+
+    images = to_uint8(tokenizer.decode(latents)).copy()
+    side = images.shape[1] // model.seq_w
+    hidden = mask.view(-1, model.seq_h, model.seq_w).numpy() > 0
+    images[hidden.repeat(side, 1).repeat(side, 2)] = UNKNOWN
+    return images
 
 
 def write_loss(path, log):

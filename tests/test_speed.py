@@ -1,10 +1,14 @@
 """The benchmarks measure only what computes the same. Run: python -m pytest tests/test_speed.py"""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import approximate, plain, speed
+from benchmarks import approximate, differences, kv_cache, plain, speed
 from models.fast import denoiser
 from models.fast.denoiser import Denoiser
 from models.mar import mar_tiny
@@ -33,10 +37,12 @@ def test_no_speed_of_something_else(capsys, monkeypatch):
     assert "not the same computation" in out and "plain / ours" not in out
 
 
-@pytest.mark.parametrize("wrong", ["temperature", "variance", "last noise"])
+@pytest.mark.parametrize("wrong", ["temperature", "variance", "last noise", "guidance"])
 def test_small_errors_are_seen(capsys, monkeypatch, wrong):
-    """Of ours: hardly a hundredth less noise, no learned variance, no noise in the last steps."""
+    """Of ours: hardly a hundredth less noise, no learned variance, no noise in the last steps, a
+    thousandth less guidance."""
     run, network, loop = Denoiser.run, Denoiser._network, denoiser.reverse
+    guided = denoiser.guided
 
     def cold(self, *args, temperature=1.0):
         return run(self, *args, temperature=0.99 * temperature)
@@ -52,11 +58,44 @@ def test_small_errors_are_seen(capsys, monkeypatch, wrong):
         "temperature": (Denoiser, "run", cold),
         "variance": (Denoiser, "_network", fixed),
         "last noise": (denoiser, "reverse", quiet),
+        "guidance": (denoiser, "guided", lambda both, cfg: guided(both, 0.999 * cfg)),
     }[wrong]
     monkeypatch.setattr(place, name, function)
     with pytest.raises(SystemExit, match="1"):
         speed.main(ARGUMENTS.replace("steps 4", "steps 20").split())
     assert "plain / ours" not in capsys.readouterr().out
+
+
+def test_a_lower_precision_is_compared_with_float32(capsys, monkeypatch):
+    """Ours may be as far off as plain is, not further."""
+    flags = [*ARGUMENTS.split(), "--precision", "bf16", "--sections", "optimizer"]
+    speed.main(flags)
+    assert "The head in bf16, from plain in float32" in capsys.readouterr().out
+    run = Denoiser.run
+    monkeypatch.setattr(differences, "in_float32", lambda *args: {})  # it would see this at once
+    monkeypatch.setattr(
+        Denoiser, "run", lambda *args, temperature=1.0: run(*args, temperature=0.8 * temperature)
+    )
+    with pytest.raises(SystemExit, match="1"):
+        speed.main(flags)
+    assert "further off" in capsys.readouterr().out
+
+
+def test_the_cache_changes_no_sample(capsys):
+    """Samples with and without the cache of keys and values agree, and both are timed."""
+    kv_cache.main(["--sides", "2", "4", "--width", "64", "--depth", "2", "--rounds", "1"])
+    for line, tokens in zip(capsys.readouterr().out.splitlines()[2:], (4, 16), strict=True):
+        count, difference, *times = map(float, line.split())
+        assert count == tokens and difference < 1e-4 and min(times) > 0
+
+
+@pytest.mark.parametrize("script", ["speed", "approximate", "kv_cache"])
+def test_flags_need_no_torch(script):
+    """--help answers at once."""
+    code = f"import benchmarks.{script}, sys; print('torch' in sys.modules)"
+    run = [sys.executable, "-c", code]
+    root = Path(__file__).parent.parent
+    assert subprocess.run(run, cwd=root, capture_output=True, text=True).stdout == "False\n"
 
 
 def test_modes_are_compared_with_exact_samples(capsys):
