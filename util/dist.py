@@ -44,6 +44,7 @@ def init(device, dist_on_itp=False, dist_url="env://"):
                 rank,
                 device_id=device if cuda else None,
             )
+            Agreement.group = dist.new_group(backend="gloo") if cuda else None
         except (ValueError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ValueError(
@@ -108,6 +109,43 @@ def all_reduce(tensor, op="sum"):
         ops = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
         dist.all_reduce(tensor, ops[op])
     return tensor
+
+
+class Agreement:
+    """What any process wishes, known to all one call later, so that no step waits for it.
+
+    Called with as many wishes (bools) by all processes in step; returns, for each, whether any
+    process had it at the call before, or with only one process, now. On the CPU: a GPU is not
+    waited for.
+    """
+
+    group = None  # of the CPUs; None: the default one
+
+    def __init__(self):
+        self.pending = None
+
+    def __call__(self, *wishes):
+        if not dist.is_initialized():
+            return list(wishes)
+        found = self.close() or [False] * len(wishes)
+        told = torch.tensor(wishes, dtype=torch.int32)
+        work = dist.all_reduce(told, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        self.pending = told, work
+        return found
+
+    def close(self):
+        """Wait for the last call; returns its answer, or None if there was none."""
+        if self.pending is None:
+            return None
+        told, work = self.pending
+        work.wait()
+        self.pending = None
+        return told.bool().tolist()
+
+
+def wait():
+    """Like `barrier`, where a process may come much later than the others."""
+    barrier()
 
 
 def broadcast(value):

@@ -9,6 +9,8 @@ import os
 import sys
 from ast import literal_eval
 
+from util.run import stop
+
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 _UNSET = object()
 
@@ -129,8 +131,13 @@ class Parser(argparse.ArgumentParser):
 
 def run(main, argv=None):
     """Run a script's main; user errors give one line and exit status 2, without a traceback."""
+    stop.listen()
     try:
         main(argv)
+    except stop.Stopped as request:
+        print(f"stopped: {request}", file=sys.stderr, flush=True)
+        _leave_group()
+        sys.exit(stop.STATUS)
     except (ValueError, OSError) as error:
         # errors from loader workers carry a traceback in the message; the last line matters
         lines = str(error).strip().splitlines()

@@ -1,0 +1,1 @@
+"""A run as it happens: started by a launcher, stopped, saved, resumed, watched."""

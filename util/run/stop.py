@@ -1,0 +1,83 @@
+"""Requests to stop: a scheduler's signal, Ctrl-C, or the end of the launcher.
+
+In a block `with stop.deferred()` a request is only noted. Loops that all processes take in step
+call `check`, or use an Agreement, and end in the same place: they raise Stopped, after which there
+is something to resume. Elsewhere a request ends the process at once.
+
+Imports neither torch nor numpy.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+STATUS = 75  # EX_TEMPFAIL of sysexits.h: no failure, the same command is to be called again
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")  # Slurm and torchrun, Slurm's --signal, Ctrl-C
+AGAIN = 2  # seconds; torchrun passes a Ctrl-C on to processes that have received it already
+
+
+class Stopped(Exception):
+    """All processes stopped where they can resume; the message says why, and how to go on."""
+
+
+class _Requests:
+    def __init__(self):
+        self.reason, self.since, self.deferring = None, 0.0, False
+        # without a launcher, a parent may end first: a shell, after nohup
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def receive(self, number, frame):
+        name = signal.Signals(number).name
+        if not self.deferring:
+            if name == "SIGINT":
+                raise KeyboardInterrupt
+            print(f"stopped: {name}, before there was anything to save", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(STATUS)
+        if self.reason is None:
+            self.reason, self.since = name, time.monotonic()
+            print(f"{name}: stopping at the next step, to resume there", flush=True)
+        elif name == "SIGINT" and time.monotonic() - self.since > AGAIN:
+            raise KeyboardInterrupt
+
+
+_requests = _Requests()
+
+
+def listen():
+    """Receive the signals from now on. For scripts; other threads receive none."""
+    main = threading.current_thread() is threading.main_thread()
+    for name in SIGNALS:
+        if main and hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), _requests.receive)
+
+
+@contextmanager
+def deferred():
+    """Note requests instead of ending at once."""
+    before, _requests.deferring = _requests.deferring, True
+    try:
+        yield
+    finally:
+        _requests.deferring = before
+        if not before:
+            _requests.reason = None
+
+
+def reason():
+    """Why this process was asked to stop, as text, or None."""
+    if _requests.reason is None and _requests.parent not in (None, os.getppid()):
+        _requests.reason = "the launcher has ended"
+    return _requests.reason
+
+
+def check():
+    """Raises Stopped, on all processes, if any was asked to stop. A collective call."""
+    from util import dist
+
+    reasons = [r for r in dist.all_gather(reason()) if r]
+    if reasons:
+        raise Stopped(reasons[0])
