@@ -1,10 +1,33 @@
-"""Files and folders: atomic writes and checks."""
+"""Files and folders: written whole or not at all, with room for them, and checked.
 
+While a file is written, it has another name beside its own: `.NAME.PID@HOST.part`. What a process
+that was killed leaves behind can so be told from what another process is writing.
+"""
+
+import errno
 import os
+import re
+import shutil
+import socket
+import time
 import zipfile
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+HOST = socket.gethostname() or "localhost"
+QUIET = 3600  # seconds without a write after which a writer on another host counts as dead
+STUCK = 24 * QUIET  # the same for a process id of this host, which may be another process's now
+
+_PART = re.compile(r"\..+\.(\d+)(?:@(.+))?\.part")  # without a host: written by earlier versions
+_writing = set()  # names that this process is writing, as real paths
+
+_FULL = {getattr(errno, name, None) for name in ("ENOSPC", "EDQUOT", "EFBIG")} - {None}
+# what torch, numpy and safetensors say instead of passing the error of the system on
+_FULL_SAID = re.compile(
+    r"unexpected pos \d+ vs|PytorchStreamWriter failed|iostream error"
+    r"|requested and \d+ written|StorageFull|No space left|[Qq]uota exceeded|os error 112\b"
+)
 
 
 def make_folder(path, flag):
@@ -38,14 +61,151 @@ def check_zip(path):
         raise zipfile.BadZipFile(f"the checksum of {damaged} inside does not fit")
 
 
+# ---- writing -------------------------------------------------------------------------------------
+
+
 @contextmanager
-def replacing(path):
-    """A temporary path beside `path` to write to; it replaces `path` if no error occurs."""
+def replacing(path, needed=0, durable=False):
+    """A temporary path beside `path` to write to; it replaces `path` if no error occurs.
+
+    needed: bytes that will be written, if known; durable: whether the file must outlast a crash of
+    the machine, too. Raises ValueError, with the old file still there, if there is no room.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    check_room(path, needed)
+    beside = path.with_name(f".{path.name}.{os.getpid()}@{HOST}.part")
+    with expecting_room(path, needed):
+        _writing.add(real := os.path.realpath(beside))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            if durable:
+                _to_disk(beside)
+            os.replace(beside, path)
+        finally:
+            _writing.discard(real)
+            beside.unlink(missing_ok=True)
+        if durable:
+            _names_to_disk(path.parent)
+
+
+def _to_disk(path):
+    with open(path, "r+b") as file:  # Windows wants a handle that may write
+        os.fsync(file.fileno())
+
+
+def _names_to_disk(folder):
+    """Make names in a folder outlast a crash, where a system has a way to."""
+    if os.name != "posix":
+        return
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        yield beside
-        os.replace(beside, path)
+        with suppress(OSError):  # some network file systems do not know it
+            os.fsync(opened)
     finally:
-        beside.unlink(missing_ok=True)
+        os.close(opened)
+
+
+# ---- room ----------------------------------------------------------------------------------------
+
+
+def free_bytes(path):
+    """Free bytes where the file or folder `path` is or would be; None if the system cannot say."""
+    path = Path(path).absolute()
+    try:
+        return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+    except (OSError, StopIteration):
+        return None
+
+
+def check_room(path, needed):
+    """Raises ValueError if fewer than `needed` bytes are free for a file at `path`."""
+    free = free_bytes(path) if needed else None
+    if free is not None and free < needed:
+        raise ValueError(_no_room(path, needed, free, "No space left on device"))
+
+
+@contextmanager
+def expecting_room(path, needed=0):
+    """Raise ValueError, in one line, where a file at `path` cannot be written for want of room.
+
+    needed: bytes that it has, if known. Other errors pass.
+    """
+    free = free_bytes(path)
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) or not (reason := _full(error)):
+            raise
+        raise ValueError(_no_room(path, needed, free, reason)) from error
+
+
+def _full(error):
+    """The first line of an error that a full disk explains, else None."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL:
+            return error.strerror
+        if _FULL_SAID.search(str(error)):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _no_room(path, needed, free, reason):
+    asked = f"{in_bytes(needed)} needed" if needed else "what is needed is not known"
+    left = "unknown" if free is None else in_bytes(free)
+    return f"{path}: not written, for want of room: {asked}, {left} free ({reason})"
+
+
+def in_bytes(count):
+    """A number of bytes in words, such as 1.25 GB (of 10^9 bytes)."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+# ---- leftovers -----------------------------------------------------------------------------------
+
+
+def remove_leftovers(folder, recursive=False):
+    """Delete what writers that are dead left in a folder; returns the number of files.
+
+    Dead is a process of this host that has ended, and a writer elsewhere (or of an earlier version,
+    which did not say where) that has not written for an hour. recursive: in folders below, too.
+    Processes that write there may go on.
+    """
+    removed = 0
+    for path in (Path(folder).rglob if recursive else Path(folder).glob)(".*.part"):
+        if (found := _PART.fullmatch(path.name)) and _is_dead(path, int(found[1]), found[2]):
+            with suppress(OSError):  # another user's, or open on Windows
+                path.unlink()
+                removed += 1
+    return removed
+
+
+def _is_dead(path, pid, host):
+    """Whether the writer of a file is dead. host: its host's name, or None if unknown."""
+    try:
+        quiet = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return False  # complete in the meantime
+    if host != HOST or os.name != "posix":  # where a process cannot be looked up
+        return quiet > QUIET and not _is_ours(path)
+    if pid == os.getpid():
+        return not _is_ours(path)
+    return quiet > STUCK or not _is_alive(pid)
+
+
+def _is_ours(path):
+    return os.path.realpath(path) in _writing
+
+
+def _is_alive(pid):
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
