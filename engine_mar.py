@@ -6,6 +6,7 @@ Scripts handle flags and files; functions here take named values.
 import hashlib
 import math
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -14,15 +15,18 @@ from torch import nn
 from torch.utils.data import Subset
 
 from util import dist
+from util.checkpoint import TrainState
 from util.data import shards
 from util.data.cached import read_moments, write_moments
 from util.data.loader import batch_loader, plain_loader
 from util.dist import print0, unwrap
+from util.ema import EMA
 from util.images import grid, to_uint8
 from util.logger import Progress, Stopwatch
 from util.meter import Meter
 from util.precision import autocast
-from util.rng import epoch_seed, image_generators
+from util.rng import EpochDraws, image_generators
+from util.run.stop import Stopped
 from util.weights import digest
 
 UNKNOWN_RANGE = 10.0  # latents have a std of about 1; used if training recorded no range
@@ -45,6 +49,15 @@ def parameter_groups(model, weight_decay):
     return [{"params": none, "weight_decay": 0.0}, {"params": some, "weight_decay": weight_decay}]
 
 
+def new_state(model, recipe, device, precision, batch_images):
+    """The TrainState of a model: its EMA, optimizer and scaler by a util.recipe.Recipe."""
+    ema = EMA(model, recipe.ema_rate)
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    return TrainState(model, ema, optimizer, scaler, batch_images=batch_images)
+
+
 def train_one_epoch(
     model,
     tokenizer,
@@ -65,6 +78,9 @@ def train_one_epoch(
     progress=None,
     log_every=20,
     shared_mask_ratio=True,
+    start=0,
+    draws=None,
+    after_step=None,
 ):
     """Train on every batch of an epoch of `loader`; returns the largest |latent| seen, a float.
 
@@ -72,35 +88,47 @@ def train_one_epoch(
     fractional epoch. cached: x are moments, not images. accum_iter: batches per optimizer step.
     shared_mask_ratio: all processes mask the same number of tokens per step, so that none waits for
     another. All random draws depend on (seed, epoch, rank) only, so a run resumed at an epoch makes
-    the same draws as an uninterrupted one.
+    the same draws as an uninterrupted one. To resume within the epoch: start, the number of batches
+    done, and draws, the state of their EpochDraws. after_step(batches, draws, largest): called
+    after each optimizer step with the batches of the epoch done, the EpochDraws, and the largest
+    |latent| so far, a tensor; what it raises is raised after the metrics so far were logged.
     Raises FloatingPointError, on every process, for a loss that is not finite.
     """
     model.train()
-    torch.manual_seed(epoch_seed(seed, epoch, 0))  # dropout, and the loader's workers
-    generator = torch.Generator(device).manual_seed(epoch_seed(seed, epoch, 1))
-    rank = 0 if shared_mask_ratio else dist.rank()
-    step_generator = torch.Generator().manual_seed(epoch_seed(seed, epoch, 3, rank))
-    meter = Meter(device, accum_iter)
+    source = EpochDraws(seed, epoch, device, shared_mask_ratio, 0 if draws else start)
+    meter = Meter(device, accum_iter, start)
     steps = loader.steps // accum_iter
     largest = torch.zeros((), device=device)
 
+    def log(batches):
+        meter.check(epoch, partial(names_of_images, loader, epoch))
+        metrics = meter.pop(epoch, norm, optimizer.param_groups[0]["lr"])
+        metrics |= unwrap(model).statistics(dist.all_reduce)
+        if logger:
+            step = epoch * steps + batches // accum_iter
+            logger.scalars(metrics, step, epoch=epoch + batches / loader.steps)
+
+    if draws:
+        source.load_state_dict(draws)
+    batches = loader.epoch(epoch, start) if start else loader.epoch(epoch)
     optimizer.zero_grad(set_to_none=True)
-    for i, (batch, labels) in enumerate(meter.waiting.timed(loader.epoch(epoch))):
+    for i, (batch, labels) in enumerate(meter.waiting.timed(batches), start):
         if i == steps * accum_iter:  # too few left for a full step
             break
         if i % accum_iter == 0:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch + i / loader.steps)
 
-        latents = to_latents(tokenizer, batch.to(device, non_blocking=True), cached, generator)
+        batch = batch.to(device, non_blocking=True)
+        latents = to_latents(tokenizer, batch, cached, source.generator)
         labels = labels.to(device, non_blocking=True)
         largest = torch.maximum(largest, latents.abs().max())
         last = (i + 1) % accum_iter == 0
         with nullcontext() if last else unsynchronized(model):
             with autocast(device, precision):
-                loss = model(latents, labels, generator, step_generator)
+                loss = model(latents, labels, source.generator, source.step_generator)
             scaler.scale(loss / accum_iter).backward()
-        meter.add(loss, len(latents))
+        meter.add(loss, latents)
         if not last:
             continue
 
@@ -108,17 +136,28 @@ def train_one_epoch(
         if not scaler.is_enabled():  # a scaler skips such steps itself
             meter.note_gradient(norm)
         ema.update(unwrap(model))
-        step = (i + 1) // accum_iter
-        if step % min(log_every, steps) == 0:
-            meter.check(epoch)
-            metrics = meter.pop(epoch, norm, optimizer.param_groups[0]["lr"])
-            metrics |= unwrap(model).statistics(dist.all_reduce)
-            if logger:
-                logger.scalars(metrics, epoch * steps + step, epoch=epoch + (i + 1) / loader.steps)
+        due = (i + 1) // accum_iter % min(log_every, steps) == 0
+        if due:
+            log(i + 1)
         if progress:
             progress.update(1, meter.note)
-    meter.check(epoch)
+        if after_step:
+            try:
+                after_step(i + 1, source, largest)
+            except Stopped:
+                if not due:
+                    log(i + 1)
+                raise
+    meter.check(epoch, partial(names_of_images, loader, epoch))
     return dist.all_reduce(largest, "max").item()
+
+
+def names_of_images(loader, epoch, batch):
+    """Index and name of each image of a batch, if the loader and its data set know them."""
+    if not hasattr(loader, "indices"):
+        return []
+    name = getattr(loader.dataset, "name", lambda index: "")
+    return [f"{i} {name(i)}".strip() for i in loader.indices(epoch, batch)]
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def train_tokenizer(
         for i, (images, _) in enumerate(meter.waiting.timed(loader.epoch(epoch))):
             images = images.to(device, non_blocking=True)
             loss, losses = step(images, generator, done=(epoch + i / steps) / epochs)
-            meter.add(loss, len(images))
+            meter.add(loss, images)
             parts += torch.stack(list(losses.values())).detach()
             if (i + 1) % min(log_every, steps) == 0:
                 meter.check(epoch)

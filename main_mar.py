@@ -21,7 +21,7 @@ from util.flags import (
     positive_int,
     run,
 )
-from util.recipe import Recipe, changes
+from util.recipe import Recipe, Saving, changes
 from util.settings import add_flags, destination, from_flags
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
@@ -103,9 +103,7 @@ def add_output_flags(group):
     group.add_argument(
         "--start_epoch", type=nonnegative_int, default=0, help="first epoch, unless resumed"
     )
-    group.add_argument(
-        "--save_last_freq", type=positive_int, default=5, help="epochs between checkpoints"
-    )
+    add_flags(group, Saving)
     group.add_argument(
         "--eval_freq",
         type=positive_int,
@@ -367,12 +365,14 @@ def evaluate(this, model, weights, evaluator, logger, step, writers=()):
 
 
 def train(this, model, checkpoint, path, evaluator):
-    """Train from the checkpoint's next epoch, or from the first epoch, to the last."""
+    """Train from the checkpoint's place, or from the first epoch, to the last."""
     import engine_mar as engine
     from util import dist
     from util.checkpoint import LAST, keep_other
     from util.dist import print0
     from util.logger import Logger, Progress
+    from util.run import stop
+    from util.run.saver import Saver
 
     args = this.args
     loader = open_training_data(this)
@@ -386,35 +386,45 @@ def train(this, model, checkpoint, path, evaluator):
         for module, dynamic in model.to_compile():
             module.compile(dynamic=dynamic)
     parallel = dist.wrap(model, this.device)
-    keep_other(Path(args.output_dir), path)
-    logger = Logger(args.log_dir or args.output_dir, resumed=state.epoch > 0)
-    progress = Progress(recipe.epochs * steps, "training", "step", done=state.epoch * steps)
-    for epoch in range(state.epoch, recipe.epochs):
-        largest = engine.train_one_epoch(
-            parallel,
-            this.tokenizer,
-            loader,
-            state.optimizer,
-            state.scaler,
-            state.ema,
-            epoch,
-            learning_rate=recipe.rate,
-            device=this.device,
-            precision=this.precision,
-            cached=args.use_cached,
-            accum_iter=recipe.accum_iter,
-            grad_clip=recipe.grad_clip,
-            seed=args.seed,
-            logger=logger,
-            progress=progress,
-            shared_mask_ratio=not recipe.mask_ratio_per_rank,
-        )
-        this.config["latent_range"] = max(this.config["latent_range"], largest)
-        state.epoch = epoch + 1
-        after_epoch(this, state, recipe, evaluator, logger, state.epoch * steps)
+    output = Path(args.output_dir)
+    keep_other(output, path)
+    counts = {"steps": steps, "accum_iter": recipe.accum_iter}
+    saving = from_flags(Saving, args)
+    saver = Saver(state, output, saving, this.config, vars(args), resumed=path, **counts)
+    logger = Logger(args.log_dir or args.output_dir, resumed=saver.step > 0)
+    progress = Progress(recipe.epochs * steps, "training", "step", done=saver.step)
+    with stop.deferred():
+        for epoch in range(state.epoch, recipe.epochs):
+            largest = engine.train_one_epoch(
+                parallel,
+                this.tokenizer,
+                loader,
+                state.optimizer,
+                state.scaler,
+                state.ema,
+                epoch,
+                learning_rate=recipe.rate,
+                device=this.device,
+                precision=this.precision,
+                cached=args.use_cached,
+                accum_iter=recipe.accum_iter,
+                grad_clip=recipe.grad_clip,
+                seed=args.seed,
+                logger=logger,
+                progress=progress,
+                shared_mask_ratio=not recipe.mask_ratio_per_rank,
+                start=state.batch,
+                draws=state.draws,
+                after_step=saver.after_step,
+            )
+            saver.note_range(largest)
+            saver.end_epoch(recipe.epochs)
+            try:
+                after_epoch(this, state, recipe, evaluator, logger, saver.step)
+            except stop.Stopped as request:
+                saver.stop_within(request)
     progress.close()
     logger.close()
-    output = Path(args.output_dir)
     print0(f"done: {output / LAST}, samples in {output / 'samples'}")
 
 
@@ -434,25 +444,24 @@ def check_steps(recipe, loader):
 
 def start_state(this, model, recipe, checkpoint, path):
     """The TrainState of a new run, or of a run resumed from a checkpoint."""
-    import torch
-
     import engine_mar as engine
-    from util.checkpoint import TrainState
-    from util.dist import print0
-    from util.ema import EMA
+    from util.dist import print0, world_size
 
-    ema = EMA(model, recipe.ema_rate)
-    groups = engine.parameter_groups(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-    scaler = torch.amp.GradScaler(this.device.type, enabled=this.precision == "fp16")
-    state = TrainState(model, ema, optimizer, scaler, this.args.start_epoch)
+    total = recipe.batch_size * world_size()
+    state = engine.new_state(model, recipe, this.device, this.precision, total)
+    state.epoch = this.args.start_epoch
     if not checkpoint:
         return state
     state.load(checkpoint, path)
     if "optimizer" not in checkpoint:
         print0(f"NOTE: {path} holds weights only: training begins with epoch {state.epoch}")
         return state
-    print0(f"resumed {path}: {state.epoch} epochs are done")
+    place = f"{state.epoch} epochs are done"
+    if "place" in checkpoint:
+        same = state.resume_within(checkpoint["place"], recipe.accum_iter)
+        place += f", and {state.batch} batches of the next one"
+        place += "" if same else ", which goes on with other random draws"
+    print0(f"resumed {path}: {place}")
     model = this.config["model"]
     chosen = {n: model[n] for n in Model.names(fixed=None) if model.get(n) is not None}
     if changed := list(changes({**recipe.asdict(), **chosen}, checkpoint["args"])):
@@ -461,15 +470,8 @@ def start_state(this, model, recipe, checkpoint, path):
 
 
 def after_epoch(this, state, recipe, evaluator, logger, step):
-    """Save, sample grids and evaluate when due. step: number of optimizer steps done."""
-    from util import dist
-    from util.checkpoint import LAST
-
+    """Sample grids and evaluate when due. step: number of optimizer steps done."""
     args, last = this.args, state.epoch == recipe.epochs
-    if state.epoch % args.save_last_freq == 0 or last:
-        if dist.is_main():
-            state.save(Path(args.output_dir) / LAST, this.config, vars(args))
-        dist.barrier()
     if state.epoch % args.eval_freq == 0 or last:
         for name, network in (("ema", state.ema.module), ("raw", state.model.eval())):
             draw_grid(this, network, f"epoch{state.epoch:04d}_{name}.png", name, logger, step)

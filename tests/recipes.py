@@ -260,6 +260,7 @@ def described(dataset, split):
     return dataset
 """
 STREAM = """
+import itertools
 import torch
 from util.data.stripes import described, stripes
 
@@ -274,9 +275,10 @@ class StreamLoader:
         self.batch_size, self.seed = batch_size, seed
         self.steps, self.images = 2, 2 * batch_size
 
-    def epoch(self, n):
+    def epoch(self, n, start=0):
         draw = torch.Generator().manual_seed(self.seed + n)
-        return (stripes(self.batch_size, draw) for _ in range(self.steps))
+        batches = (stripes(self.batch_size, draw) for _ in range(self.steps))
+        return itertools.islice(batches, start, None)
 
 
 def open_stream(path, split, img_size, flip=False):

@@ -145,7 +145,9 @@ def trained(flags, folder, monkeypatch):
         found["batch_size"] = loader.batches.batch_size
         found["decay"] = [group["weight_decay"] for group in optimizer.param_groups]
         found["ema_rate"] = ema.rate
-        found["how"] = {k: v for k, v in how.items() if k not in ("logger", "progress")}
+        found["how"] = {
+            k: v for k, v in how.items() if k not in ("logger", "progress", "after_step")
+        }
         return 0.0
 
     with monkeypatch.context() as patch:

@@ -3,7 +3,10 @@
 A file is a dict with the entries of the published code, which can therefore load it: `model`,
 `model_ema`, `optimizer`, `epoch`, `args` and, in fp16 only, `scaler`. In addition, `config` is a
 plain dict that describes how to build the model and the tokenizer and how to sample, and `format`
-is the version of the layout.
+is the version of the layout. Format 2 can be a file from within an epoch: `epoch` is then the last
+one that is complete, and `place` says where in the next one: `batch`, the number of batches done,
+`images`, how many are in a batch of all processes, and `draws`, the states of each process's
+EpochDraws, or None.
 """
 
 import json
@@ -15,12 +18,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from util.dist import is_main, print0
-from util.files import replacing
+from util.dist import all_gather, gather, is_main, print0, rank, wait, world_size
+from util.files import first_few, replacing
 from util.weights import load_strictly, read_file
 
 LAST = "checkpoint-last.pth"
-FORMAT = 1
+FORMAT = 2
 
 
 def _from_published(content):
@@ -35,21 +38,37 @@ def _from_published(content):
 
 
 # n -> function that converts the content of a file from format n to format n + 1
-MIGRATIONS = {0: _from_published}
+MIGRATIONS = {0: _from_published, 1: dict}
 
 
 class TrainState:
-    """The state of a run between epochs. `epoch` is the next one to train."""
+    """The state of a run, at a place: `epoch`, the next or current one, and `batch`es of it done.
 
-    def __init__(self, model, ema, optimizer, scaler, epoch=0):
+    `batch_images`: images in a batch of all processes. `draws`: within an epoch that was resumed,
+    the state of this process's EpochDraws, or None.
+    """
+
+    def __init__(self, model, ema, optimizer, scaler, epoch=0, batch_images=1):
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
-        self.epoch = epoch
+        self.epoch, self.batch, self.draws = epoch, 0, None
+        self.batch_images = batch_images
 
-    def save(self, path, config, args):
+    def save(self, path, config, args, before=None):
         """Write the state to `path` atomically: after a crash, the old file is still there.
 
-        config: the configuration (see models). args: all flags, name -> value.
+        A collective call; rank 0 writes. config: the configuration (see models). args: all flags,
+        name -> value. before: called on rank 0 when the new file is complete and about to replace
+        the old one. Raises FloatingPointError if a value is not finite.
         """
+        content = self._content(config, args)
+        if is_main():
+            with replacing(path, size_of(content), durable=True) as beside:
+                torch.save(content, beside)
+                if before:
+                    before()
+        wait()
+
+    def _content(self, config, args):
         content = {
             "model": self.model.state_dict(),
             "model_ema": self.ema.state_dict(),
@@ -61,21 +80,34 @@ class TrainState:
         }
         if self.scaler.is_enabled():  # the published code cannot load the state of a disabled one
             content["scaler"] = self.scaler.state_dict()
-        with replacing(path) as beside:
-            torch.save(content, beside)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())
+        if self.batch:
+            content["place"] = {"batch": self.batch, "images": self.batch_images}
+            content["place"]["draws"] = gather(self.draws)
+        bad = [
+            names for names in all_gather(first_few(not_finite(content, self._names()))) if names
+        ]
+        if bad:
+            raise FloatingPointError(
+                f"not saved, as values are not finite: {bad[0]}; the last checkpoint is from "
+                "before. Try --precision bf16 or fp32, or a lower --lr"
+            )
+        return content
 
     def load(self, checkpoint, source):
         """Restore a loaded checkpoint: weights alone, or everything if it holds an optimizer.
 
         source: its path, for messages. Peak learning rate and weight decay remain those of the
-        current optimizer. Raises ValueError for weights that do not fit.
+        current optimizer. Raises ValueError for weights that do not fit, and for values that are
+        not finite.
         """
         load_strictly(self.model, checkpoint["model"], source)
         load_strictly(self.ema.module, checkpoint["model_ema"], source)
         if "optimizer" not in checkpoint:
             return
+        if bad := not_finite({"optimizer": checkpoint["optimizer"]}, self._names()):
+            raise ValueError(
+                f"{source}: not finite: {first_few(bad)}; it is damaged, or of a run that diverged"
+            )
         decay = [group["weight_decay"] for group in self.optimizer.param_groups]
         for group in checkpoint["optimizer"]["param_groups"]:
             group |= {
@@ -89,12 +121,65 @@ class TrainState:
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
 
+    def _names(self):
+        """Names of the parameters in the order of the optimizer, which counts them."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        groups = self.optimizer.param_groups
+        return [names[id(p)] for group in groups for p in group["params"]]
+
+    def resume_within(self, place, accum_iter):
+        """Restore the `place` of a checkpoint; returns whether the same random draws go on.
+
+        With another number of images per step, no image is left out, and up to a step's are seen
+        twice.
+        """
+        self.batch = place["batch"]
+        if place["images"] == self.batch_images and len(place["draws"]) == world_size():
+            self.draws = place["draws"][rank()]
+            return True
+        done = self.batch * place["images"] // self.batch_images
+        self.batch = done // accum_iter * accum_iter
+        return False
+
+
+def size_of(content):
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, torch.Tensor):
+        return content.numel() * content.element_size()
+    parts = content.values() if isinstance(content, dict) else content
+    return sum(map(size_of, parts)) if isinstance(parts, (list, type({}.values()))) else 0
+
+
+def not_finite(content, names=()):
+    """Names of the values of a checkpoint that are not finite.
+
+    names: those of the parameters that the optimizer counts.
+    """
+    values = {
+        f"{part} {name}": value
+        for part in ("model", "model_ema")
+        for name, value in content.get(part, {}).items()
+    }
+    for number, state in content["optimizer"]["state"].items():
+        name = names[number] if number in range(len(names)) else number
+        values |= {f"optimizer's {key} of {name}": value for key, value in state.items()}
+    finite = [torch.isfinite(torch.as_tensor(value)).all() for value in values.values()]
+    whole = torch.stack([x.to(finite[0].device) for x in finite]).tolist() if finite else []
+    return [name for name, ok in zip(values, whole, strict=True) if not ok]
+
 
 def find_checkpoint(path):
     """The checkpoint file at `path`, or the last one in that folder; None if there is none."""
     path = Path(path)
-    path = path / LAST if path.is_dir() else path
+    if path.is_dir():
+        earlier = earlier_checkpoints(path)  # a crash can have renamed the last one, without a new
+        path = path / LAST if (path / LAST).is_file() or not earlier else earlier[-1]
     return path if path.is_file() else None
+
+
+def earlier_checkpoints(folder):
+    """The checkpoints in a folder that --keep kept, the oldest first."""
+    return sorted(Path(folder).glob("checkpoint-step*.pth"), key=lambda path: path.stat().st_mtime)
 
 
 def keep_other(folder, resumed):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from util.flags import fraction, nonnegative, positive_int
+from util.flags import fraction, nonnegative, positive, positive_int
 from util.lr_sched import SCHEDULES, learning_rate
 from util.settings import Settings, setting
 
@@ -75,6 +75,33 @@ class Recipe(Settings):
                 f"the EMA remembers {horizon:.0f} steps, the run has {total}; "
                 f"--ema_rate {fitting:.4g} would fit"
             )
+
+
+@dataclass(frozen=True)
+class Saving(Settings):
+    """When a run saves its state, and which files it keeps."""
+
+    save_last_freq: int = setting(5, "epochs between checkpoints", type=positive_int)
+    save_steps: int = setting(
+        None, "save every N optimizer steps as well", type=positive_int, otherwise="epochs only"
+    )
+    save_minutes: float = setting(
+        None,
+        "save as well when the last checkpoint is so many minutes old",
+        type=positive,
+        otherwise="epochs only",
+    )
+    keep: int = setting(
+        2,
+        "checkpoints that are kept: checkpoint-last.pth, and before it checkpoint-step….pth",
+        type=positive_int,
+    )
+    keep_every: int = setting(
+        None,
+        "keep one as checkpoint-epoch….pth every N epochs, for good",
+        type=positive_int,
+        otherwise="none",
+    )
 
 
 def changes(now, before):

@@ -6,6 +6,7 @@ Numbers are drawn on the generator's device and then moved.
 """
 
 from collections.abc import Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -37,6 +38,54 @@ def epoch_seed(seed, epoch, stream, rank=None):
     """
     keys = [seed, epoch, dist.rank() if rank is None else rank, stream]
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
+
+
+class EpochDraws:
+    """All random draws of an epoch of training on this process, functions of (seed, epoch, rank).
+
+    `generator`, on the device: latents, timesteps, noise. `step_generator`, on the CPU: what a step
+    has once, the same on all processes if `shared`. Dropout uses torch's default generators, which
+    are seeded here. `state_dict` and `load_state_dict` serve a checkpoint within the epoch. start:
+    batches of the epoch that were done without their state having been kept.
+    """
+
+    def __init__(self, seed, epoch, device, shared=True, start=0):
+        first = 1000 * start  # other streams than those of the epoch's beginning
+        torch.manual_seed(epoch_seed(seed, epoch, first))
+        torch.empty((), dtype=torch.int64).random_()  # a loader drew its workers' seed here
+        self.generator = torch.Generator(device).manual_seed(epoch_seed(seed, epoch, first + 1))
+        rank = 0 if shared else dist.rank()
+        step_seed = epoch_seed(seed, epoch, first + 3, rank)
+        self.step_generator = torch.Generator().manual_seed(step_seed)
+        self.device = device
+
+    def state_dict(self):
+        """States of the generators, name -> uint8 tensor on the CPU."""
+        states = {"default": torch.get_rng_state(), "generator": self.generator.get_state()}
+        states["step_generator"] = self.step_generator.get_state()
+        if self.device.type != "cpu":
+            states["device"] = torch.get_device_module(self.device).get_rng_state()
+        return states
+
+    def load_state_dict(self, states):
+        """Restore `state_dict`, also that of another kind of device, as far as there is one."""
+        torch.set_rng_state(states["default"])
+        self.step_generator.set_state(states["step_generator"])
+        if self.device.type != "cpu" and "device" in states:
+            torch.get_device_module(self.device).set_rng_state(states["device"])
+        if len(states["generator"]) == len(self.generator.get_state()):
+            self.generator.set_state(states["generator"])
+
+
+@contextmanager
+def drawing_from(seed):
+    """Torch's default CPU generator begins with `seed` in this block, and is restored after it."""
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
 
 
 def _draw(function, shape, generator, device):

@@ -13,10 +13,11 @@ and, if the kind supports them,
     check(workers, record)        reads every image once; raises ValueError for damaged ones
     name(index), targets          class/name.ext of an image, and all labels, for caching latents
     training_loader(batch_size, num_workers, seed, pin_memory)
-                                  a special loader, with `steps`, `images` and `epoch(n)` as in
-                                  util.data.loader.Loader. For a streaming data set, which has no
-                                  length and no indices: models can be trained on it, but nothing
-                                  is compared with it, and its row has held_out=None
+                                  a special loader, with `steps`, `images` and
+                                  `epoch(n, start=0)` as in util.data.loader.Loader. For a
+                                  streaming data set, which has no length and no indices: models
+                                  can be trained on it, but nothing is compared with it, and its
+                                  row has held_out=None
 """
 
 from collections.abc import Callable

@@ -2,42 +2,95 @@
 
 import os
 from functools import partial
+from itertools import islice
 
-from torch.utils.data import DataLoader, DistributedSampler
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from util.dist import rank, world_size
+from util.rng import drawing_from, epoch_seed
 
 
 class Loader:
     """Shuffled batches of this process's part of a data set, reshuffled each epoch.
 
     batch_size: images per process. An incomplete last batch is dropped. A data set whose
-    `__getitems__` returns complete batches has a `collate` that leaves them unchanged. Attributes:
-    `steps`, batches per epoch; `images`, the size of the data set.
+    `__getitems__` returns complete batches has a `collate` that leaves them unchanged. What a data
+    set draws at random from torch's default generator, such as flips, depends on (seed, epoch) and
+    the indices of the batch alone. Attributes: `steps`,
+    batches per epoch; `images`, the size of the data set; `dataset`.
     """
 
     def __init__(self, dataset, batch_size, num_workers, seed, pin_memory=False):
-        sampler = DistributedSampler(dataset, world_size(), rank(), shuffle=True, seed=seed)
-        if len(sampler) < batch_size:
+        self.dataset, self.batch_size = dataset, batch_size
+        self.sampler = _SeededSampler(dataset, seed)
+        if len(self.sampler) < batch_size:
             raise ValueError(
                 f"batch_size {batch_size} on {world_size()} process(es): the data set has only "
                 f"{len(dataset)} images; pass a smaller --batch_size"
             )
+        workers = _fitting(num_workers)
         self.batches = DataLoader(
-            dataset,
+            _Seeded(dataset),
             batch_size=batch_size,
-            sampler=sampler,
-            num_workers=_fitting(num_workers),
+            sampler=self.sampler,
+            num_workers=workers,
             pin_memory=pin_memory,
             drop_last=True,
             collate_fn=getattr(dataset, "collate", None),
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # of the workers' seeds, which nothing depends on
         )
         self.steps, self.images = len(self.batches), len(dataset)
 
-    def epoch(self, n):
-        """The batches (x, labels) of epoch n, an iterable; the order depends on (seed, n)."""
-        self.batches.sampler.set_epoch(n)
+    def epoch(self, n, start=0):
+        """The batches (x, labels) of epoch n, from batch `start` on, an iterable.
+
+        The order depends on (seed, n).
+        """
+        self.sampler.begin(n, start * self.batch_size)
         return self.batches
+
+    def indices(self, n, batch):
+        """Indices in the data set of the images of a batch of epoch n."""
+        self.sampler.begin(n, batch * self.batch_size)
+        return [index for _, index in islice(self.sampler, self.batch_size)]
+
+
+class _SeededSampler(DistributedSampler):
+    """Pairs (seed, index) of an epoch."""
+
+    def __init__(self, dataset, seed):
+        super().__init__(dataset, world_size(), rank(), shuffle=True, seed=seed)
+        self.start = 0
+
+    def begin(self, epoch, start):
+        """The next iteration is that of an epoch, from its image `start` on."""
+        self.set_epoch(epoch)
+        self.start = start
+
+    def __iter__(self):
+        base = epoch_seed(self.seed, self.epoch, 4, rank=0)
+        # torch's CPU generator uses 32 bits only
+        pairs = (((base + index) % 2**32, index) for index in super().__iter__())
+        return islice(pairs, self.start, None)
+
+
+class _Seeded(Dataset):
+    """A data set of which batches of (seed, index) are taken; the first seed is that of the batch.
+
+    What is random in a batch is then the same, whichever worker loads it, and whatever before.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitems__(self, pairs):
+        indices = [index for _, index in pairs]
+        with drawing_from(pairs[0][0]):
+            if hasattr(self.dataset, "__getitems__"):
+                return self.dataset.__getitems__(indices)
+            return [self.dataset[index] for index in indices]
 
 
 def open_loader(dataset, batch_size, num_workers, seed, pin_memory=False):
