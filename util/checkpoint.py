@@ -146,8 +146,11 @@ def size_of(content):
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(content, torch.Tensor):
         return content.numel() * content.element_size()
-    parts = content.values() if isinstance(content, dict) else content
-    return sum(map(size_of, parts)) if isinstance(parts, (list, type({}.values()))) else 0
+    if isinstance(content, dict):
+        content = content.values()
+    elif not isinstance(content, list | tuple):
+        return 0
+    return sum(map(size_of, content))
 
 
 def not_finite(content, names=()):
