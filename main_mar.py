@@ -4,6 +4,7 @@ Flags become settings, settings become objects, and the engine does the work. To
 inside functions, so that a wrong flag is reported before torch is loaded.
 """
 
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,10 @@ from util.flags import (
     add_machine_flags,
     add_tokenizer_flags,
     assignment,
-    nonnegative_int,
     positive_int,
     run,
 )
-from util.recipe import Recipe, Saving, changes
+from util.recipe import Output, Recipe, changes
 from util.settings import add_flags, destination, from_flags
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
@@ -54,7 +54,7 @@ def get_parser():
     )
     add_flags(group, Recipe)
     add_data_flags(parser.add_argument_group("data"))
-    add_output_flags(parser.add_argument_group("output"))
+    add_flags(parser.add_argument_group("output"), Output)
     group = parser.add_argument_group("evaluation")
     add_evaluation_flags(group)
     add_flags(group, Evaluation)
@@ -84,31 +84,6 @@ def add_data_flags(group):
     )
     group.add_argument(
         "--cached_path", default="", metavar="DIR", help="folder of these (default: none)"
-    )
-
-
-def add_output_flags(group):
-    """Flags for the outputs of a run, and for the checkpoint that it resumes."""
-    group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="checkpoints")
-    group.add_argument(
-        "--log_dir", metavar="DIR", help="TensorBoard and log.jsonl (default: --output_dir)"
-    )
-    group.add_argument(
-        "--resume",
-        default="",
-        metavar="PATH",
-        help="a checkpoint, or a folder holding checkpoint-last.pth: continue with the next epoch; "
-        "a folder without one starts a new run (default: a new run)",
-    )
-    group.add_argument(
-        "--start_epoch", type=nonnegative_int, default=0, help="first epoch, unless resumed"
-    )
-    add_flags(group, Saving)
-    group.add_argument(
-        "--eval_freq",
-        type=positive_int,
-        default=40,
-        help="epochs between grids of samples, and between evaluations with --online_eval",
     )
 
 
@@ -177,15 +152,32 @@ def main(argv=None):
 
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
     precision = pick_precision(args.precision, device)
-    checkpoint, path = find_resumed(args)
-    config, sampling, tokenizer = configure(args, given, checkpoint, path)
-    this = Run(args, config, sampling, tokenizer.to(device), device, precision)
-    model = build(this)
-    evaluator = open_evaluation(this)
-    if args.evaluate:
-        evaluate_checkpoint(this, model.eval(), checkpoint, path, evaluator)
-    else:
-        train(this, model, checkpoint, path, evaluator)
+    with nullcontext() if args.evaluate else hold_output(args):
+        checkpoint, path = find_resumed(args)
+        config, sampling, tokenizer = configure(args, given, checkpoint, path)
+        this = Run(args, config, sampling, tokenizer.to(device), device, precision)
+        model = build(this)
+        evaluator = open_evaluation(this)
+        if args.evaluate:
+            evaluate_checkpoint(this, model.eval(), checkpoint, path, evaluator)
+        else:
+            train(this, model, checkpoint, path, evaluator)
+
+
+@contextmanager
+def hold_output(args):
+    """Hold --output_dir; a run that torchrun restarted resumes its own checkpoint there."""
+    from util import dist
+    from util.checkpoint import find_checkpoint
+    from util.files import remove_leftovers
+    from util.run import lock
+
+    with lock.folder(args.output_dir, "--output_dir") as last:
+        if dist.is_main():
+            remove_leftovers(args.output_dir, recursive=True)
+        if lock.is_own(last) and find_checkpoint(args.output_dir):
+            args.resume = args.output_dir
+        yield
 
 
 def check(args, given):
@@ -371,7 +363,7 @@ def train(this, model, checkpoint, path, evaluator):
     from util.checkpoint import LAST, keep_other
     from util.dist import print0
     from util.logger import Logger, Progress
-    from util.run import stop
+    from util.run import lock, stop
     from util.run.saver import Saver
 
     args = this.args
@@ -388,9 +380,10 @@ def train(this, model, checkpoint, path, evaluator):
     parallel = dist.wrap(model, this.device)
     output = Path(args.output_dir)
     keep_other(output, path)
+    lock.sign(output)
     counts = {"steps": steps, "accum_iter": recipe.accum_iter}
-    saving = from_flags(Saving, args)
-    saver = Saver(state, output, saving, this.config, vars(args), resumed=path, **counts)
+    when = from_flags(Output, args)
+    saver = Saver(state, when, this.config, vars(args), resumed=path, **counts)
     logger = Logger(args.log_dir or args.output_dir, resumed=saver.step > 0)
     progress = Progress(recipe.epochs * steps, "training", "step", done=saver.step)
     with stop.deferred():

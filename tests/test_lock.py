@@ -18,7 +18,9 @@ from util.run import lock
 HOLD = """
 import sys
 from util.run import lock
-with lock.folder(sys.argv[1], "--output_dir", agents=["there:1"]) as last:
+lock.launcher = lambda: "there:1"
+with lock.folder(sys.argv[1], "--output_dir") as last:
+    lock.sign(sys.argv[1])
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -54,8 +56,30 @@ def test_a_dead_run_holds_nothing(tmp_path, holder):
         code = "import pathlib, sys; print(pathlib.Path(sys.argv[1]).read_text())"
         run = [sys.executable, "-c", code, str(tmp_path / lock.NAME)]
         content = json.loads(subprocess.run(run, capture_output=True, text=True).stdout)
-    assert content["pid"] == os.getpid() and content["agents"] == [lock.launcher()]
+    assert content["pid"] == os.getpid() and content["agents"] == ["there:1"]
     assert last["started"] <= content["started"]
+
+
+def test_a_restart_knows_its_own(tmp_path, monkeypatch):
+    """By the agent that started both, from when the first had signed; a shell is no agent."""
+    found = []
+
+    def attempt(agent, sign=True):
+        monkeypatch.setattr(lock, "launcher", lambda: agent)
+        with lock.folder(tmp_path, "--output_dir") as last:
+            found.append(lock.is_own(last))
+            if sign:
+                lock.sign(tmp_path)
+
+    attempt("shell:1")
+    attempt("shell:1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    attempt("here:2", sign=False)  # died before it had looked for another's files
+    attempt("here:2")
+    attempt("here:2", sign=False)
+    attempt("here:2")
+    attempt("here:3")
+    assert found == [False, False, False, False, True, True, False]
 
 
 def test_one_run_after_the_other(tmp_path):
@@ -161,7 +185,8 @@ dist.destroy_process_group()
 def test_all_processes_are_refused(tmp_path):
     """Each of two raises the same line, or holds the folder and knows the last run."""
     answers = {}
-    with lock.folder(tmp_path, "--output_dir", agents=[]):
+    with lock.folder(tmp_path, "--output_dir"):
+        lock.sign(tmp_path)
         answers["refused"] = both(tmp_path, "1")
     answers["free"] = both(tmp_path, "2")
     assert answers["refused"][0] == answers["refused"][1]

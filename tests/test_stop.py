@@ -1,16 +1,28 @@
 """Runs that are stopped resume as if they had not been. Run: python -m pytest tests/test_stop.py"""
 
+import contextlib
 import os
 import shlex
 import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from cli import ROOT, complain, read_lines
 from conftest import write_images
 from test_fixtures import FIXTURES, TINY
 
+import engine_mar
 import main_mar
-from util.checkpoint import LAST, load_checkpoint
+from models.diffloss import DiffLoss
+from util.checkpoint import LAST, find_checkpoint, load_checkpoint
+from util.data.cached import CachedFolder
+from util.data.loader import Loader
 from util.flags import run
 from util.run import stop
 from util.run.saver import Saver
@@ -77,3 +89,248 @@ def test_a_stopped_run_resumes_within_the_epoch(way, images, tmp_path, monkeypat
     stopped = load_checkpoint(folder / LAST)
     assert stopped["epoch"] == 0 and stopped["place"]["batch"] > 0
     assert_same(train(f"{flags} --resume {folder}", folder), whole)
+
+
+# ---- when is saved, and what is kept ---------------------------------------------------------
+
+
+def saved_at(monkeypatch):
+    """A list to which every save adds its step."""
+    steps, save = [], Saver.save
+    monkeypatch.setattr(Saver, "save", lambda saver: steps.append(saver.step) or save(saver))
+    return steps
+
+
+def names(folder):
+    return sorted(path.name for path in folder.glob("*.pth"))
+
+
+def test_steps_between_saves(images, tmp_path, monkeypatch):
+    """Beside the epochs'; the last two are there, each under its name, and each resumes."""
+    steps = saved_at(monkeypatch)
+    flags = f"{WAYS['digits']} --save_steps 2"  # 5 steps per epoch
+    whole = train(flags, tmp_path)
+    assert steps == [2, 4, 6, 8, 10, 10]
+    assert names(tmp_path) == [LAST, "checkpoint-step00000008.pth"]
+    earlier = load_checkpoint(tmp_path / "checkpoint-step00000008.pth")
+    assert (earlier["epoch"], earlier["place"]["batch"]) == (0, 3)
+    other = tmp_path / "other"
+    resumed = train(f"{flags} --resume {tmp_path}/checkpoint-step00000008.pth", other)
+    assert_same(resumed, whole)
+
+
+def test_minutes_between_saves(tmp_path, monkeypatch):
+    """By the clock of the first process: here each step takes one."""
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr("util.run.saver.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    steps = saved_at(monkeypatch)
+    train(f"{WAYS['digits']} --save_minutes 2.5", tmp_path)
+    assert steps == [3, 6, 9, 10]
+
+
+def test_what_is_kept(tmp_path):
+    """So many of the last ones, one every so many epochs for good, and nothing of a resumed run."""
+    flags = WAYS["digits"].replace("--epochs 2", "--epochs 5") + " --save_last_freq 1"
+    train(f"{flags} --keep 3 --keep_every 2", tmp_path)
+    milestones = ["checkpoint-epoch0002.pth", "checkpoint-epoch0004.pth"]
+    assert names(tmp_path) == [
+        *milestones,
+        LAST,
+        "checkpoint-step00000015.pth",
+        "checkpoint-step00000020.pth",
+    ]
+    assert load_checkpoint(tmp_path / milestones[0])["epoch"] == 1
+    train(f"{flags} --keep 1 --epochs 6 --resume {tmp_path}", tmp_path)
+    assert names(tmp_path) == [*milestones, LAST]
+
+
+def test_a_crash_between_two_names_leaves_a_checkpoint(tmp_path, monkeypatch):
+    """Where there are no hard links, the earlier one is a copy; without a last one it is found."""
+    monkeypatch.setattr("os.link", lambda *names: (_ for _ in ()).throw(OSError("no links")))
+    train(f"{WAYS['digits']} --save_last_freq 1", tmp_path)
+    assert names(tmp_path) == [LAST, "checkpoint-step00000005.pth"]
+    (tmp_path / LAST).unlink()
+    assert find_checkpoint(tmp_path).name == "checkpoint-step00000005.pth"
+
+
+# ---- values that are not finite --------------------------------------------------------------
+
+
+def spoiled(part):
+    """`Saver.save` of a state with one value that is not finite."""
+    save = Saver.save
+
+    def wrapped(saver):
+        state = saver.state
+        if part == "optimizer":
+            next(iter(state.optimizer.state.values()))["exp_avg_sq"].view(-1)[0] = torch.inf
+        else:
+            module = state.ema.module if part == "model_ema" else state.model
+            module.mask_token.data[0] = torch.nan
+        save(saver)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("part", ["model", "model_ema", "optimizer"])
+def test_what_is_not_finite_is_never_saved(part, tmp_path, monkeypatch, capsys):
+    """Nor resumed; the last good checkpoint stays, and the message names the value."""
+    train(f"{WAYS['digits']} --epochs 1", tmp_path)
+    before = (tmp_path / LAST).read_bytes()
+    monkeypatch.setattr(Saver, "save", spoiled(part))
+    with pytest.raises(SystemExit) as ended:
+        train(f"{WAYS['digits']} --resume {tmp_path}", tmp_path)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("stopped: not saved, as values are not finite: ")
+    name = "optimizer's exp_avg_sq of " if part == "optimizer" else f"{part} mask_token"
+    assert name in said and "Traceback" not in said
+    assert (tmp_path / LAST).read_bytes() == before
+
+
+def test_an_optimizer_that_is_not_finite_is_refused(tmp_path, capsys):
+    """By the name of the parameter; weights are in test_checkpoint.py."""
+    train(f"{WAYS['digits']} --epochs 1", tmp_path)
+    content = torch.load(tmp_path / LAST, weights_only=True)
+    content["optimizer"]["state"][0]["exp_avg"].view(-1)[0] = torch.nan
+    torch.save(content, tmp_path / LAST)
+    line = complain(
+        capsys, main_mar.main, *shlex.split(f"{WAYS['digits']} --resume {tmp_path}"),
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert "optimizer's exp_avg of z_proj.bias" in line and "not finite" in line
+
+
+@pytest.mark.parametrize("bad", [True, False])
+def test_the_images_of_a_bad_loss_are_named(bad, tmp_path, monkeypatch, capsys):
+    """Those whose latents are not finite, by index and path, or else all of the batch."""
+    to_latents, calls = engine_mar.to_latents, []
+
+    def spoil(tokenizer, batch, *rest):
+        calls.append(1)
+        latents = to_latents(tokenizer, batch, *rest)
+        latents[1] *= torch.nan if bad and len(calls) == 2 else 1  # the second batch
+        return latents
+
+    monkeypatch.setattr(engine_mar, "to_latents", spoil)
+    if not bad:
+        broken = lambda head, target, *rest, **how: target.sum() * torch.nan  # noqa: E731
+        monkeypatch.setattr(DiffLoss, "forward", broken)
+    flags = CACHED.replace("--batch_size 1", "--batch_size 2") + "-images"
+    with pytest.raises(SystemExit):
+        train(flags, tmp_path)
+    said = capsys.readouterr().err
+    loader = Loader(CachedFolder(FIXTURES / "cache-images"), 2, 0, 1)
+    indices = loader.indices(0, 1 if bad else 0)
+    of_batch = [f"{i} {loader.dataset.name(i)}" for i in indices]
+    step, images = (1, f": the latents are not finite of {of_batch[1]};") if bad else (
+        0, f", images {', '.join(of_batch)};")  # fmt: skip
+    assert said.startswith(
+        f"stopped: the loss is not finite at epoch 0, step {step}, rank 0{images}"
+    )
+
+
+# ---- several processes -----------------------------------------------------------------------
+
+
+def start(flags, folder, *torchrun, processes=2, attempts=0):
+    """torchrun with main_mar.py, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += [f"--max-restarts={attempts}", *torchrun, "main_mar.py", *shlex.split(flags)]
+    with open(folder / "output.txt", "ab") as output:
+        return subprocess.Popen(
+            [*command, "--output_dir", str(folder)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": str(free_port())},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def workers_of(torchrun):
+    """Process ids of the ranks, in order."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == torchrun.pid:
+                variables = (path / "environ").read_bytes().split(b"\0")
+                rank = next(v for v in variables if v.startswith(b"RANK="))
+                found[int(rank[5:])] = int(path.name)
+    return [found[rank] for rank in sorted(found)]
+
+
+def wait_for(what, seconds=240):
+    """Wait until `what()` is true."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def steps_in(folder):
+    """The last step in log.jsonl."""
+    path = folder / "log.jsonl"
+    return ([0] + [line["step"] for line in read_lines(path)])[-1] if path.exists() else 0
+
+
+LONG = f"{TINY} --preset digits --model mar_tiny --batch_size 25 --ema_rate 0.9 --eval_freq 99"
+LONG += " --save_last_freq 99 --epochs 6 --mask_ratio_per_rank"  # 33 steps an epoch of 2 processes
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    """The checkpoint of two processes that nobody stopped."""
+    folder = tmp_path_factory.mktemp("long")
+    assert start(LONG, folder).wait() == 0, (folder / "output.txt").read_text()
+    return load_checkpoint(folder / LAST)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["torchrun", "a rank", "all"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_two_processes_stop_and_resume(to, number, long_run, tmp_path):
+    """Whoever is signalled: nothing is left running, both saved at one step, and go on as one."""
+    run = start(LONG, tmp_path)
+    wait_for(lambda: steps_in(tmp_path) >= 40)
+    ranks = workers_of(run)
+    if to == "all":
+        os.killpg(run.pid, number)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+    else:
+        os.kill(run.pid if to == "torchrun" else ranks[1], number)
+    run.wait(120)
+    wait_for(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 60)
+    output = (tmp_path / "output.txt").read_text()
+    stopped = load_checkpoint(tmp_path / LAST)
+    assert stopped["place"]["batch"] > 0 and len(stopped["place"]["draws"]) == 2, output
+    assert f"call again with --resume {tmp_path}" in output
+    run = start(f"{LONG} --resume {tmp_path}", tmp_path)
+    assert run.wait(300) == 0, (tmp_path / "output.txt").read_text()
+    assert_same(load_checkpoint(tmp_path / LAST), long_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_is_restarted(rendezvous, rank, long_run, tmp_path):
+    """torchrun's next attempt resumes what the last one saved, though no flag says so."""
+    how = ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"] if rendezvous == "c10d" else []
+    (tmp_path / LAST).write_bytes((FIXTURES / "checkpoint.pth").read_bytes())  # another run's
+    run = start(f"{LONG} --save_steps 7", tmp_path, *how, attempts=3)
+    wait_for(lambda: steps_in(tmp_path) >= 40)
+    os.kill(workers_of(run)[rank], signal.SIGKILL)
+    assert run.wait(300) == 0, (tmp_path / "output.txt").read_text()
+    assert_same(load_checkpoint(tmp_path / LAST), long_run)
+    assert "resumed " in (tmp_path / "output.txt").read_text()
+    other = tmp_path / "checkpoint-last-before1.pth"
+    assert other.read_bytes() == (FIXTURES / "checkpoint.pth").read_bytes()

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from util.flags import fraction, nonnegative, positive, positive_int
+from util.flags import fraction, nonnegative, nonnegative_int, positive, positive_int
 from util.lr_sched import SCHEDULES, learning_rate
 from util.settings import Settings, setting
 
@@ -78,9 +78,20 @@ class Recipe(Settings):
 
 
 @dataclass(frozen=True)
-class Saving(Settings):
-    """When a run saves its state, and which files it keeps."""
+class Output(Settings):
+    """Where a run writes, what it resumes, when it saves, and which checkpoints it keeps."""
 
+    output_dir: str = setting("./output_dir", "checkpoints", metavar="DIR")
+    log_dir: str = setting(
+        None, "TensorBoard and log.jsonl", metavar="DIR", otherwise="--output_dir"
+    )
+    resume: str = setting(
+        "",
+        "a checkpoint, or a folder holding checkpoint-last.pth: continue where it was saved; a "
+        "folder without one starts a new run (default: a new run)",
+        metavar="PATH",
+    )
+    start_epoch: int = setting(0, "first epoch, unless resumed", type=nonnegative_int)
     save_last_freq: int = setting(5, "epochs between checkpoints", type=positive_int)
     save_steps: int = setting(
         None, "save every N optimizer steps as well", type=positive_int, otherwise="epochs only"
@@ -101,6 +112,11 @@ class Saving(Settings):
         "keep one as checkpoint-epoch….pth every N epochs, for good",
         type=positive_int,
         otherwise="none",
+    )
+    eval_freq: int = setting(
+        40,
+        "epochs between grids of samples, and between evaluations with --online_eval",
+        type=positive_int,
     )
 
 

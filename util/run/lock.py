@@ -26,27 +26,33 @@ PLACE = 1 << 30  # the byte to lock: none of the text, which others can so read 
 HELD = (errno.EACCES, errno.EAGAIN)
 PATIENCE = 20  # seconds that a restarted run waits for its own processes to be gone
 
-_held = {}  # real path -> content, of this process, which could lock its own again
+_held = {}  # real path -> (file, content) of this process, which could lock its own again
 
 
 def launcher():
-    """Who started this process, as "host:pid": torchrun's agent, or a shell."""
-    return f"{HOST}:{os.getppid()}"
+    """Who started this process, as "host:pid:start": torchrun's agent, or a shell.
+
+    start: its time where the system tells, as a container's first process always has the same pid.
+    """
+    parent = os.getppid()
+    try:
+        start = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        start = ""
+    return f"{HOST}:{parent}:{start}"
 
 
 @contextmanager
-def folder(path, what, agents=None):
+def folder(path, what):
     """Hold a folder for this run. A collective call; rank 0 holds the lock.
 
-    what: flag that names the folder, for the message. agents: launchers of all processes; gathered
-    if not given. Yields, on every process, what the folder's last run wrote (`host`, `pid`,
-    `started`, `agents`), {} if there was none. Raises ValueError, on every process, if another
-    process holds the folder.
+    what: flag that names the folder, for the message. Yields, on every process, what the folder's
+    last run wrote (`host`, `pid`, `started`, and `agents` if it came to `sign`), {} if there was
+    none. Raises ValueError, on every process, if another process holds the folder.
     """
-    agents = dist.all_gather(launcher()) if agents is None else agents
     file, problem, last = None, None, {}
     if dist.is_main():
-        file, problem, last = _take(Path(path), what, sorted(set(agents)))
+        file, problem, last = _take(Path(path), what)
     problem, last = dist.broadcast((problem, last))
     try:
         if problem:
@@ -58,11 +64,34 @@ def folder(path, what, agents=None):
             del _held[os.path.realpath(Path(path) / NAME)]
 
 
-def _take(path, what, agents):
+def sign(path):
+    """Write down who started the run, so that a restart of it knows that what is there is its own.
+
+    A collective call, in a block that holds the folder; before the first output, after a check that
+    nobody else's is there.
+    """
+    agents = dist.all_gather(launcher())
+    if dist.is_main():
+        file, ours = _held[os.path.realpath(Path(path) / NAME)]
+        _write(file, {**ours, "agents": sorted(set(agents))})
+
+
+def is_own(last):
+    """Whether the run that wrote `last` was an earlier attempt of this one, restarted by torchrun.
+
+    One of its agents is still there. A collective call.
+    """
+    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    agents = set(dist.all_gather(launcher() if by_torchrun else ""))
+    known = last.get("agents")
+    return isinstance(known, list) and not agents.isdisjoint(map(str, known))
+
+
+def _take(path, what):
     """(open file or None, why it cannot be had or None, what the last run wrote)."""
     real = os.path.realpath(path / NAME)
     if real in _held:
-        return None, _refusal(path, what, _held[real]), {}
+        return None, _refusal(path, what, _held[real][1]), {}
     try:
         file = os.fdopen(os.open(real, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         last = _read(file)
@@ -71,13 +100,18 @@ def _take(path, what, agents):
             return None, _refusal(path, what, last), {}
         ours = {"host": HOST, "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         with expecting_room(real):
-            file.seek(0)
-            file.truncate()
-            file.write(json.dumps({**ours, "agents": agents}).encode())
+            kept = {"agents": last["agents"]} if "agents" in last else {}
+            _write(file, {**ours, **kept})  # until `sign`, what is there is still the last run's
     except (OSError, ValueError) as error:
         return None, f"{what} {path}: {NAME} cannot be written there ({error})", {}
-    _held[real] = ours
+    _held[real] = file, ours
     return file, None, last
+
+
+def _write(file, content):
+    file.seek(0)
+    file.truncate()
+    file.write(json.dumps(content).encode())
 
 
 def _refusal(path, what, holder):

@@ -14,13 +14,13 @@ from util.run import stop
 class Saver:
     """Saves a TrainState when due, and when a process was asked to stop.
 
-    saving: a util.recipe.Saving. config, args: as in TrainState.save; `latent_range` of config is
+    output: a util.recipe.Output. config, args: as in TrainState.save; `latent_range` of config is
     kept up to date. steps: optimizer steps per epoch, of accum_iter batches each. resumed: the
     checkpoint that the run resumed, or None. All methods are collective calls.
     """
 
-    def __init__(self, state, folder, saving, config, args, *, steps, accum_iter, resumed=None):
-        self.state, self.folder, self.saving = state, Path(folder), saving
+    def __init__(self, state, output, config, args, *, steps, accum_iter, resumed=None):
+        self.state, self.folder, self.output = state, Path(output.output_dir), output
         self.config, self.args, self.steps, self.accum_iter = config, args, steps, accum_iter
         self.last = self.folder / LAST
         own = resumed and Path(resumed).resolve() == self.last.resolve()
@@ -40,7 +40,7 @@ class Saver:
         """
         self.state.batch = batch
         stopping, late = self.agreement(stop.reason() is not None, self._is_late())
-        due = self.saving.save_steps and self.step % self.saving.save_steps == 0
+        due = self.output.save_steps and self.step % self.output.save_steps == 0
         if stopping or late or due:
             self.state.draws = draws.state_dict()
             self.note_range(dist.all_reduce(largest.clone(), "max").item())
@@ -60,9 +60,9 @@ class Saver:
             self._stop(reasons)
         state = self.state
         state.epoch, state.batch, state.draws = state.epoch + 1, 0, None
-        milestone = self.saving.keep_every and state.epoch % self.saving.keep_every == 0
-        regular = state.epoch % self.saving.save_last_freq == 0 or state.epoch == epochs
-        due = self.saving.save_steps and self.step % self.saving.save_steps == 0
+        milestone = self.output.keep_every and state.epoch % self.output.keep_every == 0
+        regular = state.epoch % self.output.save_last_freq == 0 or state.epoch == epochs
+        due = self.output.save_steps and self.step % self.output.save_steps == 0
         if milestone or regular or due:
             self.save()
         if milestone and dist.is_main():
@@ -86,16 +86,16 @@ class Saver:
 
     def _keep_last(self):
         """Give the last file its own name, and delete those that are not to be kept. On rank 0."""
-        if self.saved not in (None, self.step) and self.saving.keep > 1 and self.last.is_file():
+        if self.saved not in (None, self.step) and self.output.keep > 1 and self.last.is_file():
             name = self.folder / f"checkpoint-step{self.saved:08d}.pth"
             _link(self.last, name)
             self.earlier = [path for path in self.earlier if path != name] + [name]
-        while len(self.earlier) >= self.saving.keep:
+        while len(self.earlier) >= self.output.keep:
             self.earlier.pop(0).unlink(missing_ok=True)
 
     def _is_late(self):
         """Whether rank 0 finds that it is time to save, once per save."""
-        minutes = self.saving.save_minutes
+        minutes = self.output.save_minutes
         late = minutes and time.monotonic() - self.time > 60 * minutes and dist.is_main()
         late, self.told = bool(late and not self.told), bool(late or self.told)
         return late
