@@ -214,7 +214,7 @@ def test_the_images_of_a_bad_loss_are_named(bad, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(engine_mar, "to_latents", spoil)
     if not bad:
-        broken = lambda head, target, *rest, **how: target.sum() * torch.nan  # noqa: E731
+        broken = lambda head, target, z, **how: z.sum() * torch.nan  # noqa: E731
         monkeypatch.setattr(DiffLoss, "forward", broken)
     flags = CACHED.replace("--batch_size 1", "--batch_size 2") + "-images"
     with pytest.raises(SystemExit):
