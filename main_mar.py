@@ -387,8 +387,9 @@ def train(this, model, checkpoint, path, evaluator):
             module.compile(dynamic=dynamic)
     parallel = dist.wrap(model, this.device)
     keep_other(Path(args.output_dir), path)
-    logger = Logger(args.log_dir or args.output_dir, resumed=state.epoch > 0)
-    progress = Progress(recipe.epochs * steps, "training", "step", done=state.epoch * steps)
+    done = state.epoch * steps
+    logger = Logger(args.log_dir or args.output_dir, resumed=state.epoch > 0, step=done)
+    progress = Progress(recipe.epochs * steps, "training", "step", done=done)
     for epoch in range(state.epoch, recipe.epochs):
         largest = engine.train_one_epoch(
             parallel,
