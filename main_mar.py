@@ -6,22 +6,23 @@ inside functions, so that a wrong flag is reported before torch is loaded.
 
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
 from util.data import check_data_set, describe_paths, kind_or_folder
-from util.evaluation.settings import Evaluation
+from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
     Parser,
     add_machine_flags,
     add_tokenizer_flags,
     assignment,
-    positive_int,
     run,
 )
 from util.recipe import Output, Recipe, changes
+from util.run.tracker import add_tracker_flag
 from util.settings import add_flags, destination, from_flags
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
@@ -54,9 +55,11 @@ def get_parser():
     )
     add_flags(group, Recipe)
     add_data_flags(parser.add_argument_group("data"))
-    add_flags(parser.add_argument_group("output"), Output)
+    group = parser.add_argument_group("output")
+    add_flags(group, Output)
+    add_tracker_flag(group)
     group = parser.add_argument_group("evaluation")
-    add_evaluation_flags(group)
+    add_flags(group, Occasions, out=[])
     add_flags(group, Evaluation)
     add_tokenizer_flags(parser, TOKENIZERS)
     add_flags(
@@ -85,30 +88,6 @@ def add_data_flags(group):
     group.add_argument(
         "--cached_path", default="", metavar="DIR", help="folder of these (default: none)"
     )
-
-
-def add_evaluation_flags(group):
-    """Flags for evaluation."""
-    group.add_argument(
-        "--evaluate", action="store_true", help="evaluate EMA samples instead of training"
-    )
-    group.add_argument(
-        "--online_eval",
-        action="store_true",
-        help="evaluate every --eval_freq epochs, with EMA and raw weights",
-    )
-    group.add_argument(
-        "--out",
-        nargs="*",
-        default=[],
-        metavar="PATH",
-        help="with --evaluate, save the images: .png for a grid, .npz for one file, else a folder "
-        "(default: none)",
-    )
-    group.add_argument(
-        "--num_images", type=positive_int, default=50000, help="images to sample, over all classes"
-    )
-    group.add_argument("--eval_bsz", type=positive_int, default=64, help="images per batch")
 
 
 @dataclass
@@ -362,8 +341,9 @@ def train(this, model, checkpoint, path, evaluator):
     from util import dist
     from util.checkpoint import LAST, keep_other
     from util.dist import print0
-    from util.logger import Logger, Progress
+    from util.logger import Progress
     from util.run import lock, stop
+    from util.run.dry import dry_run
     from util.run.saver import Saver
 
     args = this.args
@@ -378,34 +358,42 @@ def train(this, model, checkpoint, path, evaluator):
         for module, dynamic in model.to_compile():
             module.compile(dynamic=dynamic)
     parallel = dist.wrap(model, this.device)
+    run_epoch = partial(
+        engine.train_one_epoch,
+        parallel,
+        this.tokenizer,
+        optimizer=state.optimizer,
+        scaler=state.scaler,
+        ema=state.ema,
+        learning_rate=recipe.rate,
+        device=this.device,
+        precision=this.precision,
+        cached=args.use_cached,
+        accum_iter=recipe.accum_iter,
+        grad_clip=recipe.grad_clip,
+        seed=args.seed,
+        shared_mask_ratio=not recipe.mask_ratio_per_rank,
+    )
+    counts = {"steps": steps, "accum_iter": recipe.accum_iter}
+    saver = Saver(state, from_flags(Output, args), this.config, vars(args), resumed=path, **counts)
+    if args.dry_run:
+        draw = partial(engine.sample_grid, state.ema.module, this.tokenizer, [0], this.sampling)
+        draw = partial(draw, **this.generation() | {"latent_range": float("inf")})
+        dry_run(saver, run_epoch, loader, draw, recipe.epochs * steps - saver.step, this.device)
+        return
     output = Path(args.output_dir)
     keep_other(output, path)
     lock.sign(output)
-    counts = {"steps": steps, "accum_iter": recipe.accum_iter}
-    when = from_flags(Output, args)
-    saver = Saver(state, when, this.config, vars(args), resumed=path, **counts)
-    logger = Logger(args.log_dir or args.output_dir, resumed=saver.step > 0)
+    logger = open_logger(args, saver.step)
     progress = Progress(recipe.epochs * steps, "training", "step", done=saver.step)
+    look = partial(after_epoch, this, state, recipe, evaluator, logger)
     with stop.deferred():
         for epoch in range(state.epoch, recipe.epochs):
-            largest = engine.train_one_epoch(
-                parallel,
-                this.tokenizer,
-                loader,
-                state.optimizer,
-                state.scaler,
-                state.ema,
-                epoch,
-                learning_rate=recipe.rate,
-                device=this.device,
-                precision=this.precision,
-                cached=args.use_cached,
-                accum_iter=recipe.accum_iter,
-                grad_clip=recipe.grad_clip,
-                seed=args.seed,
+            largest = run_epoch(
+                loader=loader,
+                epoch=epoch,
                 logger=logger,
                 progress=progress,
-                shared_mask_ratio=not recipe.mask_ratio_per_rank,
                 start=state.batch,
                 draws=state.draws,
                 after_step=saver.after_step,
@@ -413,12 +401,22 @@ def train(this, model, checkpoint, path, evaluator):
             saver.note_range(largest)
             saver.end_epoch(recipe.epochs)
             try:
-                after_epoch(this, state, recipe, evaluator, logger, saver.step)
+                look(saver.step)
             except stop.Stopped as request:
                 saver.stop_within(request)
     progress.close()
     logger.close()
     print0(f"done: {output / LAST}, samples in {output / 'samples'}")
+
+
+def open_logger(args, step):
+    """The Logger of a run of which `step` optimizer steps are done."""
+    from util.logger import Logger
+    from util.run.tracker import open_trackers
+
+    folder = args.log_dir or args.output_dir
+    trackers = open_trackers(args.tracker, folder, vars(args), resumed=step > 0)
+    return Logger(folder, resumed=step > 0, step=step, trackers=trackers)
 
 
 def check_steps(recipe, loader):

@@ -230,6 +230,26 @@ def test_the_images_of_a_bad_loss_are_named(bad, tmp_path, monkeypatch, capsys):
     )
 
 
+# ---- a trial -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_dry_run_leaves_nothing(resumed, tmp_path, capsys):
+    """It says what a run costs; the folder, with another's checkpoint or not, is as before."""
+    if resumed:
+        train(f"{WAYS['digits']} --epochs 1", tmp_path)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    flags = f"{WAYS['digits']} --dry_run" + (f" --resume {tmp_path}" if resumed else "")
+    run(main_mar.main, [*shlex.split(flags), "--output_dir", str(tmp_path)])
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for found in (before, after):
+        found.pop(tmp_path / "run.lock", None)
+    assert after == before
+    said = capsys.readouterr().out
+    assert f"steps left    {5 if resumed else 10}: " in said
+    assert all(part in said for part in ("parameters ", "memory ", "a step ", "a checkpoint "))
+
+
 # ---- several processes -----------------------------------------------------------------------
 
 

@@ -118,6 +118,11 @@ class Output(Settings):
         "epochs between grids of samples, and between evaluations with --online_eval",
         type=positive_int,
     )
+    dry_run: bool = setting(
+        False,
+        "build everything, take two steps, save and sample once, report memory and time, and "
+        "leave nothing behind",
+    )
 
 
 def changes(now, before):

@@ -57,6 +57,18 @@ class Loader:
         return [index for _, index in islice(self.sampler, self.batch_size)]
 
 
+class FirstBatches:
+    """The first `steps` batches of a loader, as a loader; fewer if it has fewer."""
+
+    def __init__(self, loader, steps):
+        self.loader, self.steps = loader, min(steps, loader.steps)
+        self.images = loader.images
+
+    def epoch(self, n):
+        """These batches of epoch n."""
+        return islice(self.loader.epoch(n), self.steps)
+
+
 class _SeededSampler(DistributedSampler):
     """Pairs (seed, index) of an epoch."""
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from util.data import describe_paths
 from util.evaluation.metrics import METRICS, SPLITS
+from util.flags import positive_int
 from util.settings import Settings, setting
 
 
@@ -51,3 +52,22 @@ class Evaluation(Settings):
 
 
 NETWORK = ("extractor", "inception_weights")  # the fields that choose the network alone
+
+
+@dataclass(frozen=True)
+class Occasions(Settings):
+    """When a training script evaluates, and what it samples for that."""
+
+    evaluate: bool = setting(False, "evaluate EMA samples instead of training")
+    online_eval: bool = setting(
+        False, "evaluate every --eval_freq epochs, with EMA and raw weights"
+    )
+    out: tuple = setting(
+        (),
+        "with --evaluate, save the images: .png for a grid, .npz for one file, else a folder "
+        "(default: none)",
+        nargs="*",
+        metavar="PATH",
+    )
+    num_images: int = setting(50000, "images to sample, over all classes", type=positive_int)
+    eval_bsz: int = setting(64, "images per batch", type=positive_int)

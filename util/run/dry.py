@@ -2,16 +2,44 @@
 
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 
 from util import dist
+from util.data.loader import FirstBatches
 from util.dist import print0
 from util.files import in_bytes
 from util.logger import duration
 
 STEPS = 2  # the first is not counted: it also allocates, and compiles
+
+
+def dry_run(saver, run_epoch, loader, draw, steps_left, device):
+    """Take a few steps, save, sample an image, and report what each costs. A collective call.
+
+    saver: the run's Saver. run_epoch: engine_mar.train_one_epoch with all but `loader`, `epoch` and
+    `after_step`. draw: function that samples an image. steps_left: optimizer steps until the run's
+    end.
+    """
+    state, trial = saver.state, Trial(device)
+    first = FirstBatches(loader, STEPS * saver.accum_iter)
+    run_epoch(loader=first, epoch=state.epoch, after_step=trial.after_step)
+    size = trial.time("save", partial(_save, saver))
+    trial.time("sample", draw)
+    parameters = sum(p.numel() for p in state.ema.module.parameters())
+    trial.report(parameters, steps_left, size, saver.folder)
+
+
+def _save(saver):
+    """Save under a name of its own, and delete the file; returns its size."""
+    path = saver.folder / "dry_run.pth"
+    try:
+        saver.state.save(path, saver.config, saver.args)
+        return dist.broadcast(path.stat().st_size if dist.is_main() else 0)
+    finally:
+        if dist.is_main():
+            path.unlink(missing_ok=True)
 
 
 class Trial:
@@ -63,22 +91,11 @@ class Trial:
 
 def memory_used(device):
     """The most bytes that this process had allocated on a device; 0 if the system cannot say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    if peak := getattr(torch.get_device_module(device), "max_memory_allocated", None):
+        return peak(device)
     try:
         import resource
     except ImportError:  # Windows
         return 0
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used if sys.platform == "darwin" else used * 1024
-
-
-def try_save(trial, state, config, args, folder):
-    """Save a state under a name of its own, and delete it; returns its size."""
-    path = Path(folder) / "dry_run.pth"
-    try:
-        trial.time("save", lambda: state.save(path, config, args))
-        return dist.broadcast(path.stat().st_size if dist.is_main() else 0)
-    finally:
-        if dist.is_main():
-            path.unlink(missing_ok=True)
