@@ -17,6 +17,7 @@ from util.flags import (
     add_machine_flags,
     add_tokenizer_flags,
     assignment,
+    machine,
     nonnegative_int,
     positive_int,
     run,
@@ -175,7 +176,7 @@ def main(argv=None):
     from util import dist
     from util.precision import pick_precision
 
-    device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)
     checkpoint, path = find_resumed(args)
     config, sampling, tokenizer = configure(args, given, checkpoint, path)

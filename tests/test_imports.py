@@ -30,6 +30,8 @@ LIGHT = (
     "models.settings",
     "models.presets",
     "util.recipe",
+    "util.run.launch",
+    "util.run.stop",
     "util.settings",
     "util.table",
 )
@@ -69,10 +71,11 @@ def test_flags_need_no_torch(module):
 
 
 def test_nothing_below_a_script_names_a_device():
-    """Device and dtype follow the data: dist.py picks the device, flags.py explains, precision.py
-    knows what it has, and graphs.py records what only such a device can replay."""
+    """Device and dtype follow the data: device.py picks it, dist.py its backend, flags.py explains,
+    precision.py knows what it has, and graphs.py records what only such a device can replay."""
     paths = [path for layer in ALLOWED for path in files_of(layer)]
     assert {p.name for p in paths if "cuda" in p.read_text()} == {
+        "device.py",
         "dist.py",
         "flags.py",
         "graphs.py",
