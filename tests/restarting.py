@@ -15,14 +15,16 @@ from util.flags import run
 from util.run import launch
 
 KILLS = 2  # attempts that end so
-LONGEST = 6  # seconds until then
+LONGEST = {"started": 6, "joined": 2}  # seconds until then, counted from two places
 
 
-def arm(seed, folder):
+def arm(seed, folder, where):
     """Have this process killed, if it is its turn; the moment is written into the folder."""
-    draw = random.Random(f"{seed}{launch.attempt()}")
-    turn, seconds = draw.randrange(int(os.environ["WORLD_SIZE"])), draw.uniform(0, LONGEST)
-    if turn == int(os.environ["RANK"]) and launch.attempt() < KILLS:
+    draw = random.Random(f"{seed} {launch.attempt()}")
+    turn, place = draw.randrange(int(os.environ["WORLD_SIZE"])), draw.choice([*LONGEST])
+    seconds = draw.uniform(0, LONGEST[place])
+    mine = turn == int(os.environ["RANK"]) and place == where
+    if mine and launch.attempt() < KILLS:
         file = folder / f"killed{launch.attempt()}"
         command = f"sleep {seconds}; date +%s.%N > {file}; kill -9 {os.getpid()}"
         subprocess.Popen(["sh", "-c", command], stdout=subprocess.DEVNULL)
@@ -30,7 +32,7 @@ def arm(seed, folder):
 
 def main(argv):
     folder = Path(argv[1])
-    arm(argv[0], folder)
+    arm(argv[0], folder, "started")
 
     import torch
 
@@ -38,6 +40,7 @@ def main(argv):
     from util.run import stop
 
     dist.init("cpu")
+    arm(argv[0], folder, "joined")
     with stop.deferred():  # as in training: a signal is only noted
         for step in range(20 if launch.attempt() == KILLS else 10**9):
             total = dist.all_reduce(torch.full((100_000,), float(step)))

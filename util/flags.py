@@ -132,6 +132,8 @@ class Parser(argparse.ArgumentParser):
 def run(main, argv=None):
     """Run a script's main; user errors give one line and exit status 2, without a traceback."""
     stop.listen()
+    # torch, when it is loaded, then leaves out twenty lines of C++ for each lost connection
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(argv)
     except stop.Stopped as request:
