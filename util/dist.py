@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from util.run.device import pick
 from util.run.heartbeat import Heartbeat, Lost, meet, patiently
 from util.run.launch import Launch, understand
+from util.run.network import choose_interface
 
 JOINING = 300.0  # seconds that the others may need to start, at least
 LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting")
@@ -68,6 +69,8 @@ def _join(launch, url, device, seconds):
     own = store if isinstance(store, dist.FileStore) else connect()
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     own = dist.PrefixStore(f"{name}/heartbeat", own)
+    if launch.local_world < world:
+        choose_interface(launch.address or os.environ.get("MASTER_ADDR"))
     _Here.heartbeat = Heartbeat(own, rank, world, seconds, hosts)
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -118,7 +121,7 @@ def lost(error):
 
 def _first_line(error):
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.sub(r"^\[\S*/\S+:\d+\] ", "", line).split(". ")[0]
+    return re.sub(r"\[\S*/\S+:\d+\] ", "", line).split(". ")[0]
 
 
 def rank():
