@@ -5,6 +5,7 @@ Linux and root only. Commands of a node see its addresses alone; files are share
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
@@ -60,7 +61,7 @@ def two_nodes():
     with ExitStack() as stack:
         for name in nodes.names:
             _ip("netns", "add", name)
-            stack.callback(_ip, "netns", "del", name)
+            stack.callback(_remove, name)
             _ip("-n", name, "link", "set", "lo", "up")
         _ip("link", "add", nodes.links[0], "type", "veth", "peer", "name", nodes.links[1])
         for name, link, address in zip(nodes.names, nodes.links, ADDRESSES, strict=True):
@@ -68,6 +69,14 @@ def two_nodes():
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             _ip("-n", name, "link", "set", link, "up")
         yield nodes
+
+
+def _remove(name):
+    """A node, with what still runs there."""
+    found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True)
+    for pid in found.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    _ip("netns", "del", name)
 
 
 def _path():
