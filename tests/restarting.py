@@ -42,7 +42,8 @@ def main(argv):
     dist.init("cpu")
     arm(argv[0], folder, "joined")
     with stop.deferred():  # as in training: a signal is only noted
-        for step in range(20 if launch.attempt() == KILLS else 10**9):
+        last = max(dist.all_gather(launch.attempt())) >= KILLS  # launchers may count differently
+        for step in range(20 if last else 10**9):
             total = dist.all_reduce(torch.full((100_000,), float(step)))
             assert total[0] == step * dist.world_size()
             if step == 0 and dist.is_main():
