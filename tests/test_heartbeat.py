@@ -231,7 +231,7 @@ def start(what, idle=2):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["busy", "c"])
+@pytest.mark.parametrize("what", ["busy", "objects", "c"])
 def test_busy_processes_are_waited_for(what):
     """One that sleeps, and one whose C code keeps the GIL for most of the timeout."""
     for process in start(what):

@@ -1,7 +1,8 @@
 """One of two processes of test_heartbeat.py: reduces, says so, and waits for the other.
 
-waiting.py WHAT: what process 1 does before: "busy" for longer than the timeout, in "c" code that
-keeps the GIL, or "late" to a collective, which has the timeout; the test does other things to it.
+waiting.py WHAT: what process 1 does before: "busy" for longer than the timeout, also before
+"objects" are gathered, in "c" code that keeps the GIL, or "late" to a collective, which has the
+timeout; the test does other things to it.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ def main(argv):
     dist.init("cpu", timeout=TIMEOUT / 60)
     dist.all_reduce(torch.ones(3))
     print("met", flush=True)
-    if dist.rank() == 1 and argv[0] in ("busy", "late"):
+    if dist.rank() == 1 and argv[0] in ("busy", "objects", "late"):
         time.sleep(2 * TIMEOUT)
     elif dist.rank() == 1 and argv[0] == "c":
         ctypes.PyDLL(None).usleep(int(0.6e6 * TIMEOUT))  # PyDLL keeps the GIL
@@ -29,6 +30,8 @@ def main(argv):
         time.sleep(1000)
     if argv[0] == "late":
         dist.all_reduce(torch.ones(3))
+    if argv[0] == "objects":
+        assert dist.all_gather(dist.rank()) == [0, 1]
     dist.wait()
     print("waited", flush=True)
 
