@@ -15,7 +15,7 @@ from util.evaluation.metrics import INCEPTION, SSIM_WINDOW, frechet_distance, ps
 from util.images import to_uint8
 from util.logger import Progress
 from util.meter import Meter
-from util.precision import autocast
+from util.precision import autocast, float64_device
 from util.rng import epoch_seed, image_generators
 
 # LDM's (0.5, 0.9) are for its adversarial loss; without it they cost 0.5 dB on the digits
@@ -183,11 +183,13 @@ class _Quality:
     def __init__(self, extractor, count, device):
         self.name = "rfid" if extractor.name == INCEPTION else "rfd"
         self.real, self.decoded = (Accumulator(extractor, count) for _ in range(2))
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # of PSNR and SSIM
+        self.place = float64_device(device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.place)  # of PSNR and SSIM
         self.count, self.has_ssim = count, False
 
     def add(self, indices, images, decoded):
         """Add a batch (n, I, H, W); returns both as uint8 (n, H, W, 3)."""
+        images, decoded = images.to(self.place), decoded.to(self.place)
         self.sums[0] += psnr(images, decoded).sum()
         self.has_ssim = min(images.shape[-2:]) >= SSIM_WINDOW
         if self.has_ssim:
@@ -199,6 +201,7 @@ class _Quality:
 
     def result(self):
         """Metrics of all processes: name -> number, {} except on rank 0."""
+        dist.wait()
         dist.all_reduce(self.sums)
         real, decoded = self.real.summary(), self.decoded.summary()
         if not dist.is_main():
@@ -270,13 +273,16 @@ class _CodeUse:
     """Metrics of the code indices of a discrete tokenizer."""
 
     def __init__(self, num_codes, device):
-        self.uses = torch.zeros(num_codes, dtype=torch.float64, device=device)
+        place = float64_device(device)
+        self.uses = torch.zeros(num_codes, dtype=torch.float64, device=place)
 
     def add(self, indices):
-        self.uses += torch.bincount(indices.long().flatten(), minlength=len(self.uses))
+        indices = indices.to(self.uses.device).long().flatten()
+        self.uses += torch.bincount(indices, minlength=len(self.uses))
 
     def result(self):
         """Metrics of all processes: name -> number."""
+        dist.wait()  # process 0 may still compute distances
         dist.all_reduce(self.uses)
         frequency = self.uses / self.uses.sum()
         entropy = -torch.special.xlogy(frequency, frequency).sum()

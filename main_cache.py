@@ -11,7 +11,14 @@ from pathlib import Path
 from models.settings import TOKENIZERS
 from util.data import DATASETS, kind_or_folder
 from util.files import make_folder
-from util.flags import Parser, add_machine_flags, add_tokenizer_flags, positive_int, run
+from util.flags import (
+    Parser,
+    add_machine_flags,
+    add_tokenizer_flags,
+    machine,
+    positive_int,
+    run,
+)
 
 CROP = "center_crop_arr (ADM)"
 
@@ -75,7 +82,7 @@ def verify_cache(args):
     from util import dist
     from util.data.convert import verify
 
-    dist.init("cpu", args.dist_on_itp, args.dist_url)
+    dist.init(**machine(args) | {"device": "cpu"})
     layout, images = verify(args.cached_path, args.num_workers)
     dist.print0(f"{images} images, all whole, in the layout {layout}: {args.cached_path}")
 
@@ -85,7 +92,7 @@ def convert_cache(args, folder):
     from util import dist
     from util.data.convert import convert
 
-    dist.init("cpu", args.dist_on_itp, args.dist_url)
+    dist.init(**machine(args) | {"device": "cpu"})
     open_folder(args, folder)
     return convert(args.convert_from, folder, args.layout, args.num_workers)
 
@@ -96,7 +103,7 @@ def cache_images(args, folder):
     from util import dist
     from util.data.cached import check_cache
 
-    device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    device = dist.init(**machine(args))
     tokenizer = open_tokenizer(args).to(device)
     open_folder(args, folder)
     facts = describe(args, tokenizer)

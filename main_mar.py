@@ -19,6 +19,7 @@ from util.flags import (
     add_machine_flags,
     add_tokenizer_flags,
     assignment,
+    machine,
     run,
 )
 from util.recipe import Output, Recipe, changes
@@ -129,7 +130,7 @@ def main(argv=None):
     from util import dist
     from util.precision import pick_precision
 
-    device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)
     with nullcontext() if args.evaluate else hold_output(args):
         checkpoint, path = find_resumed(args)

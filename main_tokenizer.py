@@ -22,6 +22,7 @@ from util.flags import (
     Parser,
     add_machine_flags,
     add_tokenizer_flags,
+    machine,
     nonnegative,
     nonnegative_int,
     positive_int,
@@ -107,7 +108,7 @@ def main(argv=None):
     from util.evaluation.features import Extractor, pick_extractor
     from util.precision import pick_precision
 
-    device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
     make_folder(args.output_dir, "--output_dir")
     dataset = get_images(args)

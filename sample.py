@@ -6,7 +6,7 @@ from models.settings import Sampling
 from util.data import check_data_set
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
-from util.flags import Parser, add_latent_flags, add_machine_flags, positive_int, run
+from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
 from util.settings import add_flags, from_flags, said_flags
 
 
@@ -90,7 +90,7 @@ def main(argv=None):
     from util.precision import pick_precision
 
     points = parse_grid(args.sweep, Sampling)
-    device = dist.init(args.device, args.dist_on_itp, args.dist_url)
+    device = dist.init(**machine(args))
     model, tokenizer, config = open_checkpoint(args)
     sampling = pick_sampling(args, config, model, points)
     labels = pick_labels(args, config["model"]["class_num"])

@@ -31,6 +31,8 @@ LIGHT = (
     "models.presets",
     "util.jsonl",
     "util.recipe",
+    "util.run.launch",
+    "util.run.stop",
     "util.run.tracker",
     "util.settings",
     "util.table",
@@ -71,10 +73,11 @@ def test_flags_need_no_torch(module):
 
 
 def test_nothing_below_a_script_names_a_device():
-    """Device and dtype follow the data: dist.py picks the device, flags.py explains, precision.py
-    knows what it has, and graphs.py records what only such a device can replay."""
+    """Device and dtype follow the data: device.py picks it, dist.py its backend, flags.py explains,
+    precision.py knows what it has, and graphs.py records what only such a device can replay."""
     paths = [path for layer in ALLOWED for path in files_of(layer)]
     assert {p.name for p in paths if "cuda" in p.read_text()} == {
+        "device.py",
         "dist.py",
         "flags.py",
         "graphs.py",

@@ -18,7 +18,7 @@ from util.run import lock
 HOLD = """
 import sys
 from util.run import lock
-lock.launcher = lambda: "there:1"
+lock.agent = lambda: "there:1"
 with lock.folder(sys.argv[1], "--output_dir") as last:
     lock.sign(sys.argv[1])
     print("held", flush=True)
@@ -65,15 +65,14 @@ def test_a_restart_knows_its_own(tmp_path, monkeypatch):
     found = []
 
     def attempt(agent, sign=True):
-        monkeypatch.setattr(lock, "launcher", lambda: agent)
+        monkeypatch.setattr(lock, "agent", lambda: agent)
         with lock.folder(tmp_path, "--output_dir") as last:
             found.append(lock.is_own(last))
             if sign:
                 lock.sign(tmp_path)
 
-    attempt("shell:1")
-    attempt("shell:1")
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    attempt("")  # a shell
+    attempt("")
     attempt("here:2", sign=False)  # died before it had looked for another's files
     attempt("here:2")
     attempt("here:2", sign=False)

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from util.dist import all_gather, gather, is_main, print0, rank, wait, world_size
+from util.dist import all_gather, barrier, gather, is_main, print0, rank, world_size
 from util.files import first_few, replacing
 from util.weights import load_strictly, read_file
 
@@ -66,7 +66,7 @@ class TrainState:
                 torch.save(content, beside)
                 if before:
                     before()
-        wait()
+        barrier()
 
     def _content(self, config, args):
         content = {

@@ -1,76 +1,96 @@
 """Helpers for one or several processes; everything also works without torch.distributed."""
 
 import os
+import re
+import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-TIMEOUT = timedelta(minutes=60)
+from util.run.device import pick
+from util.run.heartbeat import Heartbeat, Lost, StoreGone, meet, patiently
+from util.run.launch import Launch, understand
+from util.run.network import choose_interface
+
+JOINING = 300.0  # seconds that the others may need to start, at least
+LOST = re.compile(r"gloo/|Connection (closed|reset) by peer|Broken pipe|Timed out waiting")
 
 
-def init(device, dist_on_itp=False, dist_url="env://"):
+class _Here:
+    """What this process knows of the others."""
+
+    launch, heartbeat = Launch(), None
+
+
+def init(
+    device,
+    dist_on_itp=False,
+    dist_url="env://",
+    timeout=5.0,
+    world_size=None,
+    local_rank=None,
+):
     """Join the other processes, if a launcher such as torchrun started any.
 
-    device: "cuda", "cpu" or "auto" (cuda if available). Returns this process's device. dist_on_itp:
-    the launcher is Open MPI. Raises ValueError for a device that does not exist, and if the other
-    processes cannot be reached.
+    device: "cuda", "mps", "cpu" or "auto" (cuda if available). Returns this process's device.
+    dist_on_itp: the launcher is Open MPI. timeout: minutes after which a collective, in which a
+    process is missing, is an error. world_size, local_rank: what must agree with the launcher (see
+    `launch.understand`). Raises ValueError for a device that does not exist, for a launcher that is
+    not understood, and if the other processes cannot be reached.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if dist_on_itp:
-        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-    if dist_on_itp and names[1] not in os.environ:
-        raise ValueError(f"--dist_on_itp: expected Open MPI to have set {names[1]}; it has not")
-    rank, world, local = (int(os.environ.get(name, 0)) for name in names)
-    device = _pick(device)
-    if device.type == "cuda":
-        if device.index is not None and world > 1:
-            raise ValueError(f"--device {device}: with {world} processes, expected cuda or auto")
-        count = torch.cuda.device_count()
-        local = 0 if count == 1 else local  # if each process sees only one GPU
-        if device.index is None and local >= count:
-            raise ValueError(f"process {local} of this machine: expected at most {count}, its GPUs")
-        device = torch.device("cuda", local if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
-        cuda = device.type == "cuda"
+    launch = understand(mpi=dist_on_itp, world_size=world_size, local_rank=local_rank)
+    if launch.note and launch.rank == 0:
+        print(launch.note, flush=True)
+    device = pick(device, launch.local, launch.world)
+    if launch.world > 1 and not dist.is_initialized():
         try:
-            dist.init_process_group(
-                "nccl" if cuda else "gloo",
-                dist_url,
-                TIMEOUT,
-                world,
-                rank,
-                device_id=device if cuda else None,
-            )
-            Agreement.group = dist.new_group(backend="gloo") if cuda else None
+            patiently(lambda: _join(launch, launch.url(dist_url), device, 60 * timeout))
         except (ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
             raise ValueError(
-                f"--dist_url {dist_url}: process {rank} of {world} cannot join others ({reason})"
+                f"--dist_url {launch.url(dist_url)}: process {launch.rank} of {launch.world} "
+                f"cannot join others ({_first_line(error)})"
             ) from error
+    _Here.launch = launch
     return device
 
 
-def _pick(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device {name}: expected cuda, cpu or auto") from None
-    if device.type not in ("cuda", "cpu"):
-        raise ValueError(f"--device {name}: expected cuda, cpu or auto")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: no such device here; expected cpu or auto")
-    return device
+def _join(launch, url, device, seconds):
+    """Start torch.distributed and the heartbeat. Keys of the store start with a name of this
+    attempt, because torchrun keeps its store, and dead processes' addresses, over restarts."""
+    rank, world, patience = launch.rank, launch.world, max(seconds, JOINING)
+
+    def connect():
+        return next(dist.rendezvous(url, rank, world, timeout=timedelta(seconds=patience)))[0]
+
+    store = connect()
+    name = meet(store, rank, world, patience)
+    own = store if isinstance(store, dist.FileStore) else connect()
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    own = dist.PrefixStore(f"{name}/heartbeat", own)
+    if launch.local_world < world:
+        choose_interface(launch.address or os.environ.get("MASTER_ADDR"))
+    _Here.heartbeat = Heartbeat(own, rank, world, seconds, hosts)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)  # of this thread
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore(name, store),
+        timeout=timedelta(seconds=seconds),
+        world_size=world,
+        rank=rank,
+        device_id=device if on_gpu else None,
+    )
+    Agreement.group = dist.new_group(backend="gloo") if on_gpu else None
 
 
 def wrap(model, device):
     """The model in DistributedDataParallel, or itself if there is only one process."""
     if world_size() == 1:
         return model
+    wait()  # for processes that are still reading files
     device_ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids)
 
@@ -82,8 +102,26 @@ def unwrap(model):
 
 def cleanup():
     """Leave the process group, so that no process waits for one that has exited."""
+    if _Here.heartbeat:
+        _Here.heartbeat.close()
+        _Here.heartbeat = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def lost(error):
+    """One line if the error says that another process, or the way to it, is lost; else None."""
+    if isinstance(error, Lost | dist.DistError) or (
+        isinstance(error, RuntimeError) and world_size() > 1 and LOST.search(str(error))
+    ):
+        where = f"process {rank()} of {world_size()}, on {socket.gethostname()}"
+        return f"{where}: lost another process ({_first_line(error)})"
+    return None
+
+
+def _first_line(error):
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[\S*/\S+:\d+\] ", "", line).split(". ")[0]
 
 
 def rank():
@@ -94,13 +132,34 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_world_size():
+    """The number of processes on this machine."""
+    return _Here.launch.local_world
+
+
 def is_main():
     return rank() == 0
 
 
 def barrier():
-    if dist.is_initialized():
+    """Return when all processes have called this. One that comes much later than the others, from
+    work of its own, is waited for as long as it lives. Raises Lost, which `lost` puts in a line."""
+    if not wait() and dist.is_initialized():
         dist.barrier()
+
+
+def wait():
+    """Like `barrier`, before a collective of torch.distributed, which has a timeout.
+
+    Returns whether all have come: where torchrun has ended, and its store with it, there is no
+    patience, but the processes can still save what they have.
+    """
+    try:
+        if _Here.heartbeat:
+            _Here.heartbeat.wait()
+        return _Here.heartbeat is not None
+    except StoreGone:
+        return False
 
 
 def all_reduce(tensor, op="sum"):
@@ -143,15 +202,14 @@ class Agreement:
         return told.bool().tolist()
 
 
-def wait():
-    """Like `barrier`, where a process may come much later than the others."""
-    barrier()
+# ---- of Python's objects: processes may come late, as to `wait` ----------------------------------
 
 
 def broadcast(value):
     """The value of rank 0, on every process."""
     if not dist.is_initialized():
         return value
+    wait()
     values = [value if is_main() else None]
     dist.broadcast_object_list(values)
     return values[0]
@@ -161,6 +219,7 @@ def gather(value):
     """The values of all processes, ordered by rank; None except on rank 0."""
     if not dist.is_initialized():
         return [value]
+    wait()
     values = [None] * world_size() if is_main() else None
     dist.gather_object(value, values)
     return values
@@ -170,9 +229,24 @@ def all_gather(value):
     """The values of all processes, ordered by rank, on every process."""
     if not dist.is_initialized():
         return [value]
+    wait()
     values = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def same(what, value):
+    """The value, which all processes must hold. Raises ValueError, on all, that says who has what.
+
+    what: a noun for the message. A collective call.
+    """
+    held = all_gather((socket.gethostname(), value))
+    first = {}
+    for place, (host, theirs) in enumerate(held):
+        first.setdefault(repr(theirs), f"process {place} on {host} has {theirs}")
+    if len(first) > 1:
+        raise ValueError(f"{what}: expected the same on all processes; {', '.join(first.values())}")
+    return value
 
 
 def print0(*args, **kwargs):

@@ -132,6 +132,8 @@ class Parser(argparse.ArgumentParser):
 def run(main, argv=None):
     """Run a script's main; user errors give one line and exit status 2, without a traceback."""
     stop.listen()
+    # torch, when it is loaded, then leaves out twenty lines of C++ for each lost connection
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(argv)
     except stop.Stopped as request:
@@ -150,6 +152,12 @@ def run(main, argv=None):
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         _leave_group()
         sys.exit(1)
+    except RuntimeError as error:
+        message = _dist().lost(error) if _dist() else None
+        if message is None:
+            raise
+        print(f"stopped: {message}", file=sys.stderr, flush=True)
+        os._exit(1)  # nothing that waits for another process would end
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
@@ -218,7 +226,11 @@ def add_latent_flags(group, default):
 
 
 def add_device_flag(group):
-    group.add_argument("--device", default="auto", help="cuda, cpu, or auto: cuda if available")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cuda, mps (Apple's GPUs), cpu, or auto: cuda if available, else cpu",
+    )
 
 
 def add_machine_flags(parser, num_workers, precision=True):
@@ -240,7 +252,7 @@ def add_machine_flags(parser, num_workers, precision=True):
             "--num_workers",
             type=nonnegative_int,
             default=num_workers,
-            help="loader processes per process",
+            help="loader processes per process, at most its part of the machine's cores",
         )
         group.add_argument(
             "--pin_mem",
@@ -258,14 +270,27 @@ def add_machine_flags(parser, num_workers, precision=True):
             help="use ordinary memory instead (default: off)",
         )
     group.add_argument(
-        "--dist_on_itp", action="store_true", help="the launcher is Open MPI, not torchrun"
+        "--dist_on_itp", action="store_true", help="the launcher must be Open MPI, not torchrun"
     )
     group.add_argument(
         "--dist_url", default="env://", metavar="URL", help="URL of the rendezvous of the processes"
+    )
+    group.add_argument(
+        "--dist_timeout",
+        type=positive,
+        default=5.0,
+        metavar="MINUTES",
+        help="a process that is silent for so long, or a link that is cut, ends all processes",
     )
     for name in ("world_size", "local_rank"):
         group.add_argument(
             f"--{name}",
             type=int,
-            help="accepted for compatibility with the published code (default: the launcher's)",
+            help="as in the published code: must agree with the launcher (default: the launcher's)",
         )
+
+
+def machine(args):
+    """The arguments of util.dist.init, from the flags of `add_machine_flags`."""
+    names = ("device", "dist_on_itp", "dist_url", "world_size", "local_rank")
+    return {"timeout": args.dist_timeout, **{name: getattr(args, name) for name in names}}

@@ -29,6 +29,13 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
+def float64_device(device):
+    """The device for sums in float64 of what is on `device`: the same, or the CPU for Apple's GPUs,
+    which have no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 @contextmanager
 def full_precision(kind):
     """A context without autocast and TF32 on this kind of device: products in full precision."""

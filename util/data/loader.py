@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from util.dist import rank, world_size
+from util.dist import local_world_size, rank, world_size
 from util.rng import drawing_from, epoch_seed
 
 
@@ -122,5 +122,15 @@ def batch_loader(dataset, batches, num_workers):
 
 
 def _fitting(num_workers):
-    """At most one worker per core: the published default of 10 would slow down a laptop."""
-    return min(num_workers, os.cpu_count() or 1)
+    """At most this process's part of the cores of its machine, and one if there are fewer: the
+    published default of 10 would slow down a laptop, and 8 processes of one machine."""
+    return min(num_workers, max(1, _allowed_cores() // local_world_size()))
+
+
+def _allowed_cores():
+    """The cores that this process may use, of which containers and Slurm may allow only some."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13
+        return os.process_cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

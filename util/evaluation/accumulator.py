@@ -14,6 +14,7 @@ from util import dist
 from util.data.loader import plain_loader
 from util.evaluation.metrics import SPLITS
 from util.logger import Progress
+from util.precision import float64_device
 
 WORKERS = 4  # loader processes
 
@@ -22,19 +23,21 @@ class RunningStatistics:
     """Mean and covariance of features (N, width), from sums that processes can add up."""
 
     def __init__(self, width, device="cpu"):
+        device = float64_device(device)
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(width, dtype=torch.float64, device=device)
         self.products = torch.zeros(width, width, dtype=torch.float64, device=device)
 
     def add(self, features):
         """Add features (n, width) of more images."""
-        features = features.double()
+        features = features.to(self.total.device).double()
         self.count += len(features)
         self.total += features.sum(0)
         self.products += features.T @ features
 
     def reduce(self):
-        """Add up the sums of all processes."""
+        """Add up the sums of all processes, which may take unequally long to come to this."""
+        dist.wait()
         for value in (self.count, self.total, self.products):
             dist.all_reduce(value)
 
@@ -56,6 +59,7 @@ class RunningInceptionScore:
     """
 
     def __init__(self, num_images, classes, device="cpu", splits="torch-fidelity"):
+        device = float64_device(device)
         self.split_of, count = _splits(num_images, splits)
         self.split_of = self.split_of.to(device)
         self.entropy = torch.zeros(count, dtype=torch.float64, device=device)
@@ -65,7 +69,7 @@ class RunningInceptionScore:
     def add(self, indices, logits):
         """Add logits (n, classes) of the images with these indices."""
         split = self.split_of[torch.as_tensor(indices, device=self.split_of.device)]
-        logits = logits.double()
+        logits = logits.to(self.entropy.device).double()
         probability = logits.softmax(1)
         self.entropy.index_add_(0, split, (probability * logits.log_softmax(1)).sum(1))
         self.probability.index_add_(0, split, probability)
@@ -127,7 +131,7 @@ class Accumulator:
         if splits and extractor.classes:
             self.score = RunningInceptionScore(num_images, extractor.classes, device, splits)
         self.features = []
-        self.correct = torch.zeros(2, dtype=torch.float64, device=device)
+        self.correct = torch.zeros(2, dtype=torch.float64, device=float64_device(device))
 
     def add(self, indices, images, labels=None):
         """Images uint8 (n, H, W, 3) with their indices and, where known, labels."""
@@ -139,7 +143,7 @@ class Accumulator:
             self.score.add(indices, logits)
         if logits is not None and labels is not None:
             labels = torch.as_tensor(labels, device=logits.device)
-            right = (logits.argmax(1) == labels).sum()
+            right = (logits.argmax(1) == labels).sum().to(self.correct.device)
             self.correct += torch.stack([right, torch.tensor(len(labels), device=right.device)])
         if self.keep_features:
             self.features.append(features.float().cpu())

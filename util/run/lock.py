@@ -15,6 +15,7 @@ from pathlib import Path
 from util import dist
 from util.dist import print0
 from util.files import HOST, expecting_room
+from util.run.launch import agent
 
 try:
     import fcntl
@@ -27,19 +28,6 @@ HELD = (errno.EACCES, errno.EAGAIN)
 PATIENCE = 20  # seconds that a restarted run waits for its own processes to be gone
 
 _held = {}  # real path -> (file, content) of this process, which could lock its own again
-
-
-def launcher():
-    """Who started this process, as "host:pid:start": torchrun's agent, or a shell.
-
-    start: its time where the system tells, as a container's first process always has the same pid.
-    """
-    parent = os.getppid()
-    try:
-        start = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        start = ""
-    return f"{HOST}:{parent}:{start}"
 
 
 @contextmanager
@@ -70,10 +58,10 @@ def sign(path):
     A collective call, in a block that holds the folder; before the first output, after a check that
     nobody else's is there.
     """
-    agents = dist.all_gather(launcher())
+    agents = dist.all_gather(agent())
     if dist.is_main():
         file, ours = _held[os.path.realpath(Path(path) / NAME)]
-        _write(file, {**ours, "agents": sorted(set(agents))})
+        _write(file, {**ours, "agents": sorted({*agents} - {""})})
 
 
 def is_own(last):
@@ -81,9 +69,7 @@ def is_own(last):
 
     One of its agents is still there. A collective call.
     """
-    by_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    agents = set(dist.all_gather(launcher() if by_torchrun else ""))
-    known = last.get("agents")
+    agents, known = {*dist.all_gather(agent())} - {""}, last.get("agents")
     return isinstance(known, list) and not agents.isdisjoint(map(str, known))
 
 
