@@ -15,12 +15,10 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from util.dist import all_gather, gather, is_main, print0, rank, wait, world_size
 from util.files import first_few, replacing
-from util.weights import load_strictly, read_file
+from util.weights import load_strictly, read_file, read_metadata, write_safetensors
 
 LAST = "checkpoint-last.pth"
 FORMAT = 2
@@ -231,14 +229,15 @@ def load_checkpoint(path):
 
 def export_ema(source, path, config):
     """Write the EMA weights of a loaded checkpoint, and `config`, as safetensors."""
-    weights = {name: value.contiguous() for name, value in source["model_ema"].items()}
-    with replacing(path) as beside:
-        save_file(weights, beside, metadata={"config": json.dumps(config)})
+    write_safetensors(path, source["model_ema"], {"config": json.dumps(config)})
 
 
 def _load_export(path):
-    weights = read_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    config = json.loads(metadata["config"]) if "config" in metadata else None
+    weights, metadata = read_file(path), read_metadata(path)
+    if "sha256" not in metadata:
+        print0(f"NOTE: {path}: without a sha256, by which damage would be found; export it again")
+    try:
+        config = json.loads(metadata.get("config", "null"))
+    except ValueError as error:
+        raise ValueError(f"{path}: its configuration cannot be read ({error})") from None
     return {"model": weights, "model_ema": weights, "config": config, "args": {}}

@@ -1,21 +1,28 @@
 """Weight files: read them safely, load them strictly, and report clearly what does not fit.
 
 Nothing in a file is ever executed: `.safetensors` files hold tensors only, and everything else goes
-through `torch.load(weights_only=True)`.
+through `torch.load(weights_only=True)`. A flipped bit is found: by the checksums in the zips of
+`torch.save`, and by the sha256 that `write_safetensors` adds.
 """
 
 import argparse
 import hashlib
+import os
 import re
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
 
-from util.files import check_zip
+from util.files import check_zip, replacing
 
 _SHOWN = 3  # differences of each kind that a message lists
+# Files are memory-mapped, so that the processes of a node share one copy; not on Windows, where a
+# mapped file cannot be replaced: the first save of a resumed run would fail.
+_MAP = os.name != "nt"
 
 
 class _Ignored:
@@ -77,14 +84,13 @@ def read_file(path, missing=""):
         raise ValueError(f"{path}: no such file. {missing}".rstrip())
     try:
         if Path(path).suffix == ".safetensors":
-            return load_file(path)
+            return _read_safetensors(path)
         with torch.serialization.safe_globals(_HARMLESS):
-            # memory-mapped, so that the processes of a node share one copy
-            mapped = zipfile.is_zipfile(path)
-            if mapped:
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
                 check_zip(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except MemoryError:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and _MAP)
+    except (MemoryError, Damaged):
         raise
     except Exception as error:  # a damaged file can raise nearly anything, even OSError
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -98,6 +104,61 @@ def read_file(path, missing=""):
         raise ValueError(
             f"{path}: cannot be read ({reason}); it is damaged, truncated, or no weight file"
         ) from error
+
+
+class Damaged(ValueError):
+    """The content of a file does not fit its checksum."""
+
+
+def read_metadata(path):
+    """The metadata of a `.safetensors` file, name -> text: ours are `config` and `sha256`."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def _read_safetensors(path):
+    """Name -> tensor; raises Damaged, and the library's own errors.
+
+    A file without our sha256 is accepted: of another library, or an export of an earlier version.
+    """
+    weights = load_file(path) if _MAP else load(Path(path).read_bytes())
+    metadata = read_metadata(path)
+    # an export has a configuration; what else it has may be `sha256` with a flipped bit
+    more = set(metadata) - {"config", "format"} if "config" in metadata else ()
+    stated = "sha256" in metadata or more
+    if stated and metadata.get("sha256") != _digest_of_all(weights, metadata):
+        raise Damaged(f"{path}: its content does not fit its sha256: it is damaged")
+    return weights
+
+
+def write_safetensors(path, weights, metadata):
+    """Write name -> tensor and metadata, name -> text, with a sha256 of both. Raises ValueError."""
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    metadata = {**metadata, "sha256": _digest_of_all(weights, metadata)}
+    size = sum(value.nbytes for value in weights.values())
+    with replacing(path, size, durable=True) as beside:
+        save_file(weights, beside, metadata)
+
+
+def _digest_of_all(weights, metadata):
+    said = sorted((name, text) for name, text in metadata.items() if name != "sha256")
+    return hashlib.sha256(f"{said} {digest(weights)}".encode()).hexdigest()
+
+
+@contextmanager
+def never_unpickling():
+    """Let torch.load read weights only, whatever other libraries pass to it.
+
+    torch's own switch, which its opposite, if set, would contradict.
+    """
+    switches = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in switches}
+    os.environ.update(switches)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def load_strictly(module, state, source, hint=""):
