@@ -335,6 +335,7 @@ def save(args, training, network, side, scale, shift):
     import torch
 
     from util.dist import print0
+    from util.weights import size_of
 
     config = {"network": network.config, "data_path": args.data_path, "img_size": side}
     config |= {"epochs": training.epochs, "lr": training.lr}
@@ -342,7 +343,7 @@ def save(args, training, network, side, scale, shift):
     content = {"model": network.state_dict(), "scale": scale, "config": config}
     if shift:
         content["shift"] = shift
-    with replacing(args.vae_path) as beside:
+    with replacing(args.vae_path, size_of(content), durable=True) as beside:
         torch.save(content, beside)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
     print0(f"{args.vae_path}: scale {shown}")

@@ -45,6 +45,11 @@ def first_few(names, shown=3):
     return f"{', '.join(names[:shown])}{more}"
 
 
+def first_line(error):
+    """The first line of an error's text, its type if it has none; for a message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def check_zip(path):
     """Read all of a zip, the format of torch and numpy files, to verify its checksums.
 
@@ -56,7 +61,7 @@ def check_zip(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # zipfile raises nearly anything for a damaged file
-        raise zipfile.BadZipFile(str(error) or type(error).__name__) from None
+        raise zipfile.BadZipFile(first_line(error)) from None
     if damaged:
         raise zipfile.BadZipFile(f"the checksum of {damaged} inside does not fit")
 

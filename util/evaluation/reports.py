@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from util.dist import print0
+from util.files import expecting_room
 
 IN_ROWS = ("images", "seconds_per_image")  # settings that are rows of the table
 
@@ -37,10 +38,11 @@ def report(metrics, settings, notes=(), baseline=None, output_dir=None, logger=N
 
 def add_line(path, record):
     """Append a record to a file of JSON lines, on a new line even if the last one was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * cut_off + json.dumps(record) + "\n")
+    with expecting_room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
+        with path.open("a") as file:
+            file.write("\n" * cut_off + json.dumps(record) + "\n")
 
 
 def table(metrics, settings, baseline=None):

@@ -18,6 +18,7 @@ LABELS = {  # of axes and settings in plots; others are shown by their names
     "seconds_per_image": "seconds per image",
 }
 LOGARITHMIC = ("num_sampling_steps", "seconds_per_image")
+COSTS = ("seconds_per_image", "images")  # of every record, beside its metrics
 COLUMNS = 3  # panels side by side
 # file -> (axis that must vary, x of the plot): the shapes of the paper's figures
 PLOTS = {
@@ -67,16 +68,24 @@ def find_result(path, identity, names=()):
     if not Path(path).is_file():
         return None
     found = None
-    for line in Path(path).read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off when a run was killed
-            continue
-        if all(record.get(name) == value for name, value in identity.items()) and all(
-            name in record for name in names
-        ):
+    for line in Path(path).read_text(errors="replace").splitlines():
+        record = _record(line)
+        same = all(record.get(name) == value for name, value in identity.items())
+        if same and all(name in record for name in (*names, *COSTS)):
             found = record
     return found
+
+
+def _record(line):
+    """A line of results.jsonl; {} if it is damaged, such as cut off when a run was killed."""
+    try:
+        record = json.loads(line)
+        numbers = [record[name] for name in (*metrics.labels(), *COSTS) if name in record]
+        numbers += (record.get("real") or {}).values()
+    except (ValueError, RecursionError, AttributeError, TypeError):
+        return {}
+    # infinity is null, see reports.py
+    return record if all(type(n) in (int, float, type(None)) for n in numbers) else {}
 
 
 def write_sweep(records, points, folder):
@@ -86,10 +95,7 @@ def write_sweep(records, points, folder):
     """
     axes, folder = list(points[0]), Path(folder)
     names = [name for name in metrics.labels() if all(name in record for record in records)]
-    rows = [
-        {name: record[name] for name in (*axes, *names, "seconds_per_image", "images")}
-        for record in records
-    ]
+    rows = [{name: record[name] for name in (*axes, *names, *COSTS)} for record in records]
     files = [folder / "sweep.csv", folder / "sweep.md"]
     with replacing(files[0]) as beside, beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
