@@ -126,8 +126,9 @@ def open_npz(path):
 def _read(archive, info):
     """An array of an open .npz; zipfile verifies its checksum. Raises nearly anything."""
     shape, _, dtype, header = _header(archive, info)
-    if math.prod(shape) * dtype.itemsize > info.file_size - header:  # asked before it is allocated
-        raise ValueError(f"{info.filename} is cut off: of shape {shape}")
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size > info.file_size - header:  # before it is allocated
+        raise ValueError(f"{info.filename} cannot be of shape {shape}")
     with archive.open(info) as member:
         return np.lib.format.read_array(member, allow_pickle=False)
 

@@ -80,7 +80,8 @@ def _record(line):
     """A line of results.jsonl; {} if it is damaged, such as cut off when a run was killed."""
     try:
         record = json.loads(line)
-        numbers = [record[name] for name in (*metrics.labels(), *COSTS) if name in record]
+        numbers = [record[name] for name in metrics.labels() if name in record]
+        numbers += [record.get(name, 0) + 0 for name in COSTS]
         numbers += (record.get("real") or {}).values()
     except (ValueError, RecursionError, AttributeError, TypeError):
         return {}
