@@ -334,8 +334,8 @@ def save(args, training, network, side, scale, shift):
     """Write a trained network to args.vae_path, for `build_tokenizer`."""
     import torch
 
+    from util.checkpoint import size_of
     from util.dist import print0
-    from util.weights import size_of
 
     config = {"network": network.config, "data_path": args.data_path, "img_size": side}
     config |= {"epochs": training.epochs, "lr": training.lr}
