@@ -27,6 +27,7 @@ from util.flags import (
     positive_int,
     run,
 )
+from util.run import last_words
 from util.settings import Settings, add_flags, from_flags, setting
 
 TRAINABLE = ("kl", "vq", "vq_latent")
@@ -108,6 +109,7 @@ def main(argv=None):
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
     precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
     make_folder(args.output_dir, "--output_dir")
+    last_words.set_folder(args.output_dir, "main_tokenizer")
     dataset = get_images(args)
     channels, _, side = dataset[0][0].shape
     tokenizer = None if training.epochs else get_tokenizer(args, channels)
