@@ -104,7 +104,7 @@ def test_a_dead_worker(how, said, capsys):
     with pytest.raises(SystemExit) as got:
         run(main)
     assert got.value.code == 1
-    advice = "perhaps for want of memory; a smaller --num_workers needs less, 0 has none\n"
+    advice = "perhaps for want of memory; a smaller --num_workers needs less, and 0 starts none\n"
     assert capsys.readouterr().err == f"error: a loader's worker died: it {said}, {advice}"
 
 

@@ -96,7 +96,7 @@ def _of_worker(how):
     if "Bus error" in how:
         return f"{what}, as /dev/shm is too small; --num_workers 0 needs none of it"
     return (
-        f"{what}, perhaps for want of memory; a smaller --num_workers needs less, 0 has no worker"
+        f"{what}, perhaps for want of memory; a smaller --num_workers needs less, and 0 starts none"
     )
 
 
