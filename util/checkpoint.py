@@ -11,6 +11,7 @@ EpochDraws, or None.
 
 import json
 import os
+from argparse import Namespace
 from itertools import count
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 
 from util.dist import all_gather, gather, is_main, print0, rank, wait, world_size
 from util.files import first_few, replacing
+from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
 from util.weights import load_strictly, read_file, read_metadata, write_safetensors
 
 LAST = "checkpoint-last.pth"
@@ -31,7 +33,7 @@ def _from_published(content):
         "model_ema": content["model"],
         "config": None,
         **content,
-        "args": args if isinstance(args, dict) else vars(args),
+        "args": vars(args) if isinstance(args, Namespace) else args,
     }
 
 
@@ -102,6 +104,7 @@ class TrainState:
         load_strictly(self.ema.module, checkpoint["model_ema"], source)
         if "optimizer" not in checkpoint:
             return
+        check_optimizer_fits(checkpoint["optimizer"], self.optimizer, source)
         if bad := not_finite({"optimizer": checkpoint["optimizer"]}, self._names()):
             raise ValueError(
                 f"{source}: not finite: {first_few(bad)}; it is damaged, or of a run that diverged"
@@ -217,6 +220,7 @@ def load_checkpoint(path):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: no MAR checkpoint: expected an entry 'model', found {held}")
     found = content.get("format", 0)
+    expect(is_count(found), path, "format", found, "an integer")
     if found not in range(FORMAT + 1):
         raise ValueError(
             f"{path}: a checkpoint of format {found}, expected at most {FORMAT}: it was written by "
@@ -224,6 +228,7 @@ def load_checkpoint(path):
         )
     for number in range(found, FORMAT):
         content = MIGRATIONS[number](content)
+    check_checkpoint(content, path)
     return content
 
 
@@ -238,6 +243,8 @@ def _load_export(path):
         print0(f"NOTE: {path}: without a sha256, by which damage would be found; export it again")
     try:
         config = json.loads(metadata.get("config", "null"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its configuration cannot be read ({error})") from None
-    return {"model": weights, "model_ema": weights, "config": config, "args": {}}
+    content = {"model": weights, "model_ema": weights, "config": config, "args": {}}
+    check_checkpoint(content, path)
+    return content

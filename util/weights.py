@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load, load_file, save_file
 
 from util.files import check_zip, replacing
+from util.stored import check_tensors
 
 _SHOWN = 3  # differences of each kind that a message lists
 # Files are memory-mapped, so that the processes of a node share one copy; not on Windows, where a
@@ -71,7 +72,7 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
         if isinstance(content.get(entry), dict):
             content = content[entry]
             break
-    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor) and type(k) is str}
     if not weights:
         names = ", ".join(str(name) for name in list(content)[:5]) or "nothing at all"
         raise ValueError(f"{path}: holds no weights; what it holds: {names}")
@@ -89,7 +90,9 @@ def read_file(path, missing=""):
             zipped = zipfile.is_zipfile(path)
             if zipped:
                 check_zip(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and _MAP)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and _MAP)
+        check_tensors(content, path)
+        return content
     except (MemoryError, Damaged):
         raise
     except Exception as error:  # a damaged file can raise nearly anything, even OSError
@@ -174,6 +177,21 @@ def load_strictly(module, state, source, hint=""):
         ValueError: they differ, or values are not finite. The module is then unchanged. The message
             lists the first few differences of each kind and counts all.
     """
+    check_fits(module, state, source, hint)
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{source}: {len(bad)} of its {len(state)} weights have values that are not "
+            f"finite, such as {bad[0]}: it is damaged, or of a run that diverged"
+        )
+    module.load_state_dict(state, strict=True)
+
+
+def check_fits(module, state, source, hint=""):
+    """Raises ValueError unless the names and shapes of a state are those of a module.
+
+    For the arguments, and the message, see `load_strictly`.
+    """
     own = module.state_dict()
     shapes = [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here"
@@ -183,15 +201,7 @@ def load_strictly(module, state, source, hint=""):
     unexpected = [f"{name}: in the file, not in this model" for name in state if name not in own]
     missing = [f"{name}: in this model, not in the file" for name in own if name not in state]
     kinds = (shapes, unexpected, missing)
-    count = sum(map(len, kinds))
-    if not count:
-        bad = [name for name, value in state.items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(
-                f"{source}: {len(bad)} of its {len(state)} weights have values that are not "
-                f"finite, such as {bad[0]}: it is damaged, or of a run that diverged"
-            )
-        module.load_state_dict(state, strict=True)
+    if not (count := sum(map(len, kinds))):
         return
     shown = [difference for kind in kinds for difference in kind[:_SHOWN]]
     rest = f"; and {count - len(shown)} more" if count > len(shown) else ""
