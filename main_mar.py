@@ -23,6 +23,7 @@ from util.flags import (
     run,
 )
 from util.recipe import Output, Recipe, changes
+from util.run import last_words
 from util.run.tracker import add_tracker_flag
 from util.settings import add_flags, destination, from_flags
 
@@ -133,6 +134,7 @@ def main(argv=None):
     device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)
     with nullcontext() if args.evaluate else hold_output(args):
+        last_words.set_folder(args.output_dir, "main_mar")
         checkpoint, path = find_resumed(args)
         config, sampling, tokenizer = configure(args, given, checkpoint, path)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision)

@@ -28,6 +28,7 @@ from util.flags import (
     positive_int,
     run,
 )
+from util.run import last_words
 from util.run.tracker import add_tracker_flag
 from util.settings import Settings, add_flags, from_flags, setting
 
@@ -111,6 +112,7 @@ def main(argv=None):
     device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
     make_folder(args.output_dir, "--output_dir")
+    last_words.set_folder(args.output_dir, "main_tokenizer")
     dataset = get_images(args)
     channels, _, side = dataset[0][0].shape
     tokenizer = None if training.epochs else get_tokenizer(args, channels)
@@ -339,6 +341,7 @@ def save(args, training, network, side, scale, shift):
     """Write a trained network to args.vae_path, for `build_tokenizer`."""
     import torch
 
+    from util.checkpoint import size_of
     from util.dist import print0
 
     config = {"network": network.config, "data_path": args.data_path, "img_size": side}
@@ -347,7 +350,7 @@ def save(args, training, network, side, scale, shift):
     content = {"model": network.state_dict(), "scale": scale, "config": config}
     if shift:
         content["shift"] = shift
-    with replacing(args.vae_path) as beside:
+    with replacing(args.vae_path, size_of(content), durable=True) as beside:
         torch.save(content, beside)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
     print0(f"{args.vae_path}: scale {shown}")

@@ -7,6 +7,7 @@ from util.data import check_data_set
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
+from util.run import last_words
 from util.settings import add_flags, from_flags, said_flags
 
 
@@ -92,6 +93,7 @@ def main(argv=None):
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(**machine(args))
     model, tokenizer, config = open_checkpoint(args)
+    last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
     sampling = pick_sampling(args, config, model, points)
     labels = pick_labels(args, config["model"]["class_num"])
     writers = open_outputs(args, labels)

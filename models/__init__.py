@@ -58,10 +58,10 @@ def load_model(path, weights="ema", **overrides):
 def checkpoint_config(checkpoint, source):
     """The configuration of a loaded checkpoint. Raises ValueError if it cannot be determined."""
     from models.published import published_config
+    from models.stored import check_config
 
-    config = checkpoint["config"]
-    if not config:
-        return published_config(checkpoint, source)
-    if config["tokenizer"].get("scale") is not None:  # older files have a scale but no shift
-        config["tokenizer"].setdefault("shift", 0.0)
+    config = checkpoint["config"] or published_config(checkpoint, source)
+    check_config(config, checkpoint["model_ema"], source)
+    if checkpoint["config"] and config["tokenizer"].get("scale") is not None:
+        config["tokenizer"].setdefault("shift", 0.0)  # older files have a scale but no shift
     return config

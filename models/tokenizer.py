@@ -219,6 +219,9 @@ def scale_and_shift(path, scale=None, shift=None, published=(None, 0.0)):
     """
     held = read_file(path) if scale is None or shift is None else {}
     own = (held["scale"], held.get("shift", 0.0)) if "scale" in held else published
+    for name, value in zip(("scale", "shift"), own, strict=True):
+        several = value if isinstance(value, list | tuple) else [value]
+        check_numbers(f"{path}: {name}", value, len(several), positive=name == "scale")
     scale, shift = own[0] if scale is None else scale, own[1] if shift is None else shift
     if scale is None:
         raise ValueError(

@@ -24,8 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.autoencoder_files import kl_variant, load_first_stage
+from util.files import first_line
 from util.rng import randn
-from util.weights import load_strictly
+from util.weights import check_fits, load_strictly
 
 KL_WEIGHT = (
     1e-6  # LDM's weight of the KL in nats, summed like the absolute error, whose weight is 1
@@ -264,10 +265,13 @@ class Autoencoder(nn.Module):
         """
         state = load_first_stage(path)
         try:
-            variant = cls.variant(state)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        model = cls(**{**variant, **expected})
+            arguments = {**cls.variant(state), **expected}
+            with torch.device("meta"):  # sizes in a file could take all memory
+                model = cls(**arguments)
+        except (ValueError, ArithmeticError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{path}: {first_line(error)}") from None
+        check_fits(model, state, path, model._variant_hint(state))
+        model = cls(**arguments)
         model._load(state, path)
         return model
 

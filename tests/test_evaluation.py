@@ -243,7 +243,7 @@ def test_flags_make_settings(kernel_row):
 def test_a_point_without_a_metric_is_not_done(tmp_path):
     """A record counts only with every number that is asked for."""
     path = tmp_path / "results.jsonl"
-    path.write_text('{"cfg": 1.0, "fid": 2.0}\n')
+    path.write_text('{"cfg": 1.0, "fid": 2.0, "images": 9, "seconds_per_image": 0.5}\n')
     assert find_result(path, {"cfg": 1.0}, ["fid"])["fid"] == 2.0
     assert find_result(path, {"cfg": 1.0}, ["fid", "kernel_distance"]) is None
 

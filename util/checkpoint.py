@@ -11,16 +11,16 @@ EpochDraws, or None.
 
 import json
 import os
+from argparse import Namespace
 from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from util.dist import all_gather, barrier, gather, is_main, print0, rank, world_size
 from util.files import first_few, replacing
-from util.weights import load_strictly, read_file
+from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
+from util.weights import load_strictly, read_file, read_metadata, write_safetensors
 
 LAST = "checkpoint-last.pth"
 FORMAT = 2
@@ -33,7 +33,7 @@ def _from_published(content):
         "model_ema": content["model"],
         "config": None,
         **content,
-        "args": args if isinstance(args, dict) else vars(args),
+        "args": vars(args) if isinstance(args, Namespace) else args,
     }
 
 
@@ -104,6 +104,7 @@ class TrainState:
         load_strictly(self.ema.module, checkpoint["model_ema"], source)
         if "optimizer" not in checkpoint:
             return
+        check_optimizer_fits(checkpoint["optimizer"], self.optimizer, source)
         if bad := not_finite({"optimizer": checkpoint["optimizer"]}, self._names()):
             raise ValueError(
                 f"{source}: not finite: {first_few(bad)}; it is damaged, or of a run that diverged"
@@ -219,6 +220,7 @@ def load_checkpoint(path):
         held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"{path}: no MAR checkpoint: expected an entry 'model', found {held}")
     found = content.get("format", 0)
+    expect(is_count(found), path, "format", found, "an integer")
     if found not in range(FORMAT + 1):
         raise ValueError(
             f"{path}: a checkpoint of format {found}, expected at most {FORMAT}: it was written by "
@@ -226,19 +228,23 @@ def load_checkpoint(path):
         )
     for number in range(found, FORMAT):
         content = MIGRATIONS[number](content)
+    check_checkpoint(content, path)
     return content
 
 
 def export_ema(source, path, config):
     """Write the EMA weights of a loaded checkpoint, and `config`, as safetensors."""
-    weights = {name: value.contiguous() for name, value in source["model_ema"].items()}
-    with replacing(path) as beside:
-        save_file(weights, beside, metadata={"config": json.dumps(config)})
+    write_safetensors(path, source["model_ema"], {"config": json.dumps(config)})
 
 
 def _load_export(path):
-    weights = read_file(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    config = json.loads(metadata["config"]) if "config" in metadata else None
-    return {"model": weights, "model_ema": weights, "config": config, "args": {}}
+    weights, metadata = read_file(path), read_metadata(path)
+    if "sha256" not in metadata:
+        print0(f"NOTE: {path}: without a sha256, by which damage would be found; export it again")
+    try:
+        config = json.loads(metadata.get("config", "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its configuration cannot be read ({error})") from None
+    content = {"model": weights, "model_ema": weights, "config": config, "args": {}}
+    check_checkpoint(content, path)
+    return content

@@ -6,10 +6,9 @@ Nothing here imports torch, so that a wrong flag is reported at once.
 import argparse
 import math
 import os
-import sys
 from ast import literal_eval
 
-from util.run import stop
+from util.run import ending, last_words, stop
 
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 _UNSET = object()
@@ -116,8 +115,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print one line, without the usage, and exit."""
-        print(f"error: {message}; see --help", file=sys.stderr, flush=True)
-        sys.exit(2)
+        ending.fail(f"error: {message}; see --help")
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does, noting the flags that there are."""
+        ending.note_flags(self._option_string_actions)
+        return super().parse_known_args(args, namespace)
 
     def parse_given(self, argv=None):
         """(namespace, the names of the flags that were given)."""
@@ -130,48 +133,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(main, argv=None):
-    """Run a script's main; user errors give one line and exit status 2, without a traceback."""
+    """Run a script's main. What a user can change ends in one line, without a traceback."""
     stop.listen()
     # torch, when it is loaded, then leaves out twenty lines of C++ for each lost connection
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         main(argv)
-    except stop.Stopped as request:
-        print(f"stopped: {request}", file=sys.stderr, flush=True)
-        _leave_group()
-        sys.exit(stop.STATUS)
-    except (ValueError, OSError) as error:
-        # errors from loader workers carry a traceback in the message; the last line matters
-        lines = str(error).strip().splitlines()
-        print(f"error: {lines[-1].removeprefix('ValueError: ')}", file=sys.stderr, flush=True)
-        if _dist() and _dist().world_size() > 1:
-            # others may be waiting for this process: exit at once, and the launcher stops them
-            os._exit(2)
-        sys.exit(2)
-    except FloatingPointError as error:  # raised by every process
-        print(f"stopped: {error}", file=sys.stderr, flush=True)
-        _leave_group()
-        sys.exit(1)
-    except RuntimeError as error:
-        message = _dist().lost(error) if _dist() else None
-        if message is None:
-            raise
-        print(f"stopped: {message}", file=sys.stderr, flush=True)
-        os._exit(1)  # nothing that waits for another process would end
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
-    _leave_group()
-
-
-def _dist():
-    """The module util.dist if it was imported; otherwise there are no other processes yet."""
-    return sys.modules.get("util.dist")
-
-
-def _leave_group():
-    if _dist():
-        _dist().cleanup()
+    except (Exception, KeyboardInterrupt) as error:
+        ending.end(error)
+        raise
+    last_words.none()
+    ending.leave_group()
 
 
 def add_tokenizer_flags(parser, tokenizers):

@@ -1,21 +1,29 @@
 """Weight files: read them safely, load them strictly, and report clearly what does not fit.
 
 Nothing in a file is ever executed: `.safetensors` files hold tensors only, and everything else goes
-through `torch.load(weights_only=True)`.
+through `torch.load(weights_only=True)`. A flipped bit is found: by the checksums in the zips of
+`torch.save`, and by the sha256 that `write_safetensors` adds.
 """
 
 import argparse
 import hashlib
+import os
 import re
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load, load_file, save_file
 
-from util.files import check_zip
+from util.files import check_zip, replacing
+from util.stored import check_tensors
 
 _SHOWN = 3  # differences of each kind that a message lists
+# Files are memory-mapped, so that the processes of a node share one copy; not on Windows, where a
+# mapped file cannot be replaced: the first save of a resumed run would fail.
+_MAP = os.name != "nt"
 
 
 class _Ignored:
@@ -64,7 +72,7 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
         if isinstance(content.get(entry), dict):
             content = content[entry]
             break
-    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor)}
+    weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor) and type(k) is str}
     if not weights:
         names = ", ".join(str(name) for name in list(content)[:5]) or "nothing at all"
         raise ValueError(f"{path}: holds no weights; what it holds: {names}")
@@ -77,14 +85,15 @@ def read_file(path, missing=""):
         raise ValueError(f"{path}: no such file. {missing}".rstrip())
     try:
         if Path(path).suffix == ".safetensors":
-            return load_file(path)
+            return _read_safetensors(path)
         with torch.serialization.safe_globals(_HARMLESS):
-            # memory-mapped, so that the processes of a node share one copy
-            mapped = zipfile.is_zipfile(path)
-            if mapped:
+            zipped = zipfile.is_zipfile(path)
+            if zipped:
                 check_zip(path)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except MemoryError:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and _MAP)
+        check_tensors(content, path)
+        return content
+    except (MemoryError, Damaged):
         raise
     except Exception as error:  # a damaged file can raise nearly anything, even OSError
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -100,6 +109,61 @@ def read_file(path, missing=""):
         ) from error
 
 
+class Damaged(ValueError):
+    """The content of a file does not fit its checksum."""
+
+
+def read_metadata(path):
+    """The metadata of a `.safetensors` file, name -> text: ours are `config` and `sha256`."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
+def _read_safetensors(path):
+    """Name -> tensor; raises Damaged, and the library's own errors.
+
+    A file without our sha256 is accepted: of another library, or an export of an earlier version.
+    """
+    weights = load_file(path) if _MAP else load(Path(path).read_bytes())
+    metadata = read_metadata(path)
+    # an export has a configuration; what else it has may be `sha256` with a flipped bit
+    more = set(metadata) - {"config", "format"} if "config" in metadata else ()
+    stated = "sha256" in metadata or more
+    if stated and metadata.get("sha256") != _digest_of_all(weights, metadata):
+        raise Damaged(f"{path}: its content does not fit its sha256: it is damaged")
+    return weights
+
+
+def write_safetensors(path, weights, metadata):
+    """Write name -> tensor and metadata, name -> text, with a sha256 of both. Raises ValueError."""
+    weights = {name: value.contiguous() for name, value in weights.items()}
+    metadata = {**metadata, "sha256": _digest_of_all(weights, metadata)}
+    size = sum(value.nbytes for value in weights.values())
+    with replacing(path, size, durable=True) as beside:
+        save_file(weights, beside, metadata)
+
+
+def _digest_of_all(weights, metadata):
+    said = sorted((name, text) for name, text in metadata.items() if name != "sha256")
+    return hashlib.sha256(f"{said} {digest(weights)}".encode()).hexdigest()
+
+
+@contextmanager
+def never_unpickling():
+    """Let torch.load read weights only, whatever other libraries pass to it.
+
+    torch's own switch, which its opposite, if set, would contradict.
+    """
+    switches = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "0"}
+    before = {name: os.environ.get(name) for name in switches}
+    os.environ.update(switches)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
 def load_strictly(module, state, source, hint=""):
     """Load `state` into `module`; all names and shapes must match, and all values be finite.
 
@@ -113,6 +177,21 @@ def load_strictly(module, state, source, hint=""):
         ValueError: they differ, or values are not finite. The module is then unchanged. The message
             lists the first few differences of each kind and counts all.
     """
+    check_fits(module, state, source, hint)
+    bad = [name for name, value in state.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{source}: {len(bad)} of its {len(state)} weights have values that are not "
+            f"finite, such as {bad[0]}: it is damaged, or of a run that diverged"
+        )
+    module.load_state_dict(state, strict=True)
+
+
+def check_fits(module, state, source, hint=""):
+    """Raises ValueError unless the names and shapes of a state are those of a module.
+
+    For the arguments, and the message, see `load_strictly`.
+    """
     own = module.state_dict()
     shapes = [
         f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} here"
@@ -122,15 +201,7 @@ def load_strictly(module, state, source, hint=""):
     unexpected = [f"{name}: in the file, not in this model" for name in state if name not in own]
     missing = [f"{name}: in this model, not in the file" for name in own if name not in state]
     kinds = (shapes, unexpected, missing)
-    count = sum(map(len, kinds))
-    if not count:
-        bad = [name for name, value in state.items() if not value.isfinite().all()]
-        if bad:
-            raise ValueError(
-                f"{source}: {len(bad)} of its {len(state)} weights have values that are not "
-                f"finite, such as {bad[0]}: it is damaged, or of a run that diverged"
-            )
-        module.load_state_dict(state, strict=True)
+    if not (count := sum(map(len, kinds))):
         return
     shown = [difference for kind in kinds for difference in kind[:_SHOWN]]
     rest = f"; and {count - len(shown)} more" if count > len(shown) else ""

@@ -7,6 +7,7 @@ IMAGES is a folder of images or an .npz; REFERENCE is either, an .npz of statist
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_device_flag, positive_int, run
+from util.run import last_words
 from util.settings import add_flags, from_flags
 
 
@@ -42,6 +43,7 @@ def main(argv=None):
     device = dist.init(args.device)
     if args.output_dir:
         make_folder(args.output_dir, "--output_dir")
+        last_words.set_folder(args.output_dir, "evaluation")
     images = open_images(args.images, args.img_size)
     evaluator = open_evaluator(
         from_flags(Evaluation, args),

@@ -1,14 +1,19 @@
 """The metrics of real images: those of a perfect model."""
 
+import hashlib
 import json
+from math import isfinite
 
 import numpy as np
 from torch.utils.data import Subset
 
 from util import dist
+from util.dist import print0
 from util.evaluation.accumulator import summarize
 from util.evaluation.references import kept_path
-from util.files import replacing
+from util.files import first_line, replacing
+
+SEAL = "sha256"  # entry of a cache file, of the others
 
 
 def measure_baseline(evaluator, source, dataset, num_images):
@@ -56,8 +61,9 @@ def _keep(evaluator, rows, found, kept, paths):
     for name, row in rows.items() if dist.is_main() else ():
         extractor = evaluator.extractor_of(row).name
         kept[extractor] |= {key: found[key] for key in row.labels(name)}
+        sealed = {**kept[extractor], SEAL: _seal(kept[extractor])}
         with replacing(paths[extractor]) as beside:
-            beside.write_text(json.dumps(kept[extractor]))
+            beside.write_text(json.dumps(sealed))
 
 
 def _path(evaluator, extractor, source, dataset, count):
@@ -70,7 +76,21 @@ def _path(evaluator, extractor, source, dataset, count):
 
 def _read(path):
     """The content of a cache file, name -> number; {} if it is missing or damaged."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+    if not path.is_file():
         return {}
+    try:
+        held = json.loads(path.read_text())
+        sealed = held.pop(SEAL, None)
+        # files of earlier versions have no seal, but nothing except numbers either
+        if not all(type(value) in (int, float) and isfinite(value) for value in held.values()):
+            raise ValueError("not all of it is numbers")
+        if sealed not in (None, _seal(held)):
+            raise ValueError("it does not fit its sha256")
+        return held
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        print0(f"NOTE: {path}: not readable ({first_line(error)}): computed again")
+        return {}
+
+
+def _seal(held):
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()

@@ -6,6 +6,8 @@ Extractor has the hash of its weights, so that metrics in different features can
 
 import copy
 from functools import cache
+from io import BytesIO
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from util.data import kind_of
 from util.data.digits import digits
 from util.evaluation.metrics import INCEPTION
 from util.table import Table
-from util.weights import digest, read_weights
+from util.weights import digest, never_unpickling, read_weights
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -63,17 +65,46 @@ def _published(name, weights):
     if name not in FEATURE_EXTRACTORS_REGISTRY:
         known = ", ".join(sorted({*EXTRACTORS, *FEATURE_EXTRACTORS_REGISTRY}))
         raise ValueError(f"extractor {name!r}: expected one of {known}")
-    if weights is not None:
-        # read it safely first, because torch-fidelity would execute code in it
-        read_weights(weights, entries=(), missing=f"Inception's weights are at {INCEPTION_URL}")
+    file = weights and _reread(weights)
     layer_for = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric
     layers = list(dict.fromkeys([layer_for("fid"), layer_for("isc")]))
     try:
-        return create_feature_extractor(
-            name, layers, False, feature_extractor_weights_path=weights, verbose=False
-        )
+        with never_unpickling():
+            return create_feature_extractor(
+                name,
+                layers,
+                False,
+                feature_extractor_weights_path=file or _fetched_script(name),
+                verbose=False,
+            )
     except Exception as error:  # a hub without a network can raise anything
         raise ValueError(_unavailable(name, weights, error)) from error
+
+
+def _reread(path):
+    """The weights of a file as a file in memory: what torch-fidelity is given is ours."""
+    state = read_weights(path, entries=(), missing=f"Inception's weights are at {INCEPTION_URL}")
+    file = BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return file
+
+
+def _fetched_script(name):
+    """The path of a CLIP network, fetched if need be; None for other extractors.
+
+    It is TorchScript, of which torch.load makes no weights; torch-fidelity reads a path otherwise.
+    """
+    from torch_fidelity.feature_extractor_clip import MODEL_METADATA, MODEL_URLS
+
+    if name not in MODEL_URLS:
+        return None
+    sha256 = MODEL_METADATA[name]["hash"]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}-{sha256}.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(MODEL_URLS[name], str(path), sha256, progress=False)
+    return str(path)
 
 
 def _unavailable(name, weights, error):

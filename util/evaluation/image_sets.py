@@ -3,6 +3,7 @@
 Each yields (uint8 (H, W, 3), label), like generated images; the label is -1 if unknown.
 """
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import open_data
 from util.data.folder import read_image
-from util.files import check_zip
+from util.files import check_zip, first_line
 from util.images import to_uint8
 
 
@@ -85,19 +86,17 @@ def _mapped(path, name):
     """An array of an .npz, memory-mapped unless compressed, as it may have 10 GB."""
     try:
         check_zip(path)  # a memory map would not notice damage
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not a readable .npz ({error})") from error
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        info = archive.getinfo(f"{name}.npy")
-        np.lib.format.read_magic(member)
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
-        header = member.tell()
-    if info.compress_type != zipfile.ZIP_STORED or fortran:
-        return np.load(path)[name]
-    with open(path, "rb") as file:  # after a local header, which states its length
-        file.seek(info.header_offset + 26)
-        lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
-    return np.memmap(path, dtype, "r", info.header_offset + 30 + lengths + header, shape)
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{name}.npy")
+            shape, fortran, dtype, header = _header(archive, info)
+            if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
+                return _read(archive, info)
+        with open(path, "rb") as file:  # after a local header, which states its length
+            file.seek(info.header_offset + 26)
+            lengths = [int.from_bytes(file.read(2), "little") for _ in range(2)]
+        return np.memmap(path, dtype, "r", info.header_offset + 30 + sum(lengths) + header, shape)
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise _unreadable(path, error) from error
 
 
 def open_images(path, img_size=None):
@@ -113,11 +112,35 @@ def open_images(path, img_size=None):
 
 
 def open_npz(path):
-    """The arrays of an .npz by name, with None for arr_0. Raises ValueError."""
+    """The arrays of an .npz by name, with None for arr_0. Raises ValueError, also for damage."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        file = np.load(path)
-        return {name: None if name == "arr_0" else file[name] for name in file.files}
-    except Exception as error:
-        raise ValueError(f"{path}: not a readable .npz ({error})") from error
+        with zipfile.ZipFile(path) as archive:
+            infos = {i.filename.removesuffix(".npy"): i for i in archive.infolist()}
+            return {n: None if n == "arr_0" else _read(archive, i) for n, i in infos.items()}
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise _unreadable(path, error) from error
+
+
+def _read(archive, info):
+    """An array of an open .npz; zipfile verifies its checksum. Raises nearly anything."""
+    shape, _, dtype, header = _header(archive, info)
+    size = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or size > info.file_size - header:  # before it is allocated
+        raise ValueError(f"{info.filename} cannot be of shape {shape}")
+    with archive.open(info) as member:
+        return np.lib.format.read_array(member, allow_pickle=False)
+
+
+def _header(archive, info):
+    """(shape, whether in Fortran's order, dtype, bytes of the header) of an array."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = {(1, 0): np.lib.format.read_array_header_1_0}
+        read[2, 0] = np.lib.format.read_array_header_2_0
+        return *read[version](member), member.tell()
+
+
+def _unreadable(path, error):
+    return ValueError(f"{path}: not a readable .npz ({first_line(error)})")

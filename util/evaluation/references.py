@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 
 from util import dist
 from util.data import describe_paths, has_images, kind_of
+from util.dist import print0
 from util.evaluation.accumulator import WORKERS, Accumulator, summarize
 from util.evaluation.image_sets import RealImages, open_images, open_npz
 from util.files import replacing
@@ -102,7 +103,8 @@ def _path_reference(path, extractor, img_size, workers, own):
 
 def _stored_statistics(path, held, extractor):
     """(statistics, number of images or None) of an .npz. Raises ValueError if they do not fit."""
-    mu, sigma = np.asarray(held["mu"], np.float64).reshape(-1), held["sigma"]
+    mu, sigma = _numbers(path, held, "mu"), _numbers(path, held, "sigma")
+    mu = np.asarray(mu, np.float64).reshape(-1)
     if mu.shape != (extractor.width,) or sigma.shape != (extractor.width, extractor.width):
         raise ValueError(
             f"{path}: statistics of {mu.shape[0]} features, those of {extractor.name} have "
@@ -113,27 +115,58 @@ def _stored_statistics(path, held, extractor):
             f"{path}: statistics from other weights than those of this {extractor.name} "
             f"(sha256 {str(held['sha256'])[:12]}…, here {extractor.sha256[:12]}…)"
         )
-    return {"mu": mu, "sigma": sigma}, int(held["count"]) if "count" in held else None
+    count = int(_numbers(path, held, "count", ())) if "count" in held else None
+    return {"mu": mu, "sigma": sigma}, count
+
+
+def _numbers(path, held, name, shape=None):
+    """An array of an .npz. Raises ValueError if it is not of finite numbers and of this shape."""
+    array = held[name]
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        raise ValueError(f"{path}: {name} of type {array.dtype}, expected finite numbers")
+    if shape is not None and array.shape != shape:
+        raise ValueError(f"{path}: {name} of shape {array.shape}, expected {shape}")
+    return array
 
 
 def _data_reference(source, dataset, extractor, cache, workers):
-    """Cached statistics of a data set, with features of some images; computed if missing."""
+    """Kept statistics of a data set, with features of some images; computed if missing."""
     depends = f"{dataset.description}|{extractor.name}|{extractor.sha256}"
     path = kept_path(cache, source, extractor.name, depends, "npz")
-    if not dist.broadcast(path.is_file()):
+    held = _kept(path, depends, extractor.width) if dist.is_main() else None
+    if dist.broadcast(held is None):
         arrays = _measure_data(source, dataset, extractor, workers)
         if dist.is_main():
-            with replacing(path) as beside, open(beside, "wb") as file:
+            size = sum(np.asarray(array).nbytes for array in arrays.values())
+            with replacing(path, size) as beside, open(beside, "wb") as file:
                 np.savez(file, **arrays, sha256=extractor.sha256, depends=depends)
-    if not dist.is_main():
-        return {}
-    with np.load(path) as file:
-        return {
-            "statistics": {"mu": file["mu"], "sigma": file["sigma"]},
-            "features": torch.from_numpy(file["features"]),
-            "num_images": int(file["count"]),
-            "accuracy": float(file["accuracy"]) if "accuracy" in file else None,
-        }
+            held = _kept(path, depends, extractor.width)
+    return held or {}
+
+
+def _kept(path, depends, width):
+    """What a file of kept statistics holds; None if there is none, or if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        held = open_npz(path)
+        if missing := {"mu", "sigma", "features", "count", "depends"} - set(held):
+            raise ValueError(f"{path}: without {' and '.join(sorted(missing))}")
+        if str(held["depends"]) != depends:
+            raise ValueError(f"{path}: statistics of other images or of another extractor")
+        shapes = {"mu": (width,), "sigma": (width, width), "count": ()}
+        statistics = {name: _numbers(path, held, name, shape) for name, shape in shapes.items()}
+        features = _numbers(path, held, "features", (*held["features"].shape[:1], width))
+        accuracy = float(_numbers(path, held, "accuracy", ())) if "accuracy" in held else None
+    except ValueError as error:
+        print0(f"NOTE: {error}: computed again")
+        return None
+    return {
+        "num_images": int(statistics.pop("count")),
+        "statistics": statistics,
+        "features": torch.from_numpy(features),
+        "accuracy": accuracy,
+    }
 
 
 def _measure_data(source, dataset, extractor, workers):

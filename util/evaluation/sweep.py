@@ -18,6 +18,7 @@ LABELS = {  # of axes and settings in plots; others are shown by their names
     "seconds_per_image": "seconds per image",
 }
 LOGARITHMIC = ("num_sampling_steps", "seconds_per_image")
+COSTS = ("seconds_per_image", "images")  # of every record, beside its metrics
 COLUMNS = 3  # panels side by side
 # file -> (axis that must vary, x of the plot): the shapes of the paper's figures
 PLOTS = {
@@ -65,12 +66,22 @@ def find_result(path, identity, names=()):
     identity: name -> value. names: metrics that the record must have.
     """
     found = None
-    for record in jsonl.read(path):
-        if all(record.get(name) == value for name, value in identity.items()) and all(
-            name in record for name in names
-        ):
+    for record in filter(_is_whole, jsonl.read(path)):
+        same = all(record.get(name) == value for name, value in identity.items())
+        if same and all(name in record for name in (*names, *COSTS)):
             found = record
     return found
+
+
+def _is_whole(record):
+    """Whether the numbers of a record are numbers, or null for infinity."""
+    real = record.get("real") or {}
+    if not isinstance(real, dict):
+        return False
+    numbers = [record[name] for name in metrics.labels() if name in record]
+    costs = [record[name] for name in COSTS if name in record]
+    whole = all(type(n) in (int, float, type(None)) for n in (*numbers, *real.values()))
+    return whole and all(type(n) in (int, float) for n in costs)
 
 
 def write_sweep(records, points, folder):
@@ -80,10 +91,7 @@ def write_sweep(records, points, folder):
     """
     axes, folder = list(points[0]), Path(folder)
     names = [name for name in metrics.labels() if all(name in record for record in records)]
-    rows = [
-        {name: record[name] for name in (*axes, *names, "seconds_per_image", "images")}
-        for record in records
-    ]
+    rows = [{name: record[name] for name in (*axes, *names, *COSTS)} for record in records]
     files = [folder / "sweep.csv", folder / "sweep.md"]
     with replacing(files[0]) as beside, beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

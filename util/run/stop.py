@@ -14,6 +14,8 @@ import threading
 import time
 from contextlib import contextmanager
 
+from util.run import last_words
+
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: no failure, the same command is to be called again
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")  # Slurm and torchrun, Slurm's --signal, Ctrl-C
 AGAIN = 2  # seconds; torchrun passes a Ctrl-C on to processes that have received it already
@@ -34,8 +36,9 @@ class _Requests:
         if not self.deferring:
             if name == "SIGINT":
                 raise KeyboardInterrupt
-            print(f"stopped: {name}, before there was anything to save", file=sys.stderr)
-            sys.stderr.flush()
+            said = f"stopped: {name}, before there was anything to save"
+            last_words.write(said)
+            print(said, file=sys.stderr, flush=True)
             os._exit(STATUS)
         if self.reason is None:
             self.reason, self.since = name, time.monotonic()

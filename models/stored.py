@@ -1,0 +1,102 @@
+"""The configuration in a checkpoint is checked before anything is built from it.
+
+It names sizes, and a size that is no size of these weights could take all memory, or for ever.
+"""
+
+from argparse import ArgumentTypeError
+from inspect import signature
+
+from models.settings import MODELS, TOKENIZERS, Model, Sampling
+from util.files import first_line
+from util.stored import expect, is_count, is_number
+
+PARTS = ("model", "tokenizer", "sampling")
+DEPTHS = ("diffloss_d", "depth", "encoder_depth", "decoder_depth")
+
+
+def check_config(config, weights, path):
+    """Raises ValueError unless a configuration is one of a model with these weights.
+
+    weights: name -> tensor.
+    """
+    for part in PARTS:
+        values = config.get(part)
+        fits = isinstance(values, dict) and all(isinstance(name, str) for name in values)
+        expect(fits, path, f"config's {part}", values, "values by name")
+    _check_settings(Model, config["model"], path, "model")
+    _check_settings(Sampling, config["sampling"], path, "sampling")
+    for name in config["sampling"]:
+        expect(name in Sampling.names(), path, "config's sampling", name, "a known setting")
+    _check_tokenizer(config["tokenizer"], path)
+    range_ = config.get("latent_range", 0.0)
+    expect(is_number(range_) and range_ >= 0, path, "config's latent_range", range_, "a number")
+    _check_sizes(config["model"], weights, path)
+
+
+def _check_settings(cls, values, path, part):
+    """Check the values that have fields of a Settings class by the types of these."""
+    for field in cls.fields():
+        value = values.get(field.name)
+        if value is None:
+            continue
+        entry, details = f"config's {part} {field.name}", field.metadata
+        kinds = {int: (int,), float: (int, float), tuple: (list, tuple)}.get(
+            field.type, (field.type,)
+        )
+        if field.name == "num_sampling_steps":
+            kinds = (str, int)
+        expect(type(value) in kinds, path, entry, value, f"a value of type {field.type.__name__}")
+        if "choices" in details:
+            expect(value in details["choices"], path, entry, value, "a known name")
+        for each in value if isinstance(value, list | tuple) else [value]:
+            _check_by_flag(details.get("type", str), each, path, entry)
+
+
+def _check_by_flag(convert, value, path, entry):
+    """Check a value as its flag would be."""
+    try:
+        convert(str(value))
+    except (ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{path}: {entry}: {first_line(error)}") from None
+
+
+def _check_tokenizer(own, path):
+    name = own.get("name")
+    known = isinstance(name, str) and name in TOKENIZERS
+    expect(known, path, "config's tokenizer", name, "the name of a tokenizer")
+    takes = {"name", "vae_path", "scale", "shift", *signature(TOKENIZERS[name]).parameters}
+    for key, value in own.items():
+        entry = f"config's tokenizer {key}"
+        expect(key in takes, path, entry, value, f"no such argument of {name}")
+        numbers = value if isinstance(value, list | tuple) else [value]
+        fits = all(each is None or is_number(each) for each in numbers)
+        if key in ("name", "vae_path"):
+            fits = value is None or isinstance(value, str)
+        expect(fits, path, entry, value, "a number, or one per channel")
+        if key in ("channels", "patch_size", "stride"):
+            expect(is_count(value, 1, 2**16), path, entry, value, "an integer, at least 1")
+
+
+def _check_sizes(arguments, weights, path):
+    """Check the arguments of a model by building it without memory, to compare it with weights."""
+    import torch
+
+    from util.weights import check_fits
+
+    arguments = dict(arguments)
+    name = arguments.pop("name", None)
+    known = isinstance(name, str) and name in MODELS
+    expect(known, path, "config's model", name, "the name of a model")
+    largest = max(1024, sum(value.numel() for value in weights.values()))
+    for key, value in arguments.items():
+        if type(value) is int:
+            most = len(weights) if key in DEPTHS else largest
+            expect(-1 <= value <= most, path, f"config's model {key}", value, f"at most {most}")
+    try:
+        with torch.device("meta"):
+            model = MODELS[name](**arguments)
+    except Exception as error:  # arguments without a field may be anything
+        raise ValueError(
+            f"{path}: no model can be built from its configuration ({first_line(error)})"
+        ) from error
+    check_fits(model, weights, path)
