@@ -27,6 +27,7 @@ from util.flags import (
     positive_int,
     run,
 )
+from util.run.tracker import add_tracker_flag
 from util.settings import Settings, add_flags, from_flags, setting
 
 TRAINABLE = ("kl", "vq", "vq_latent")
@@ -75,6 +76,7 @@ def get_parser():
         "--batch_size", type=positive_int, default=64, help="images per batch and process"
     )
     group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="the results")
+    add_tracker_flag(group)
     add_tokenizer_flags(parser, TOKENIZERS)
     group = parser.add_argument_group(
         "training",
@@ -247,6 +249,7 @@ def train(args, training, channels, side, device, precision):
     import engine_tokenizer as engine
     from util import dist
     from util.logger import Logger
+    from util.run.tracker import open_trackers
 
     dataset = open_split(args, "train", flip=True)
     torch.manual_seed(args.seed)  # initial weights, the same on every process
@@ -256,7 +259,8 @@ def train(args, training, channels, side, device, precision):
             f"--ch_mult {training.ch_mult}: images of {side} pixels, expected a multiple of the "
             f"stride {network.stride}"
         )
-    logger = Logger(args.output_dir)
+    trackers = open_trackers(args.tracker, args.output_dir, vars(args))
+    logger = Logger(args.output_dir, trackers=trackers)
     engine.train_tokenizer(
         dist.wrap(network, device),
         get_loader(args, dataset, network, device),

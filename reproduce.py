@@ -18,6 +18,7 @@ import main_mar
 import main_tokenizer
 import sample
 from models.presets import PAPER
+from util import jsonl
 from util.data import describe_paths, kind_or_folder
 from util.evaluation.settings import NETWORK, Evaluation
 from util.evaluation.sweep import markdown
@@ -235,8 +236,7 @@ def evaluate(args, row, seed, sweep):
         "output_dir": folder,
     }
     call(sample.main, flags, "--sweep", *sweep)
-    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    return lines, flags
+    return jsonl.read(folder / "results.jsonl"), flags
 
 
 def tokens(args):

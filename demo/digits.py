@@ -9,10 +9,10 @@ temperatures.
 """
 
 import itertools
-import json
 from pathlib import Path
 
 from models.settings import Sampling
+from util import jsonl
 from util.evaluation.settings import Evaluation
 from util.files import replacing
 from util.flags import Parser, nonnegative_int, positive_int, run
@@ -165,8 +165,7 @@ def write_loss(path, log):
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    losses = {line["step"]: line["loss"] for line in lines}  # a resumed run may repeat some
+    losses = {line["step"]: line["loss"] for line in jsonl.read(log) if line.get("loss")}
     figure = Figure((6, 3.5))
     axes = figure.subplots()
     axes.plot(losses.keys(), losses.values(), linewidth=1)

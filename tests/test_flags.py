@@ -22,6 +22,7 @@ from models.settings import CFG_SCHEDULES, HEADS, MODELS, ORDERS, TOKEN_SCHEDULE
 from util.evaluation.metrics import METRICS, SPLITS
 from util.flags import PRECISIONS
 from util.lr_sched import SCHEDULES
+from util.run.tracker import TRACKERS
 
 FROZEN = ROOT / "tests" / "flags.txt"
 PARSERS = {
@@ -196,6 +197,7 @@ TABLES = {
     "isc_splits": SPLITS,
     "lr_schedule": SCHEDULES,
     "precision": ("auto", *PRECISIONS),
+    "tracker": TRACKERS,
     "what": (*reproduce.TABLES, "figures"),
 }
 PLAIN = {"layout", "weights"}  # choose between two of the script's own

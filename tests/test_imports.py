@@ -29,7 +29,9 @@ LIGHT = (
     "models",
     "models.settings",
     "models.presets",
+    "util.jsonl",
     "util.recipe",
+    "util.run.tracker",
     "util.settings",
     "util.table",
 )

@@ -1,6 +1,6 @@
-"""Logs of a run: TensorBoard, the same metrics as lines of JSON, and progress bars."""
+"""Logs of a run: TensorBoard, the same metrics as lines of JSON, trackers, and progress."""
 
-import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -8,37 +8,88 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from util import jsonl
 from util.dist import is_main, print0
+from util.files import replacing
+from util.run.tracker import warn
 
 SECONDS_BETWEEN_LINES = 20
+FILE = "log.jsonl"
+WHEN = ("step", "epoch")  # entries of a record that are no metrics
+EXACT = 10**8  # larger numbers are shown to three digits
 
 
 class Logger:
-    """Writes to `folder` on rank 0 only. resumed: whether to append to log.jsonl."""
+    """Writes to `folder` on rank 0 only. All that is logged is in the files at once.
 
-    def __init__(self, folder, resumed=False):
-        self.writer = self.lines = None
-        if is_main():
-            Path(folder).mkdir(parents=True, exist_ok=True)
+    resumed: whether to append to log.jsonl; TensorBoard then shows earlier records too. step: if
+    resumed, the number of optimizer steps done; records of later steps, which will be repeated, are
+    removed. None keeps all, for a process that only adds to the records of a run. repeat: whether
+    images and evaluations of this step, which follow an epoch, will be repeated as well. trackers:
+    name -> Tracker, see util.run.tracker; one that fails is reported once, and then left out.
+    """
+
+    def __init__(self, folder, resumed=False, step=None, repeat=False, trackers=()):
+        self.writer, self.path, self.trackers = None, Path(folder) / FILE, dict(trackers)
+        if not is_main():
+            return
+        step = step if resumed else -1
+        if step is None:
             self.writer = SummaryWriter(str(folder))
-            self.lines = (Path(folder) / "log.jsonl").open("a" if resumed else "w", buffering=1)
+            return
+        kept = _remove_after(step, self.path, repeat)
+        self.writer = SummaryWriter(str(folder), purge_step=step if repeat else step + 1)
+        for record in kept:
+            if repeat and record["step"] == step:  # TensorBoard removes all of a step
+                self._show({name: record[name] for name in record if name not in WHEN}, step)
 
     def scalars(self, values, step, **more):
         """Log name -> number at an optimizer step; `more` goes into the JSON line only."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.lines.write(json.dumps({"step": step, **more, **values}) + "\n")
+            self._show(values, step)
+            jsonl.append(self.path, {"step": step, **more, **values})
+            self._track("scalars", values, step)
+
+    def _show(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, math.nan if value is None else value, step)
+        self.writer.flush()
 
     def image(self, name, image, step):
         """Log an image, uint8 (H, W, C)."""
         if self.writer:
             self.writer.add_image(name, image, step, dataformats="HWC")
+            self.writer.flush()
+            self._track("image", name, image, step)
+
+    def _track(self, verb, *values):
+        for name, tracker in list(self.trackers.items()):
+            try:
+                getattr(tracker, verb)(*values)
+            except Exception as error:
+                del self.trackers[name]
+                warn(name, error)
 
     def close(self):
         if self.writer:
             self.writer.close()
-            self.lines.close()
+            self._track("close")
+
+
+def _remove_after(step, path, repeat):
+    """Remove the records of later steps from log.jsonl, and what is no record; returns the rest."""
+    kept = [record for record in jsonl.read(path) if _is_done(record, step, repeat)]
+    with replacing(path) as beside:
+        beside.write_text("".join(jsonl.dumps(record) + "\n" for record in kept), "utf-8")
+    return kept
+
+
+def _is_done(record, step, repeat):
+    found = record.get("step")
+    if not isinstance(found, int | float):
+        return False
+    # training's own records have an epoch
+    return found < step or found == step and ("epoch" in record or not repeat)
 
 
 class Stopwatch:
@@ -64,31 +115,70 @@ class Stopwatch:
 class Progress:
     """A progress bar on a terminal; otherwise occasional lines, and one at the end. On rank 0.
 
-    label: name of the progress bar; None shows nothing.
+    total, done: numbers of units, all and those done before. label: name of the progress bar; None
+    shows nothing.
     """
 
     def __init__(self, total, label, unit="it", done=0):
-        self.total, self.label, self.done = total, label, done
-        self.shown, self.note = time.monotonic(), ""
+        self.total, self.label, self.unit, self.done = total, label, unit, done
+        self.start = self.shown = time.monotonic()
+        self.first, self.note = None, ""  # first: (time, done) after the first update
         self.bar = None
         if label and is_main() and sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, dynamic_ncols=True)
+            shown = {"unit": unit, "unit_scale": total >= EXACT, "dynamic_ncols": True}
+            self.bar = tqdm(total=total, initial=done, desc=label, **shown)
 
     def update(self, count=1, note=""):
         """Add `count` to the progress; `note` is the text to show beside it from now on."""
         self.done += count
         self.note = note or self.note
+        self.first = self.first or (time.monotonic(), self.done)
         if self.bar is not None:
             self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(count)
         elif self.label and self._is_due():
-            print0(f"{self.label}: {self.done}/{self.total} {self.note}".rstrip())
+            print0(self._line(time.monotonic()))
             self.shown = time.monotonic()
 
     def _is_due(self):
         late = time.monotonic() - self.shown > SECONDS_BETWEEN_LINES
         return late or self.done >= self.total
 
+    def _line(self, now):
+        """The progress at a time: with the note, or else the rate; and the time left, or taken."""
+        start, before = self.first  # what came before is start-up: workers, compilation
+        rate = (self.done - before) / (now - start) if now > start else 0
+        parts = [self.note or self.unit]
+        if rate and not self.note:
+            parts.append(_rate(rate, self.unit))
+        if self.done >= self.total:
+            parts.append(f"took {duration(now - self.start)}")
+        elif rate:
+            parts.append(f"{duration((self.total - self.done) / rate)} left")
+        return f"{self.label}: {_short(self.done)}/{_short(self.total)} {', '.join(parts)}"
+
     def close(self):
         if self.bar is not None:
             self.bar.close()
+
+
+def duration(seconds):
+    """Seconds as text, such as "40 s", "12 min", "3 h 12 min" or "2 d 3 h"."""
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if hours < 48:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def _rate(per_second, unit):
+    if per_second < 1:
+        return f"{1 / per_second:.1f} s/{unit}"
+    return f"{per_second:.1f} {unit}/s" if per_second < 10 else f"{_short(per_second)} {unit}/s"
+
+
+def _short(number):
+    return f"{number:.0f}" if number < EXACT else tqdm.format_sizeof(number)

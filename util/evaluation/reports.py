@@ -1,10 +1,9 @@
 """Reports of an evaluation: a table, a line of JSON, TensorBoard; and caveats."""
 
-import json
-import math
 import time
 from pathlib import Path
 
+from util import jsonl
 from util.dist import print0
 
 IN_ROWS = ("images", "seconds_per_image")  # settings that are rows of the table
@@ -16,9 +15,7 @@ def report(metrics, settings, notes=(), baseline=None, output_dir=None, logger=N
     metrics: name -> number. settings: all that they depend on. baseline: (metrics, number of
     images) of real images. Call it on rank 0 only.
     """
-    # JSON has no infinity, the PSNR of a lossless tokenizer
-    record = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    record |= {**settings, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
+    record = {**metrics, **settings, "time": time.strftime("%Y-%m-%dT%H:%M:%S")}
     notes = list(notes)
     if notes:
         record["notes"] = notes
@@ -27,20 +24,12 @@ def report(metrics, settings, notes=(), baseline=None, output_dir=None, logger=N
     print0(f"\n{table(metrics, settings, baseline)}")
     for note in notes:
         print0(f"NOTE: {note}")
-    print0(json.dumps(record))
+    print0(jsonl.dumps(record))
     if output_dir:
-        add_line(Path(output_dir) / "results.jsonl", record)
+        jsonl.append(Path(output_dir) / "results.jsonl", record)
     if logger:
         group = f"eval_{settings.get('weights', 'images')}"
         logger.scalars({f"{group}/{name}": value for name, value in metrics.items()}, step)
-
-
-def add_line(path, record):
-    """Append a record to a file of JSON lines, on a new line even if the last one was cut off."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = path.is_file() and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * cut_off + json.dumps(record) + "\n")
 
 
 def table(metrics, settings, baseline=None):

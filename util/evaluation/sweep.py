@@ -2,11 +2,11 @@
 
 import csv
 import itertools
-import json
 import math
 from argparse import ArgumentTypeError
 from pathlib import Path
 
+from util import jsonl
 from util.evaluation import metrics
 from util.files import replacing
 
@@ -64,14 +64,8 @@ def find_result(path, identity, names=()):
 
     identity: name -> value. names: metrics that the record must have.
     """
-    if not Path(path).is_file():
-        return None
     found = None
-    for line in Path(path).read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:  # cut off when a run was killed
-            continue
+    for record in jsonl.read(path):
         if all(record.get(name) == value for name, value in identity.items()) and all(
             name in record for name in names
         ):
