@@ -391,12 +391,7 @@ def train(this, model, checkpoint, path, evaluator):
     counts = {"steps": steps, "accum_iter": recipe.accum_iter}
     saving = from_flags(Saving, args)
     saver = Saver(state, output, saving, this.config, vars(args), resumed=path, **counts)
-    at = {
-        "resumed": saver.step > 0,
-        "step": saver.step,
-        "repeat": state.batch == steps * recipe.accum_iter,
-    }
-    logger = Logger(args.log_dir or args.output_dir, **at)
+    logger = Logger(args.log_dir or args.output_dir, **saver.place_in_logs())
     progress = Progress(recipe.epochs * steps, "training", "step", done=saver.step)
     with stop.deferred():
         for epoch in range(state.epoch, recipe.epochs):

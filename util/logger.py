@@ -89,7 +89,7 @@ def _is_done(record, step, repeat):
     if not isinstance(found, int | float):
         return False
     # training's own records have an epoch
-    return found < step or found == step and ("epoch" in record or not repeat)
+    return found < step or (found == step and ("epoch" in record or not repeat))
 
 
 class Stopwatch:
