@@ -12,15 +12,23 @@ import pytest
 from cli import DIGITS, ROOT, read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_mar
 import util.logger
 from demo.digits import write_loss
 from util import jsonl
 from util.evaluation.reports import report
 from util.evaluation.sweep import find_result
 from util.logger import Logger, Progress, duration
+from util.run import stop
 
 ALL = {"scalars": 0, "images": 0}  # show every record
 IMAGE = np.zeros((4, 4, 3), np.uint8)
+DRAW_GRID = main_mar.draw_grid
+FLAGS = [  # a tiny run with epochs of 44 steps, logged at their 20th and 40th
+    *(*DIGITS, "--batch_size", "32", "--warmup_epochs", "1", "--num_workers", "0"),
+    *("--diffloss_d", "1", "--diffloss_w", "32", "--diffusion_batch_mul", "1"),
+    *("--num_sampling_steps", "2", "--num_iter", "1", "--save_last_freq", "1"),
+]
 
 
 def log(logger, steps):
@@ -281,6 +289,35 @@ def test_durations(seconds, text):
 # ---- a real run ----------------------------------------------------------------------------------
 
 
+def test_a_run_stopped_while_it_samples_logs_each_step_once(tmp_path, monkeypatch):
+    """Resumed, it repeats the grids of that epoch, which show once."""
+    for folder in ("whole", "stopped"):
+        monkeypatch.setattr(main_mar, "draw_grid", stopping_at(2 if folder == "stopped" else 0))
+        flags = [*FLAGS, "--eval_freq", "1", "--epochs", "2", "--output_dir", tmp_path / folder]
+        if folder == "stopped":
+            with pytest.raises(stop.Stopped):
+                main_mar.main(list(map(str, flags)))
+            time.sleep(1.1)
+        main_mar.main([*map(str, flags), "--resume", str(tmp_path / folder)])
+    found, expected = (shown(tmp_path / folder) for folder in ("stopped", "whole"))
+    assert found == expected and found["samples/ema"] == found["samples/raw"] == [44, 88]
+    lines = [read_lines(tmp_path / folder / "log.jsonl") for folder in ("stopped", "whole")]
+    assert [r["step"] for r in lines[0]] == [r["step"] for r in lines[1]]
+
+
+def stopping_at(number):
+    """A draw_grid that is asked to stop at a call."""
+    draw, calls = DRAW_GRID, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise stop.Stopped("SIGTERM")
+        draw(*args)
+
+    return stopping
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_run_logs_what_an_uninterrupted_one_does(tmp_path):
@@ -302,11 +339,8 @@ def test_a_killed_run_logs_what_an_uninterrupted_one_does(tmp_path):
 
 
 def start(folder):
-    """A tiny training run, of six epochs of 44 steps, logged at their 20th and 40th."""
-    flags = [*DIGITS, "--batch_size", "32", "--warmup_epochs", "1", "--num_workers", "0"]
-    flags += ["--diffloss_d", "1", "--diffloss_w", "32", "--diffusion_batch_mul", "1"]
-    flags += ["--num_sampling_steps", "2", "--num_iter", "1", "--eval_freq", "3"]
-    flags += ["--epochs", "6", "--save_last_freq", "1", "--output_dir", folder]
+    """A tiny training run of six epochs."""
+    flags = [*FLAGS, "--eval_freq", "3", "--epochs", "6", "--output_dir", folder]
     command = [sys.executable, "main_mar.py", *flags, "--resume", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.DEVNULL
