@@ -1,11 +1,13 @@
 """Logs of runs that are killed and resumed. Run: python -m pytest tests/test_logger.py"""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +105,17 @@ def test_a_damaged_line_costs_no_other(damaged, tmp_path):
     assert jsonl.read(path) == [{"cfg": 1}, {"cfg": 2}]
     assert find_result(path, {"cfg": 2}) == {"cfg": 2}
     assert jsonl.read(tmp_path / "none.jsonl") == []
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """That names the file."""
+
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ValueError, match=r"log\.jsonl.*No space left"):
+        jsonl.append(tmp_path / "log.jsonl", {"step": 1})
 
 
 def test_the_plot_of_the_demo_takes_any_log(tmp_path):
