@@ -387,7 +387,7 @@ def train(this, model, checkpoint, path, evaluator):
     output = Path(args.output_dir)
     keep_other(output, path)
     lock.sign(output)
-    logger = open_logger(args, saver.step)
+    logger = open_logger(args, saver)
     progress = Progress(recipe.epochs * steps, "training", "step", done=saver.step)
     look = partial(after_epoch, this, state, recipe, evaluator, logger)
     with stop.deferred():
@@ -412,14 +412,14 @@ def train(this, model, checkpoint, path, evaluator):
     print0(f"done: {output / LAST}, samples in {output / 'samples'}")
 
 
-def open_logger(args, step):
-    """The Logger of a run of which `step` optimizer steps are done."""
+def open_logger(args, saver):
+    """The Logger of a run, which continues at the place of its Saver."""
     from util.logger import Logger
     from util.run.tracker import open_trackers
 
-    folder = args.log_dir or args.output_dir
-    trackers = open_trackers(args.tracker, folder, vars(args), resumed=step > 0)
-    return Logger(folder, resumed=step > 0, step=step, trackers=trackers)
+    folder, place = args.log_dir or args.output_dir, saver.place_in_logs()
+    trackers = open_trackers(args.tracker, folder, vars(args), resumed=place["resumed"])
+    return Logger(folder, **place, trackers=trackers)
 
 
 def check_steps(recipe, loader):

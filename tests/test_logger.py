@@ -1,26 +1,36 @@
 """Logs of runs that are killed and resumed. Run: python -m pytest tests/test_logger.py"""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from cli import DIGITS, ROOT, read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_mar
 import util.logger
 from demo.digits import write_loss
 from util import jsonl
 from util.evaluation.reports import report
 from util.evaluation.sweep import find_result
 from util.logger import Logger, Progress, duration
+from util.run import stop
 
 ALL = {"scalars": 0, "images": 0}  # show every record
 IMAGE = np.zeros((4, 4, 3), np.uint8)
+DRAW_GRID = main_mar.draw_grid
+FLAGS = [  # a tiny run with epochs of 44 steps, logged at their 20th and 40th
+    *(*DIGITS, "--batch_size", "32", "--warmup_epochs", "1", "--num_workers", "0"),
+    *("--diffloss_d", "1", "--diffloss_w", "32", "--diffusion_batch_mul", "1"),
+    *("--num_sampling_steps", "2", "--num_iter", "1", "--save_last_freq", "1"),
+]
 
 
 def log(logger, steps):
@@ -97,6 +107,17 @@ def test_a_damaged_line_costs_no_other(damaged, tmp_path):
     assert jsonl.read(tmp_path / "none.jsonl") == []
 
 
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    """That names the file."""
+
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ValueError, match=r"log\.jsonl.*No space left"):
+        jsonl.append(tmp_path / "log.jsonl", {"step": 1})
+
+
 def test_the_plot_of_the_demo_takes_any_log(tmp_path):
     """With half a line, and lines of an evaluation, which have no loss."""
     text = '{"step": 1, "loss": 2.0}\n{"step": 1, "eval_ema/fid": 1.0}\n{"step": 2, "loss": null}\n'
@@ -128,6 +149,27 @@ def test_no_step_twice_and_none_missing_after_kills(tmp_path):
     records = read_lines(tmp_path / "log.jsonl")
     assert [record["step"] for record in records] == [10, 20, 30, 40, 50, 60]
     assert records[2] == {"step": 30, "epoch": 3.0, "loss": 1 / 30, "lr": 1.0}
+
+
+def test_what_follows_an_epoch_is_repeated_if_it_was_stopped_there(tmp_path):
+    """Images and evaluations of the step of the checkpoint, but not training's own metrics."""
+
+    def follow(logger):
+        logger.scalars({"eval_ema/fid": 1.0}, 20)
+        logger.image("samples/ema", IMAGE, 20)
+
+    logger = Logger(tmp_path)
+    log(logger, [10])
+    logger.scalars({"loss": float("nan")}, 20, epoch=1)
+    follow(logger)
+    time.sleep(1.1)
+    logger = Logger(tmp_path, resumed=True, step=20, repeat=True)
+    follow(logger)
+    found = shown(tmp_path)
+    assert found.pop("samples/ema") == [10, 20] and found.pop("lr") == [10]
+    assert found == {"loss": [10, 20], "eval_ema/fid": [20]}
+    records = read_lines(tmp_path / "log.jsonl")[1:]
+    assert records == [{"step": 20, "epoch": 1, "loss": None}, {"step": 20, "eval_ema/fid": 1.0}]
 
 
 def test_all_that_is_logged_is_in_the_files_at_once(tmp_path):
@@ -260,6 +302,35 @@ def test_durations(seconds, text):
 # ---- a real run ----------------------------------------------------------------------------------
 
 
+def test_a_run_stopped_while_it_samples_logs_each_step_once(tmp_path, monkeypatch):
+    """Resumed, it repeats the grids of that epoch, which show once."""
+    for folder in ("whole", "stopped"):
+        monkeypatch.setattr(main_mar, "draw_grid", stopping_at(2 if folder == "stopped" else 0))
+        flags = [*FLAGS, "--eval_freq", "1", "--epochs", "2", "--output_dir", tmp_path / folder]
+        if folder == "stopped":
+            with pytest.raises(stop.Stopped):
+                main_mar.main(list(map(str, flags)))
+            time.sleep(1.1)
+        main_mar.main([*map(str, flags), "--resume", str(tmp_path / folder)])
+    found, expected = (shown(tmp_path / folder) for folder in ("stopped", "whole"))
+    assert found == expected and found["samples/ema"] == found["samples/raw"] == [44, 88]
+    lines = [read_lines(tmp_path / folder / "log.jsonl") for folder in ("stopped", "whole")]
+    assert [r["step"] for r in lines[0]] == [r["step"] for r in lines[1]]
+
+
+def stopping_at(number):
+    """A draw_grid that is asked to stop at a call."""
+    draw, calls = DRAW_GRID, []
+
+    def stopping(*args):
+        calls.append(1)
+        if len(calls) == number:
+            raise stop.Stopped("SIGTERM")
+        draw(*args)
+
+    return stopping
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="no SIGKILL")
 def test_a_killed_run_logs_what_an_uninterrupted_one_does(tmp_path):
@@ -281,11 +352,8 @@ def test_a_killed_run_logs_what_an_uninterrupted_one_does(tmp_path):
 
 
 def start(folder):
-    """A tiny training run, of six epochs of 44 steps, logged at their 20th and 40th."""
-    flags = [*DIGITS, "--batch_size", "32", "--warmup_epochs", "1", "--num_workers", "0"]
-    flags += ["--diffloss_d", "1", "--diffloss_w", "32", "--diffusion_batch_mul", "1"]
-    flags += ["--num_sampling_steps", "2", "--num_iter", "1", "--eval_freq", "3"]
-    flags += ["--epochs", "6", "--save_last_freq", "1", "--output_dir", folder]
+    """A tiny training run of six epochs."""
+    flags = [*FLAGS, "--eval_freq", "3", "--epochs", "6", "--output_dir", folder]
     command = [sys.executable, "main_mar.py", *flags, "--resume", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out = subprocess.DEVNULL

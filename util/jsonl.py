@@ -4,6 +4,8 @@ import json
 import math
 from pathlib import Path
 
+from util.files import expecting_room
+
 
 def dumps(record):
     """A record as a line of JSON, which has no NaN and no infinity: they become null."""
@@ -37,12 +39,16 @@ def _parse(line):
 
 
 def append(path, record):
-    """Add a record to a file, on a new line even if the last one was cut off."""
+    """Add a record to a file, on a new line even if the last one was cut off.
+
+    Raises ValueError if the disk is full.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_off = not _ends_whole(path)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut_off + dumps(record) + "\n")
+    with expecting_room(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_off = not _ends_whole(path)
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n" * cut_off + dumps(record) + "\n")
 
 
 def _ends_whole(path):

@@ -1,5 +1,6 @@
 """Logs of a run: TensorBoard, the same metrics as lines of JSON, trackers, and progress."""
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from util.run.tracker import warn
 
 SECONDS_BETWEEN_LINES = 20
 FILE = "log.jsonl"
+WHEN = ("step", "epoch")  # entries of a record that are no metrics
 EXACT = 10**8  # larger numbers are shown to three digits
 
 
@@ -22,28 +24,36 @@ class Logger:
 
     resumed: whether to append to log.jsonl; TensorBoard then shows earlier records too. step: if
     resumed, the number of optimizer steps done; records of later steps, which will be repeated, are
-    removed. None keeps all, for a process that only adds to the records of a run. trackers: name ->
-    Tracker, see util.run.tracker; one that fails is reported once, and then left out.
+    removed. None keeps all, for a process that only adds to the records of a run. repeat: whether
+    images and evaluations of this step, which follow an epoch, will be repeated as well. trackers:
+    name -> Tracker, see util.run.tracker; one that fails is reported once, and then left out.
     """
 
-    def __init__(self, folder, resumed=False, step=None, trackers=()):
+    def __init__(self, folder, resumed=False, step=None, repeat=False, trackers=()):
         self.writer, self.path, self.trackers = None, Path(folder) / FILE, dict(trackers)
         if not is_main():
             return
         step = step if resumed else -1
-        if step is not None:
-            _remove_after(step, self.path)
-            step += 1  # the first one to be written
-        self.writer = SummaryWriter(str(folder), purge_step=step)
+        if step is None:
+            self.writer = SummaryWriter(str(folder))
+            return
+        kept = _remove_after(step, self.path, repeat)
+        self.writer = SummaryWriter(str(folder), purge_step=step if repeat else step + 1)
+        for record in kept:
+            if repeat and record["step"] == step:  # TensorBoard removes all of a step
+                self._show({name: record[name] for name in record if name not in WHEN}, step)
 
     def scalars(self, values, step, **more):
         """Log name -> number at an optimizer step; `more` goes into the JSON line only."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.flush()
+            self._show(values, step)
             jsonl.append(self.path, {"step": step, **more, **values})
             self._track("scalars", values, step)
+
+    def _show(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, math.nan if value is None else value, step)
+        self.writer.flush()
 
     def image(self, name, image, step):
         """Log an image, uint8 (H, W, C)."""
@@ -66,16 +76,20 @@ class Logger:
             self._track("close")
 
 
-def _remove_after(step, path):
-    """Remove the records of later steps from log.jsonl, and what is no record."""
-    kept = [record for record in jsonl.read(path) if _is_done(record, step)]
+def _remove_after(step, path, repeat):
+    """Remove the records of later steps from log.jsonl, and what is no record; returns the rest."""
+    kept = [record for record in jsonl.read(path) if _is_done(record, step, repeat)]
     with replacing(path) as beside:
         beside.write_text("".join(jsonl.dumps(record) + "\n" for record in kept), "utf-8")
+    return kept
 
 
-def _is_done(record, step):
+def _is_done(record, step, repeat):
     found = record.get("step")
-    return isinstance(found, int | float) and found <= step
+    if not isinstance(found, int | float):
+        return False
+    # training's own records have an epoch
+    return found < step or (found == step and ("epoch" in record or not repeat))
 
 
 class Stopwatch:

@@ -33,6 +33,11 @@ class Saver:
         """Number of optimizer steps done."""
         return self.state.epoch * self.steps + self.state.batch // self.accum_iter
 
+    def place_in_logs(self):
+        """Arguments of a Logger: how much of the logs is this run's."""
+        again = self.state.batch == self.steps * self.accum_iter  # see stop_within
+        return {"resumed": self.step > 0, "step": self.step, "repeat": again}
+
     def after_step(self, batch, draws, largest):
         """Save if due. Raises Stopped, after saving, if any process was asked to stop.
 
