@@ -88,17 +88,14 @@ def main(argv=None):
     from util.dist import print0
     from util.evaluation.sweep import parse_grid
     from util.precision import pick_precision
+    from util.run import stop
 
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
     model, tokenizer, config = open_checkpoint(args)
     sampling = pick_sampling(args, config, model, points)
     labels = pick_labels(args, config["model"]["class_num"])
-    writers = open_outputs(args, labels)
     precision = pick_precision(args.precision, device)  # also used for the features
-    evaluator = open_evaluation(args, config, len(labels), device)
-    shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
-    print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {shown}, seed {args.seed}")
     generation = {
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -108,12 +105,18 @@ def main(argv=None):
         "progress": "sampling",
     }
     drawn = model.to(device), tokenizer.to(device), labels
-    if evaluator:
-        measure(args, points, drawn, sampling, evaluator, writers, generation)
-    else:
-        with engine.open_keepers(writers) as keep:
-            for indices, images in engine.generate_images(*drawn, sampling, **generation):
-                keep(indices, images)
+    how = {"weights": args.weights, "columns": args.per_class if args.per_class > 1 else None}
+    with engine.open_images(args.out, *drawn, sampling, **how, **generation) as outputs:
+        evaluator = open_evaluation(args, config, len(labels), device)
+        shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
+        print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {shown}, seed {args.seed}")
+        with stop.deferred():
+            if evaluator:
+                measure(args, points, drawn, sampling, evaluator, outputs, generation)
+            else:
+                batches = engine.generate_images(*drawn, sampling, known=outputs.read, **generation)
+                for batch in batches:
+                    outputs.keep(*batch)
     if args.out:
         print0(f"wrote {', '.join(args.out)}")
 
@@ -191,13 +194,6 @@ def parse_labels(text, class_num):
     return labels
 
 
-def open_outputs(args, labels):
-    """Writers of --out. Raises ValueError."""
-    from util.images import open_writers
-
-    return open_writers(args.out, labels, args.per_class if args.per_class > 1 else None)
-
-
 def open_evaluation(args, config, num_images, device):
     """The Evaluator, opened before any image is generated; None without --reference."""
     if not args.reference:
@@ -213,7 +209,7 @@ def open_evaluation(args, config, num_images, device):
     )
 
 
-def measure(args, points, drawn, sampling, evaluator, writers, generation):
+def measure(args, points, drawn, sampling, evaluator, outputs, generation):
     """Evaluate the model at each of the points; {} means the settings unchanged.
 
     drawn: model, tokenizer and labels.
@@ -244,7 +240,7 @@ def measure(args, points, drawn, sampling, evaluator, writers, generation):
             sampling.but(**point),
             evaluator,
             settings=settings,
-            writers=writers,
+            outputs=outputs,
             output_dir=folder,
             **generation,
         )
