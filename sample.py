@@ -7,6 +7,7 @@ from util.data import check_data_set
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, positive_int, run
+from util.run import stop
 from util.settings import add_flags, from_flags, said_flags
 
 
@@ -88,7 +89,6 @@ def main(argv=None):
     from util.dist import print0
     from util.evaluation.sweep import parse_grid
     from util.precision import pick_precision
-    from util.run import stop
 
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(args.device, args.dist_on_itp, args.dist_url)
@@ -226,24 +226,27 @@ def measure(args, points, drawn, sampling, evaluator, outputs, generation):
 
     def found(point):
         wanted = {**identity, **sampling.but(**point).asdict()}
-        return find_result(folder / "results.jsonl", wanted, evaluator.promised)
+        names = [*evaluator.promised, "seconds_per_image"]  # unless all images were there
+        return find_result(folder / "results.jsonl", wanted, names)
 
     named = ("ckpt", "weights", "labels", "per_class")
     settings = {**{name: getattr(args, name) for name in named}, "seed": args.seed}
     settings = {"checkpoint": settings.pop("ckpt"), **settings, "dtype": generation["precision"]}
-    for point in points:
+
+    def evaluate(point):
         if point and any(dist.all_gather(bool(found(point)))):
             print0(f"{point}: there already")
-            continue
-        engine.evaluate(
-            *drawn,
-            sampling.but(**point),
-            evaluator,
-            settings=settings,
-            outputs=outputs,
-            output_dir=folder,
-            **generation,
-        )
+            return
+        how = {"settings": settings, "outputs": outputs, "output_dir": folder, **generation}
+        engine.evaluate(*drawn, sampling.but(**point), evaluator, **how)
+
+    for done, point in enumerate(points):
+        try:
+            stop.check()
+            evaluate(point)
+        except stop.Stopped as request:
+            told = f", {done} of {len(points)} points are evaluated" if point else ""
+            raise stop.Stopped(f"{request}{told}") from None
     if len(points) > 1 and dist.is_main():
         files = write_sweep([found(point) for point in points], points, folder)
         print0((folder / "sweep.md").read_text())

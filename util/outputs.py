@@ -214,12 +214,13 @@ class Outputs:
     """Where the images of a run go. By default nowhere, and none are there.
 
     folders: receive images of each process. files: writers that receive all, in order, on rank 0.
-    Attributes: `found`, number of images that this process read back; `seconds`, the time it took.
+    Attributes: `found`, number of images that this process read back; `seconds`, the time it took;
+    `complete`, whether all images were kept.
     """
 
     def __init__(self, folders=(), files=(), num_images=0):
         self.folders, self.files, self.num_images = list(folders), list(files), num_images
-        self.found, self.seconds, self._last = 0, 0.0, None
+        self.found, self.seconds, self.complete, self._last = 0, 0.0, False, None
 
     def read(self, indices):
         """The images of a batch if they were kept, uint8 (n, H, W, 3), else None."""
@@ -241,11 +242,11 @@ class Outputs:
                 writer.add(*batch)
 
     def describe(self):
-        """How many images are there, for a message. A collective call."""
+        """How many images are kept, for a message. A collective call."""
         if not self.folders:
-            return "no images are kept without --out"
+            return "images are kept with --out only"
         there = dist.broadcast(self.folders[0].count())
-        return f"{there} of {self.num_images} images are there"
+        return f"{there} of {self.num_images} images are there, the same command resumes"
 
 
 def in_order(indices, images):
@@ -264,24 +265,35 @@ def open_outputs(paths, labels, img_size, settings, device, columns=None):
     where there is no room; Stopped, with the number of images that are there, if the run is.
     """
     outputs = _check_paths([Path(path) for path in paths], labels, img_size, columns)
-    with ExitStack() as stack:
-        for folder in outputs.folders:
-            make_folder(folder.path, "--out")
-            stack.enter_context(lock.folder(folder.path, "--out"))
-        machine = {"torch": torch.__version__, "device": torch.device(device).type}
+    machine = {"torch": torch.__version__, "device": torch.device(device).type}
+    with _held(outputs):
         _claim_all(outputs, settings, machine)
         try:
-            with ExitStack() as files:
+            with ExitStack() as stack:
                 for writer in outputs.files if dist.is_main() else ():
-                    files.enter_context(writer)
+                    stack.enter_context(writer)
                 yield outputs
         except Stopped as request:
-            told = f"{request}: {outputs.describe()}; the same command resumes"
-            raise Stopped(told) from None
+            raise Stopped(f"{request}; {outputs.describe()}") from None
         dist.wait()
-    for folder in outputs.folders:
-        if folder.hidden and dist.is_main():
-            shutil.rmtree(folder.path, ignore_errors=True)
+        outputs.complete = True
+
+
+@contextmanager
+def _held(outputs):
+    """Create and hold the folders of Outputs; hidden ones are deleted when they are of no use."""
+    held = []
+    try:
+        with ExitStack() as stack:
+            for folder in outputs.folders:
+                make_folder(folder.path, "--out")
+                stack.enter_context(lock.folder(folder.path, "--out"))
+                held.append(folder)
+            yield
+    finally:
+        for folder in held if dist.is_main() else ():
+            if folder.hidden and (outputs.complete or not folder.count()):
+                shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def _check_paths(paths, labels, img_size, columns):
