@@ -5,7 +5,7 @@ Scripts handle flags and files; functions here take named values.
 
 import hashlib
 import math
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from multiprocessing.pool import ThreadPool
 
@@ -24,9 +24,10 @@ from util.ema import EMA
 from util.images import grid, to_uint8
 from util.logger import Progress, Stopwatch
 from util.meter import Meter
+from util.outputs import Outputs, in_order, open_outputs
 from util.precision import autocast
 from util.rng import EpochDraws, image_generators
-from util.run.stop import Stopped
+from util.run import stop
 from util.weights import digest
 
 UNKNOWN_RANGE = 10.0  # latents have a std of about 1; used if training recorded no range
@@ -144,7 +145,7 @@ def train_one_epoch(
         if after_step:
             try:
                 after_step(i + 1, source, largest)
-            except Stopped:
+            except stop.Stopped:
                 if not due:
                     log(i + 1)
                 raise
@@ -197,6 +198,7 @@ def generate_images(
     precision="fp32",
     latent_range=None,
     progress=None,
+    known=None,
 ):
     """Sample an image per label, yielding batches (indices, images uint8 (n, H, W, 3)).
 
@@ -204,13 +206,15 @@ def generate_images(
     process generates every world_size-th batch, possibly empty ones at the end. sampling: a
     models.settings.Sampling. Image i depends on (seed, i) alone. latent_range: the largest |latent|
     of the data; samples far outside this range are counted and reported. progress: name of the
-    progress bar. Raises ValueError for a tokenizer that does not fit the model.
+    progress bar. known: function of the indices of a batch that returns its images if they were
+    sampled before, else None.
+    Raises ValueError for a tokenizer that does not fit the model, and Stopped between batches.
     """
     if tokenizer.channels != model.vae_embed_dim:
         raise ValueError(
             f"the tokenizer has {tokenizer.channels} channels, the model {model.vae_embed_dim}"
         )
-    batch_size = min(batch_size, math.ceil(len(labels) / dist.world_size()))
+    batch_size = fitting_batch(labels, batch_size)
     extremes = []
     rounds = math.ceil(len(labels) / (batch_size * dist.world_size()))
     bar = Progress(rounds, progress, "batch")
@@ -220,6 +224,8 @@ def generate_images(
         indices = range(start, min(start + batch_size, len(labels)))
         images = np.empty((0, 0, 0, 3), np.uint8)
         if indices:
+            images = known(indices) if known else None
+        if images is None:
             chosen = [labels[i] for i in indices]
             generators = image_generators(seed, indices)
             latents = sample_latents(model, chosen, sampling, generators, device, precision)
@@ -227,9 +233,16 @@ def generate_images(
             extremes.append(latents.abs().flatten(1).amax(1))
         bar.update()
         yield indices, images
+        if stop.deferring():
+            stop.check()
     bar.close()
     limit = 2 * (latent_range or UNKNOWN_RANGE)
-    warn_if_diverged(extremes, limit, len(labels), model.advice(sampling))
+    warn_if_diverged(extremes, limit, model.advice(sampling))
+
+
+def fitting_batch(labels, batch_size):
+    """Images per batch: no more than leaves work for every process."""
+    return min(batch_size, math.ceil(len(labels) / dist.world_size()))
 
 
 @torch.no_grad()
@@ -253,24 +266,20 @@ def decode(tokenizer, latents, generators):
     )
 
 
-def warn_if_diverged(extremes, limit, count, advice):
-    """Report the number of images, of `count` on all processes, with latents above the limit.
+def warn_if_diverged(extremes, limit, advice):
+    """Report the number of images, sampled by all processes, with latents above the limit.
 
     extremes: the largest |latent| of each image, tensors (n,).
     """
     found = torch.nan_to_num(torch.cat([torch.zeros(1), *(x.cpu() for x in extremes)]), torch.inf)
     bad, worst = int((found > limit).sum()), found.max().item()
     bad, worst = sum(dist.all_gather(bad)), max(dist.all_gather(worst))
+    count = sum(dist.all_gather(len(found) - 1))
     if bad:
         print0(
             f"WARNING: {bad} of {count} images have latents outside the range of the data "
             f"(up to {worst:.3g}, expected below {limit:.3g}): sampling diverged. {advice}"
         )
-
-
-def in_order(indices, images):
-    """On rank 0, the batches of all processes in a round of `generate_images`; else none."""
-    return [batch for batch in dist.gather((indices, images)) or [] if len(batch[0])]
 
 
 def sample_grid(model, tokenizer, classes, sampling, columns=8, **kwargs):
@@ -284,29 +293,6 @@ def sample_grid(model, tokenizer, classes, sampling, columns=8, **kwargs):
     return grid(np.concatenate(images), columns, min_side=64) if images else None
 
 
-@contextmanager
-def open_keepers(writers):
-    """A function keep(indices, images) that passes batches to writers, closed at the end.
-
-    Folders receive the images of each process; files receive all, in order, on rank 0.
-    """
-    folders = [writer for writer in writers if writer.per_process]
-    files = [writer for writer in writers if not writer.per_process]
-
-    def keep(indices, images):
-        for writer in folders:
-            writer.add(indices, images)
-        for batch in in_order(indices, images) if files else ():
-            for writer in files:
-                writer.add(*batch)
-
-    with ExitStack() as stack:
-        for writer in files if dist.is_main() else ():
-            stack.enter_context(writer)
-        yield keep
-    dist.barrier()
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -318,7 +304,7 @@ def evaluate(
     evaluator,
     *,
     settings,
-    writers=(),
+    outputs=None,
     output_dir=None,
     logger=None,
     step=0,
@@ -326,24 +312,33 @@ def evaluate(
 ):
     """Sample an image per label, evaluate and report; returns the metrics, {} off rank 0.
 
-    evaluator: see util.evaluation. settings: further entries of the report. writers: writers that
-    save the images (see `open_keepers`). kwargs: arguments of `generate_images`.
+    evaluator: see util.evaluation. settings: further entries of the report. outputs: util.outputs'
+    Outputs, which save the images and hold those sampled before. kwargs: arguments of
+    `generate_images`.
     """
-    measurement, clock = evaluator.start(len(labels)), Stopwatch()
-    batches = generate_images(model, tokenizer, labels, sampling, **kwargs)
-    with open_keepers(writers) as keep:
-        for indices, images in clock.timed(batches):
-            known = None if labels[0] is None else [labels[i] for i in indices]
-            measurement.add(indices, images, known)
-            keep(indices, images)
-    slowest = dist.all_reduce(torch.tensor(clock.seconds, device=kwargs["device"]), "max").item()
+    measurement, clock, outputs = evaluator.start(len(labels)), Stopwatch(), outputs or Outputs()
+    batches = generate_images(model, tokenizer, labels, sampling, known=outputs.read, **kwargs)
+    for indices, images in clock.timed(batches):
+        outputs.keep(indices, images)
+        shown = None if labels[0] is None else [labels[i] for i in indices]
+        measurement.add(indices, images, shown)
     settings = {
-        "seconds_per_image": slowest / len(labels),
+        **seconds_per_image(clock, outputs, len(labels), kwargs["device"]),
         **identify(model, tokenizer, labels, kwargs["batch_size"]),
         **sampling.asdict(),
         **settings,
     }
-    return evaluator.report(measurement.summary(), settings, output_dir, logger, step)
+    found = evaluator.report(measurement.summary(), settings, output_dir, logger, step)
+    dist.wait()  # for rank 0
+    return found
+
+
+def seconds_per_image(clock, outputs, count, device):
+    """The entry of a report on the time of sampling; {} if all images were sampled before."""
+    seconds = torch.tensor(clock.seconds - outputs.seconds, device=device)
+    slowest = dist.all_reduce(seconds, "max").item()
+    sampled = count - sum(dist.all_gather(outputs.found))
+    return {"seconds_per_image": slowest / sampled} if sampled else {}
 
 
 def identify(model, tokenizer, labels, batch_size):
@@ -356,6 +351,35 @@ def identify(model, tokenizer, labels, batch_size):
         "labels_sha256": hashlib.sha256(repr(list(labels)).encode()).hexdigest(),
         "batch_size": batch_size,
         "processes": dist.world_size(),
+    }
+
+
+def open_images(paths, model, tokenizer, labels, sampling, *, weights, columns=None, **kwargs):
+    """The util.outputs.Outputs at `paths` of the images that `generate_images` samples.
+
+    weights: name of the weights, "ema" or "raw". columns: columns of a grid. kwargs: arguments of
+    `generate_images`.
+    """
+    side = model.seq_h * model.patch_size * tokenizer.stride
+
+    def settings():
+        return {"weights": weights, **origin(model, tokenizer, labels, sampling, **kwargs)}
+
+    return open_outputs(paths, labels, side, settings, kwargs["device"], columns)
+
+
+def origin(model, tokenizer, labels, sampling, *, seed, batch_size, precision="fp32", **rest):
+    """All that images of `generate_images` with these arguments depend on: name -> value."""
+    identity = identify(model, tokenizer, labels, batch_size)
+    del identity["processes"]  # each samples whole batches
+    return {
+        "images": len(labels),
+        "seed": seed,
+        "precision": precision,
+        **identity,
+        "tokenizer_shift": tokenizer.shift,
+        "batch_size": fitting_batch(labels, batch_size),
+        **sampling.asdict(),
     }
 
 

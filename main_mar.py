@@ -23,7 +23,7 @@ from util.flags import (
     run,
 )
 from util.recipe import Output, Recipe, changes
-from util.run import last_words
+from util.run import last_words, stop
 from util.run.tracker import add_tracker_flag
 from util.settings import add_flags, destination, from_flags
 
@@ -302,19 +302,21 @@ def open_training_data(this):
 
 def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
     """Evaluate samples of a checkpoint's EMA weights."""
+    import engine_mar as engine
     from util.checkpoint import steps_done
-    from util.images import open_writers
     from util.logger import Logger
     from util.weights import load_strictly
 
     load_strictly(model, checkpoint["model_ema"], path)
     logger = Logger(this.args.log_dir or this.args.output_dir, resumed=True)
-    writers = open_writers(this.args.out, this.labels())
-    evaluate(this, model, "ema", evaluator, logger, steps_done(checkpoint), writers)
+    drawn = model, this.tokenizer, this.labels(), this.sampling
+    how = {"weights": "ema", **this.generation()}
+    with engine.open_images(this.args.out, *drawn, **how) as outputs, stop.deferred():
+        evaluate(this, model, "ema", evaluator, logger, steps_done(checkpoint), outputs)
     logger.close()
 
 
-def evaluate(this, model, weights, evaluator, logger, step, writers=()):
+def evaluate(this, model, weights, evaluator, logger, step, outputs=None):
     """Evaluate --num_images samples, equally many per class. weights: "ema" or "raw"."""
     import engine_mar as engine
 
@@ -322,6 +324,7 @@ def evaluate(this, model, weights, evaluator, logger, step, writers=()):
     settings = {"weights": weights, "seed": this.args.seed, "dtype": this.precision}
     settings |= {"model": config["name"], "head": config.get("head")}
     settings |= {"max_timestep": config.get("max_timestep")}
+    report = {"output_dir": this.args.output_dir, "logger": logger, "step": step}
     engine.evaluate(
         model,
         this.tokenizer,
@@ -329,10 +332,8 @@ def evaluate(this, model, weights, evaluator, logger, step, writers=()):
         this.sampling,
         evaluator,
         settings=settings,
-        writers=writers,
-        output_dir=this.args.output_dir,
-        logger=logger,
-        step=step,
+        outputs=outputs,
+        **report,
         progress=f"evaluating {weights}",
         **this.generation(),
     )
@@ -345,7 +346,7 @@ def train(this, model, checkpoint, path, evaluator):
     from util.checkpoint import LAST, keep_other
     from util.dist import print0
     from util.logger import Progress
-    from util.run import lock, stop
+    from util.run import lock
     from util.run.dry import dry_run
     from util.run.saver import Saver
 

@@ -7,7 +7,7 @@ from util.data import check_data_set
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
-from util.run import last_words
+from util.run import last_words, stop
 from util.settings import add_flags, from_flags, said_flags
 
 
@@ -96,11 +96,7 @@ def main(argv=None):
     last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
     sampling = pick_sampling(args, config, model, points)
     labels = pick_labels(args, config["model"]["class_num"])
-    writers = open_outputs(args, labels)
     precision = pick_precision(args.precision, device)  # also used for the features
-    evaluator = open_evaluation(args, config, len(labels), device)
-    shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
-    print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {shown}, seed {args.seed}")
     generation = {
         "seed": args.seed,
         "batch_size": args.batch_size,
@@ -110,12 +106,18 @@ def main(argv=None):
         "progress": "sampling",
     }
     drawn = model.to(device), tokenizer.to(device), labels
-    if evaluator:
-        measure(args, points, drawn, sampling, evaluator, writers, generation)
-    else:
-        with engine.open_keepers(writers) as keep:
-            for indices, images in engine.generate_images(*drawn, sampling, **generation):
-                keep(indices, images)
+    how = {"weights": args.weights, "columns": args.per_class if args.per_class > 1 else None}
+    with engine.open_images(args.out, *drawn, sampling, **how, **generation) as outputs:
+        evaluator = open_evaluation(args, config, len(labels), device)
+        shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
+        print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {shown}, seed {args.seed}")
+        with stop.deferred():
+            if evaluator:
+                measure(args, points, drawn, sampling, evaluator, outputs, generation)
+            else:
+                batches = engine.generate_images(*drawn, sampling, known=outputs.read, **generation)
+                for batch in batches:
+                    outputs.keep(*batch)
     if args.out:
         print0(f"wrote {', '.join(args.out)}")
 
@@ -193,13 +195,6 @@ def parse_labels(text, class_num):
     return labels
 
 
-def open_outputs(args, labels):
-    """Writers of --out. Raises ValueError."""
-    from util.images import open_writers
-
-    return open_writers(args.out, labels, args.per_class if args.per_class > 1 else None)
-
-
 def open_evaluation(args, config, num_images, device):
     """The Evaluator, opened before any image is generated; None without --reference."""
     if not args.reference:
@@ -215,7 +210,7 @@ def open_evaluation(args, config, num_images, device):
     )
 
 
-def measure(args, points, drawn, sampling, evaluator, writers, generation):
+def measure(args, points, drawn, sampling, evaluator, outputs, generation):
     """Evaluate the model at each of the points; {} means the settings unchanged.
 
     drawn: model, tokenizer and labels.
@@ -232,24 +227,27 @@ def measure(args, points, drawn, sampling, evaluator, writers, generation):
 
     def found(point):
         wanted = {**identity, **sampling.but(**point).asdict()}
-        return find_result(folder / "results.jsonl", wanted, evaluator.promised)
+        names = [*evaluator.promised, "seconds_per_image"]  # unless all images were there
+        return find_result(folder / "results.jsonl", wanted, names)
 
     named = ("ckpt", "weights", "labels", "per_class")
     settings = {**{name: getattr(args, name) for name in named}, "seed": args.seed}
     settings = {"checkpoint": settings.pop("ckpt"), **settings, "dtype": generation["precision"]}
-    for point in points:
+
+    def evaluate(point):
         if point and any(dist.all_gather(bool(found(point)))):
             print0(f"{point}: there already")
-            continue
-        engine.evaluate(
-            *drawn,
-            sampling.but(**point),
-            evaluator,
-            settings=settings,
-            writers=writers,
-            output_dir=folder,
-            **generation,
-        )
+            return
+        how = {"settings": settings, "outputs": outputs, "output_dir": folder, **generation}
+        engine.evaluate(*drawn, sampling.but(**point), evaluator, **how)
+
+    for done, point in enumerate(points):
+        try:
+            stop.check()
+            evaluate(point)
+        except stop.Stopped as request:
+            told = f", {done} of {len(points)} points are evaluated" if point else ""
+            raise stop.Stopped(f"{request}{told}") from None
     if len(points) > 1 and dist.is_main():
         files = write_sweep([found(point) for point in points], points, folder)
         print0((folder / "sweep.md").read_text())

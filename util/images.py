@@ -1,4 +1,4 @@
-"""Tensors to images: uint8 arrays, grids, folders and .npz files, all written atomically."""
+"""Tensors to images: uint8 arrays, PNGs, grids and .npz files, all written atomically."""
 
 import math
 import zipfile
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.files import make_folder, replacing
+from util.files import replacing
 
 MAX_GRID = 1024  # images
 GAP = (80, 110, 170)  # color between the images of a grid: neither black nor white
@@ -50,10 +50,22 @@ def save_image(path, image):
         Image.fromarray(image).save(beside, Image.registered_extensions()[Path(path).suffix])
 
 
+def read_png(path, img_size):
+    """The image in a PNG, uint8 (H, W, 3); None if it is missing, damaged or of another kind."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()  # all checksums
+        with Image.open(path, formats=["PNG"]) as image:
+            fits = image.size == (img_size, img_size) and image.mode == "RGB"
+            return np.asarray(image) if fits else None
+    except Exception:  # PIL can raise nearly anything for a damaged file
+        return None
+
+
 class GridWriter:
     """Writes all images to one PNG, class by class."""
 
-    per_process = False
+    bytes = 0  # needed on disk: few
 
     def __init__(self, path, labels, columns=None):
         self.path, self.columns, self.images = path, columns, []
@@ -72,29 +84,15 @@ class GridWriter:
             save_image(self.path, grid(images, self.columns, min_side=64))
 
 
-class FolderWriter:
-    """Writes each image to a PNG named by its index. Each process adds its own images."""
-
-    per_process = True
-
-    def __init__(self, path):
-        self.path = Path(path)
-
-    def add(self, indices, images):
-        for index, image in zip(indices, images, strict=True):
-            save_image(self.path / f"{index:06d}.png", image)
-
-
 class NpzWriter:
     """Writes one .npz with `arr_0` (N, H, W, 3) uint8, the format of ADM's evaluator.
 
     Written incrementally: 50,000 images of 256 pixels are 9.8 GB.
     """
 
-    per_process = False
-
-    def __init__(self, path, count):
+    def __init__(self, path, count, img_size):
         self.path, self.count, self.file = path, count, None
+        self.bytes = 3 * count * img_size**2
 
     def add(self, indices, images):
         if self.file is None:
@@ -108,44 +106,8 @@ class NpzWriter:
 
     def __enter__(self):
         self.opened = ExitStack()
-        self.beside = self.opened.enter_context(replacing(self.path))
+        self.beside = self.opened.enter_context(replacing(self.path, self.bytes))
         return self
 
     def __exit__(self, *error):
         return self.opened.__exit__(*error)
-
-
-def open_writers(paths, labels, columns=None):
-    """Writers of one image per label: context managers with `add(indices, images)`.
-
-    .png is a grid, .npz one file, any other name a folder of PNGs. columns: columns of the grid.
-    Raises ValueError for a grid of too many images, and for a folder that holds other PNGs.
-    """
-    writers = []
-    for path in map(Path, paths):
-        make_folder(path.parent, "--out")
-        others = set(Image.registered_extensions()) - {".png"}
-        if path.is_file() != path.exists() and path.suffix in (".png", ".npz"):
-            raise ValueError(f"--out {path}: is a folder, expected a name for a file")
-        if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
-            raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
-        if path.suffix == ".png" and len(labels) > MAX_GRID:
-            raise ValueError(
-                f"--out {path}: a grid of {len(labels)} images, expected at most {MAX_GRID}; "
-                "name a folder or an .npz"
-            )
-        if path.suffix == ".png":
-            writers.append(GridWriter(path, labels, columns))
-        elif path.suffix == ".npz":
-            writers.append(NpzWriter(path, len(labels)))
-        else:
-            make_folder(path, "--out")
-            ours = {f"{i:06d}.png" for i in range(len(labels))}
-            others = [p.name for p in path.glob("*.png") if p.name not in ours]
-            if others:
-                raise ValueError(
-                    f"--out {path}: holds {len(others)} other images, such as {others[0]}, which "
-                    "would be measured with these; expected an empty folder"
-                )
-            writers.append(FolderWriter(path))
-    return writers

@@ -150,6 +150,7 @@ class Accumulator:
 
     def summary(self):
         """The Summary of the images of all processes; features on rank 0 only."""
+        dist.wait()  # where other processes had fewer images, or sooner
         self.statistics.reduce()
         right, seen = dist.all_reduce(self.correct).tolist()
         if self.score:

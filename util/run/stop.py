@@ -70,6 +70,11 @@ def deferred():
             _requests.reason = None
 
 
+def deferring():
+    """Whether requests are only noted now."""
+    return _requests.deferring
+
+
 def reason():
     """Why this process was asked to stop, as text, or None."""
     if _requests.reason is None and _requests.parent not in (None, os.getppid()):

@@ -1,0 +1,349 @@
+"""Outputs of sampling: a grid, folders and .npz files; a stopped run resumes with what is missing.
+
+Images are kept as they are sampled: as PNGs if a folder is among the outputs, else in a hidden
+folder beside the first file, `.NAME.parts`, removed when the files are complete. `sampling.json`
+in the folder says what its images depend on. Whole batches are sampled or read back, never a part
+of one: the rest of a batch, sampled alone, would be rounded differently.
+"""
+
+import json
+import shutil
+import time
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from util import dist
+from util.dist import print0
+from util.files import (
+    check_room,
+    check_zip,
+    first_few,
+    make_folder,
+    remove_leftovers,
+    replacing,
+)
+from util.images import MAX_GRID, GridWriter, NpzWriter, read_png, save_image
+from util.run import lock
+from util.run.stop import Stopped
+
+RECORD = "sampling.json"
+
+
+# ---- folders that keep images --------------------------------------------------------------------
+
+
+class ImageFolder:
+    """A folder that is an output: a PNG per image, named by its index."""
+
+    hidden = False
+
+    def __init__(self, path, img_size):
+        self.path, self.img_size = Path(path), img_size
+
+    def add(self, indices, images):
+        """Write images uint8 (n, H, W, 3) with their indices."""
+        for index, image in zip(indices, images, strict=True):
+            save_image(self.path / _png(index), image)
+
+    def read(self, indices):
+        """The images of a batch, uint8 (n, H, W, 3); None unless all are there and intact."""
+        images = []
+        for index in indices:
+            image = read_png(self.path / _png(index), self.img_size)
+            if image is None:
+                return None
+            images.append(image)
+        return np.stack(images)
+
+    def count(self):
+        """Number of images there."""
+        return sum(1 for _ in self.path.glob("*.png"))
+
+    def check_names(self, num_images):
+        """Raises ValueError for other PNGs than the first num_images of a run."""
+        ours = {_png(index) for index in range(num_images)}
+        others = sorted(path.name for path in self.path.glob("*.png") if path.name not in ours)
+        if others:
+            raise ValueError(
+                f"--out {self.path}: holds {len(others)} other images, such as {others[0]}, which "
+                "would be measured with these; expected an empty folder"
+            )
+
+
+class BatchFolder:
+    """A hidden folder beside an output: an .npz per batch, until the output is complete.
+
+    owner: path of the output.
+    """
+
+    hidden = True
+
+    def __init__(self, owner, img_size):
+        self.owner, self.path = owner, owner.with_name(f".{owner.name}.parts")
+        self.img_size = img_size
+
+    def add(self, indices, images):
+        """Write a batch of images uint8 (n, H, W, 3)."""
+        if len(indices):
+            with replacing(self._file(indices)) as beside, open(beside, "wb") as file:
+                np.savez(file, images=images)
+
+    def read(self, indices):
+        """The images of a batch, uint8 (n, H, W, 3); None unless they are there and intact."""
+        path = self._file(indices)
+        try:
+            check_zip(path)
+            with np.load(path) as file:
+                images = file["images"]
+        except Exception:  # a damaged file can raise nearly anything
+            return None
+        shape = len(indices), self.img_size, self.img_size, 3
+        return images if (images.shape, images.dtype) == (shape, np.uint8) else None
+
+    def count(self):
+        """Number of images there."""
+        ranges = [path.stem.split("-") for path in self.path.glob("[0-9]*-[0-9]*.npz")]
+        return sum(int(stop) - int(start) for start, stop in ranges)
+
+    def check_names(self, num_images):
+        """Any name is ours."""
+
+    def _file(self, indices):
+        return self.path / f"{indices.start:06d}-{indices.stop:06d}.npz"
+
+
+def _png(index):
+    return f"{index:06d}.png"
+
+
+# ---- the record of what images depend on ---------------------------------------------------------
+
+
+def claim(folder, num_images, settings, machine, disposable=False):
+    """Make a folder ready for images that depend on `settings`; returns the number there.
+
+    settings: name -> value, as plain data. machine: the same, of what may change the last bit of an
+    image. disposable: whether images of other settings are deleted. Raises ValueError for a folder
+    with images of other settings, or of unknown ones.
+    """
+    folder.check_names(num_images)
+    there = folder.count()
+    try:
+        if there:
+            found = _read_record(folder)
+            _check_same(folder, there, num_images, settings, found["settings"])
+            _note_machine(folder, machine, found.get("machine"))
+            return there
+    except ValueError as error:
+        if not disposable:
+            raise
+        print0(f"NOTE: {error}; they are deleted")
+        shutil.rmtree(folder.path)
+    with replacing(folder.path / RECORD) as beside:
+        beside.write_text(json.dumps({"settings": settings, "machine": machine}, indent=1))
+    return 0
+
+
+def _read_record(folder):
+    """The content of sampling.json. Raises ValueError."""
+    path = folder.path / RECORD
+    try:
+        record = json.loads(path.read_text())
+        if isinstance(record["settings"], dict):
+            return record
+        reason = "no settings"
+    except FileNotFoundError:
+        reason = "missing"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"not readable, {type(error).__name__}"
+    raise ValueError(
+        f"--out {_named(folder)}: what its {folder.count()} images depend on is not known "
+        f"({RECORD}: {reason}); expected {_advice(folder)}"
+    )
+
+
+def _check_same(folder, there, num_images, settings, before):
+    """Raises ValueError if the images of a folder depend on other settings."""
+    changed = [
+        f"{name} {_short(settings.get(name))} (was {_short(before.get(name))})"
+        for name in {**settings, **before}
+        if settings.get(name) != before.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"--out {_named(folder)}: holds {there} images of other settings: "
+            f"{first_few(changed)}; expected those settings, or {_advice(folder)}"
+        )
+
+
+def _note_machine(folder, machine, before):
+    changed = [
+        f"{name} {value} (was {before[name]})"
+        for name, value in machine.items()
+        if isinstance(before, dict) and before.get(name, value) != value
+    ]
+    if changed:
+        print0(
+            f"NOTE: {folder.path}: not as before: {', '.join(changed)}; the images there and those "
+            "to come may differ in rounding from what either would give alone"
+        )
+
+
+def _named(folder):
+    """A folder as messages name it."""
+    return f"{folder.owner}: a stopped run's {folder.path.name}" if folder.hidden else folder.path
+
+
+def _advice(folder):
+    return f"another name, or {folder.path} deleted" if folder.hidden else "an empty folder"
+
+
+def _short(value):
+    """A value for a message: hashes are shortened."""
+    return f"{value[:12]}…" if isinstance(value, str) and len(value) > 40 else value
+
+
+# ---- all outputs of a run ------------------------------------------------------------------------
+
+
+class Outputs:
+    """Where the images of a run go. By default nowhere, and none are there.
+
+    folders: receive images of each process. files: writers that receive all, in order, on rank 0.
+    Attributes: `found`, number of images that this process read back; `seconds`, the time it took;
+    `complete`, whether all images were kept.
+    """
+
+    def __init__(self, folders=(), files=(), num_images=0):
+        self.folders, self.files, self.num_images = list(folders), list(files), num_images
+        self.found, self.seconds, self.complete, self._last = 0, 0.0, False, None
+
+    def read(self, indices):
+        """The images of a batch if they were kept, uint8 (n, H, W, 3), else None."""
+        start = time.perf_counter()
+        images = self.folders[0].read(indices) if self.folders else None
+        if images is not None:
+            self.found += len(images)
+            self.seconds += time.perf_counter() - start
+            self._last = indices
+        return images
+
+    def keep(self, indices, images):
+        """Keep a batch, sampled or read back. A collective call if there are files."""
+        for folder in self.folders:
+            if folder is not self.folders[0] or indices != self._last:
+                folder.add(indices, images)
+        for batch in in_order(indices, images) if self.files else ():
+            for writer in self.files:
+                writer.add(*batch)
+
+    def describe(self):
+        """How many images are kept, for a message. A collective call."""
+        if not self.folders:
+            return "images are kept with --out only"
+        there = dist.broadcast(self.folders[0].count())
+        return f"{there} of {self.num_images} images are there, the same command resumes"
+
+
+def in_order(indices, images):
+    """On rank 0, the batches of all processes in a round of `generate_images`; else none."""
+    return [batch for batch in dist.gather((indices, images)) or [] if len(batch[0])]
+
+
+@contextmanager
+def open_outputs(paths, labels, img_size, settings, device, columns=None):
+    """The Outputs of a run with one image per label; complete at the end. A collective call.
+
+    .png is a grid, .npz one file, any other name a folder of PNGs. settings: function that returns
+    what the images depend on, as plain data. device: where they are sampled. columns: columns of
+    the grid.
+    Raises ValueError for a grid of too many images, for a folder in use or with other images, and
+    where there is no room; Stopped, with the number of images that are there, if the run is.
+    """
+    outputs = _check_paths([Path(path) for path in paths], labels, img_size, columns)
+    machine = {"torch": torch.__version__, "device": torch.device(device).type}
+    with _held(outputs):
+        _claim_all(outputs, settings, machine)
+        try:
+            with ExitStack() as stack:
+                for writer in outputs.files if dist.is_main() else ():
+                    stack.enter_context(writer)
+                yield outputs
+        except Stopped as request:
+            raise Stopped(f"{request}; {outputs.describe()}") from None
+        dist.wait()
+        outputs.complete = True
+
+
+@contextmanager
+def _held(outputs):
+    """Create and hold the folders of Outputs; hidden ones are deleted when they are of no use."""
+    held = []
+    try:
+        with ExitStack() as stack:
+            for folder in outputs.folders:
+                make_folder(folder.path, "--out")
+                stack.enter_context(lock.folder(folder.path, "--out"))
+                held.append(folder)
+            yield
+    finally:
+        for folder in held if dist.is_main() else ():
+            if folder.hidden and (outputs.complete or not folder.count()):
+                shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _check_paths(paths, labels, img_size, columns):
+    """Outputs of these names. Raises ValueError."""
+    folders, files = [], []
+    for path in paths:
+        make_folder(path.parent, "--out")
+        others = set(Image.registered_extensions()) - {".png"}
+        if path.is_file() != path.exists() and path.suffix in (".png", ".npz"):
+            raise ValueError(f"--out {path}: is a folder, expected a name for a file")
+        if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
+            raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
+        if path.suffix == ".png" and len(labels) > MAX_GRID:
+            raise ValueError(
+                f"--out {path}: a grid of {len(labels)} images, expected at most {MAX_GRID}; "
+                "name a folder or an .npz"
+            )
+        if path.suffix == ".png":
+            files.append(GridWriter(path, labels, columns))
+        elif path.suffix == ".npz":
+            files.append(NpzWriter(path, len(labels), img_size))
+        else:
+            folders.append(ImageFolder(path, img_size))
+    if files and not folders:
+        folders = [BatchFolder(files[0].path, img_size)]
+    return Outputs(folders, files, len(labels))
+
+
+def _claim_all(outputs, settings, machine):
+    """Make the folders of Outputs ready, on rank 0. Raises ValueError, on every process."""
+    problem, count = None, outputs.num_images
+    if dist.is_main() and outputs.folders:
+        try:
+            known = json.loads(json.dumps(settings()))
+            disposable = not any(writer.bytes for writer in outputs.files)
+            for folder in outputs.folders:
+                there = claim(folder, count, known, machine, disposable and folder.hidden)
+                _make_room(outputs, folder, there)
+                if there:
+                    print0(f"{folder.path}: {there} of {count} images are there: resuming")
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    if problem := dist.broadcast(problem):
+        raise ValueError(problem)
+
+
+def _make_room(outputs, folder, there):
+    """Remove what a killed run left, and compare free space with what is still to be written."""
+    for path in {folder.path, *(writer.path.parent for writer in outputs.files)}:
+        remove_leftovers(path)
+    if folder.hidden:
+        missing = (outputs.num_images - there) * 3 * folder.img_size**2
+        check_room(folder.path, missing + sum(writer.bytes for writer in outputs.files))
