@@ -471,11 +471,10 @@ def start_state(this, model, recipe, checkpoint, path):
 
 def after_epoch(this, state, recipe, evaluator, logger, step):
     """Sample grids and evaluate when due. step: number of optimizer steps done."""
-    args, last = this.args, state.epoch == recipe.epochs
-    if state.epoch % args.eval_freq == 0 or last:
+    if state.epoch % this.args.eval_freq == 0 or state.epoch == recipe.epochs:
         for name in ("ema", "raw"):
             draw_grid(this, state, name, logger, step)
-            if args.online_eval:
+            if this.args.online_eval:
                 evaluate(this, state.network(name), name, evaluator, logger, step)
 
 
@@ -491,9 +490,9 @@ def draw_grid(this, state, name, logger, step):
         state.network(name), this.tokenizer, labels, this.sampling, columns, **this.generation()
     )
     if image is not None:
-        file = f"epoch{state.epoch:04d}_{name}.png"
+        file = f"samples/epoch{state.epoch:04d}_{name}.png"
         logger.image(f"samples/{name}", image, step)
-        save_image(Path(this.args.output_dir) / "samples" / file, image)
+        save_image(Path(this.args.output_dir) / file, image)
 
 
 if __name__ == "__main__":

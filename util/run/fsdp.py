@@ -29,7 +29,7 @@ def shard(*models):
         return
     kind = next(models[0].parameters()).device.type
     if kind == "cpu" and not _works_on_cpus():
-        raise ValueError(f"--fsdp: torch {torch.__version__} cannot do this on CPUs; a newer can")
+        raise ValueError(f"--fsdp: torch {torch.__version__} cannot shard on CPUs; expected 2.14")
     mesh = init_device_mesh(kind, (dist.world_size(),))
     for model in models:
         assert not list(model.buffers()), "buffers are not sharded"
@@ -44,8 +44,9 @@ def _works_on_cpus():
     """Before 2.7 torch raises in the first step; later ones added gradients where it averages."""
     if not hasattr(torch.cpu.Stream, "record_event"):
         return False
+    average = getattr(distributed, "reduce_scatter_single", distributed.reduce_scatter_tensor)
     mean, ones = torch.zeros(1), torch.ones(dist.world_size())
-    distributed.reduce_scatter_tensor(mean, ones, distributed.ReduceOp.AVG)
+    average(mean, ones, distributed.ReduceOp.AVG)
     return mean.item() == 1
 
 
