@@ -53,8 +53,14 @@ def parameter_groups(model, weight_decay):
 def new_state(model, recipe, device, precision, batch_images):
     """The TrainState of a model: its EMA, optimizer and scaler by a util.recipe.Recipe."""
     ema = EMA(model, recipe.ema_rate)
+    if recipe.fsdp:
+        from util.run import fsdp  # which takes time to load
+
+        fsdp.shard(model, ema.module)
     groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    if dist.is_sharded(model):
+        fsdp.accept_whole(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return TrainState(model, ema, optimizer, scaler, batch_images=batch_images)
 
@@ -170,6 +176,10 @@ def to_latents(tokenizer, batch, cached, generator):
 
 def unsynchronized(model):
     """A context without gradient synchronization, to accumulate gradients over batches."""
+    if dist.is_sharded(model):
+        from util.run import fsdp
+
+        return fsdp.unsynchronized(model)
     return nullcontext() if model is unwrap(model) else model.no_sync()
 
 
@@ -180,7 +190,7 @@ def optimizer_step(model, optimizer, scaler, grad_clip):
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return dist.whole(norm)
 
 
 # ---- generation ----------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ def train(this, model, checkpoint, path, evaluator):
     counts = {"steps": steps, "accum_iter": recipe.accum_iter}
     saver = Saver(state, from_flags(Output, args), this.config, vars(args), resumed=path, **counts)
     if args.dry_run:
-        draw = partial(engine.sample_grid, state.ema.module, this.tokenizer, [0], this.sampling)
+        draw = partial(engine.sample_grid, state.network("ema"), this.tokenizer, [0], this.sampling)
         draw = partial(draw, **this.generation() | {"latent_range": float("inf")})
         dry_run(saver, run_epoch, loader, draw, recipe.epochs * steps - saver.step, this.device)
         return
@@ -466,15 +466,14 @@ def start_state(this, model, recipe, checkpoint, path):
 
 def after_epoch(this, state, recipe, evaluator, logger, step):
     """Sample grids and evaluate when due. step: number of optimizer steps done."""
-    args, last = this.args, state.epoch == recipe.epochs
-    if state.epoch % args.eval_freq == 0 or last:
-        for name, network in (("ema", state.ema.module), ("raw", state.model.eval())):
-            draw_grid(this, network, f"epoch{state.epoch:04d}_{name}.png", name, logger, step)
-            if args.online_eval:
-                evaluate(this, network, name, evaluator, logger, step)
+    if state.epoch % this.args.eval_freq == 0 or state.epoch == recipe.epochs:
+        for name in ("ema", "raw"):
+            draw_grid(this, state, name, logger, step)
+            if this.args.online_eval:
+                evaluate(this, state.network(name), name, evaluator, logger, step)
 
 
-def draw_grid(this, model, file, name, logger, step):
+def draw_grid(this, state, name, logger, step):
     """Save a grid of two images from each of up to ten classes, spread evenly, at fixed seeds."""
     import engine_mar as engine
     from util.images import save_image
@@ -483,11 +482,12 @@ def draw_grid(this, model, file, name, logger, step):
     columns = min(classes, 10)
     labels = [i * classes // columns for i in range(columns)] * 2
     image = engine.sample_grid(
-        model, this.tokenizer, labels, this.sampling, columns, **this.generation()
+        state.network(name), this.tokenizer, labels, this.sampling, columns, **this.generation()
     )
     if image is not None:
+        file = f"samples/epoch{state.epoch:04d}_{name}.png"
         logger.image(f"samples/{name}", image, step)
-        save_image(Path(this.args.output_dir) / "samples" / file, image)
+        save_image(Path(this.args.output_dir) / file, image)
 
 
 if __name__ == "__main__":

@@ -112,6 +112,10 @@ class Autoregressive(LatentModel):
         # the head has one row per masked token, so their number varies
         return blocks + [(module, True) for module in self.head.to_compile()]
 
+    def to_shard(self):
+        """Modules whose weights are gathered one after the other by --fsdp."""
+        return [*(module for module in self.modules() if isinstance(module, Block)), self.head]
+
     def check(self, sampling):
         """Raises ValueError for a Sampling that `sample_steps` would refuse, before any work."""
         check_sampling(self, sampling)

@@ -84,6 +84,10 @@ class DiT(Diffused, LatentModel):
         """(module, dynamic) for each module to compile for training."""
         return [(block, False) for block in self.blocks]
 
+    def to_shard(self):
+        """Modules whose weights are gathered one after the other by --fsdp."""
+        return list(self.blocks)
+
     def check(self, sampling):
         """Raises ValueError for settings of autoregressive sampling, which DiT does not do."""
         plain = Sampling()

@@ -22,6 +22,7 @@ from models.mar import MAR
 from models.settings import Model, Sampling
 from util.evaluation.settings import Evaluation
 from util.recipe import Recipe
+from util.run import fsdp
 
 # values where none of GUESSES fits
 SAID = {
@@ -159,6 +160,7 @@ def trained(flags, folder, monkeypatch):
             lambda module, **how: found["compiled"].append(type(module).__name__),
         )
         common = "--data_path digits --model mar_tiny --device cpu --num_workers 0"
+        patch.setattr(fsdp, "shard", lambda *models: found.update(sharded=len(models)))
         main_mar.main(shlex.split(f"{common} --output_dir {folder} {flags}"))
     return found
 

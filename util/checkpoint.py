@@ -17,7 +17,17 @@ from pathlib import Path
 
 import torch
 
-from util.dist import all_gather, barrier, gather, is_main, print0, rank, world_size
+from util.dist import (
+    all_gather,
+    barrier,
+    gather,
+    is_main,
+    is_sharded,
+    own_part,
+    print0,
+    rank,
+    world_size,
+)
 from util.files import first_few, replacing
 from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
 from util.weights import load_strictly, read_file, read_metadata, write_safetensors
@@ -91,6 +101,10 @@ class TrainState:
                 f"not saved, as values are not finite: {bad[0]}; the last checkpoint is from "
                 "before. Try --precision bf16 or fp32, or a lower --lr"
             )
+        if is_sharded(self.model):
+            from util.run import fsdp  # which takes time to load
+
+            content = fsdp.gathered(content)
         return content
 
     def load(self, checkpoint, source):
@@ -121,6 +135,15 @@ class TrainState:
         self.epoch = checkpoint["epoch"] + 1
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
+
+    def network(self, weights):
+        """The model with these weights, "ema" or "raw", in evaluation mode. A collective call."""
+        model = self.ema.module if weights == "ema" else self.model.eval()
+        if is_sharded(model):
+            from util.run import fsdp
+
+            return fsdp.whole(model)
+        return model
 
     def _names(self):
         """Names of the parameters in the order of the optimizer, which counts them."""
@@ -155,7 +178,7 @@ def size_of(content):
 
 
 def not_finite(content, names=()):
-    """Names of the values of a checkpoint that are not finite.
+    """Names of the values of a checkpoint that are not finite, where this process holds them.
 
     names: those of the parameters that the optimizer counts.
     """
@@ -167,7 +190,7 @@ def not_finite(content, names=()):
     for number, state in content["optimizer"]["state"].items():
         name = names[number] if number in range(len(names)) else number
         values |= {f"optimizer's {key} of {name}": value for key, value in state.items()}
-    finite = [torch.isfinite(torch.as_tensor(value)).all() for value in values.values()]
+    finite = [own_part(torch.as_tensor(value)).isfinite().all() for value in values.values()]
     whole = torch.stack([x.to(finite[0].device) for x in finite]).tolist() if finite else []
     return [name for name, ok in zip(values, whole, strict=True) if not ok]
 

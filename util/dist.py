@@ -87,8 +87,8 @@ def _join(launch, url, device, seconds):
 
 
 def wrap(model, device):
-    """The model in DistributedDataParallel, or itself if there is only one process."""
-    if world_size() == 1:
+    """The model in DistributedDataParallel; itself if it is sharded, or one process holds it."""
+    if world_size() == 1 or is_sharded(model):
         return model
     wait()  # for processes that are still reading files
     device_ids = [device.index] if device.type == "cuda" else None
@@ -98,6 +98,21 @@ def wrap(model, device):
 def unwrap(model):
     """The model inside the result of `wrap`."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model):
+    """Whether each process holds a part of the model only (see util.run.fsdp)."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def whole(tensor):
+    """A sharded tensor as a whole one, on all processes, which must call this; others unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def own_part(tensor):
+    """What this process holds of a sharded tensor; others unchanged."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def cleanup():

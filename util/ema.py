@@ -18,12 +18,12 @@ class EMA:
         self.rate = rate
         # autocast caches casts only of weights that require a gradient, so these keep requiring it
         self.module = copy.deepcopy(model).eval()
-        self._averages = list(self.module.parameters())
 
     @torch.no_grad()
     def update(self, model):
         """Move the average one step towards the weights of `model`."""
-        torch._foreach_lerp_(self._averages, list(model.parameters()), 1 - self.rate)
+        averages, weights = list(self.module.parameters()), list(model.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - self.rate)
 
     def state_dict(self):
         return self.module.state_dict()

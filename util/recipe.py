@@ -36,6 +36,11 @@ class Recipe(Settings):
         "compile the blocks and the head with torch.compile: takes minutes at the start, saves "
         "time per step",
     )
+    fsdp: bool = setting(
+        False,
+        "each process holds only a part of the weights, gradients, moments and EMA (FSDP): less "
+        "memory, more communication, the same results and checkpoints",
+    )
 
     def total_batch(self, processes):
         """Images per optimizer step."""
