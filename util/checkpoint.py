@@ -158,8 +158,9 @@ class TrainState:
         twice.
         """
         self.batch = place["batch"]
-        if place["images"] == self.batch_images and len(place["draws"]) == world_size():
-            self.draws = place["draws"][rank()]
+        whole, states = self.batch % accum_iter == 0, place["draws"]
+        if whole and place["images"] == self.batch_images and len(states) == world_size():
+            self.draws = states[rank()]
             return True
         done = self.batch * place["images"] // self.batch_images
         self.batch = done // accum_iter * accum_iter
