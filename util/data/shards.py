@@ -126,10 +126,15 @@ def whole_manifest(folder):
             f"{folder}: not all shards are there, as the run that wrote them was stopped; {AGAIN}"
         )
     expected = {"shape", "dtype", "classes", "count", "shard_size"}
-    counts = [shard["count"] for shard in manifest["shards"]]
-    if expected - manifest.keys() or sum(counts) != manifest["count"]:
-        raise ValueError(f"{Path(folder) / MANIFEST}: not the manifest of a cache: shards of {counts}")
+    if expected - manifest.keys() or not _add_up(manifest):
+        raise ValueError(f"{Path(folder) / MANIFEST}: not the manifest of a whole cache; {AGAIN}")
     return manifest
+
+
+def _add_up(manifest):
+    counts, size = [shard["count"] for shard in manifest["shards"]], manifest["shard_size"]
+    cut = [len(range(manifest["count"])[i : i + size]) for i in range(0, manifest["count"], size)]
+    return len(counts) * size < manifest["count"] + size and counts == cut
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ class ShardedCache(Dataset):
             )
         self.shards, self.shard_size = manifest["shards"], manifest["shard_size"]
         self.labels = self._read("labels")
-        if not (0 <= self.labels.min() and self.labels.max() < len(self.classes)):
+        if not (self.labels.min() >= 0 and self.labels.max() < len(self.classes)):
             raise ValueError(f"{folder}: labels of other classes than its {len(self.classes)}")
         self.dtype = np.dtype(manifest["dtype"])
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
@@ -275,7 +280,9 @@ def _checksums_of_old(folder, shards, record):
     if all(all_gather(known is not None)):
         return known
     mine = range(rank(), len(shards), world_size())
-    progress = Progress(max(1, sum(sum(shards[k]["bytes"].values()) for k in mine)), "checking", "B")
+    progress = Progress(
+        max(1, sum(sum(shards[k]["bytes"].values()) for k in mine)), "checking", "B"
+    )
     found = {k: _checked(folder, k, shards[k], progress) for k in mine}
     progress.close()
     wait()
