@@ -170,7 +170,9 @@ def test_conversion_to_files_goes_on(made, tmp_path):
         convert.convert(made, tmp_path / "images", "images")
 
 
-@pytest.mark.parametrize("part", ["shard-00001.json", "shard-00001.flips.npy", "cut short", "a flipped bit"])
+@pytest.mark.parametrize(
+    "part", ["shard-00001.json", "shard-00001.flips.npy", "cut short", "a flipped bit"]
+)
 def test_a_run_resumes_where_it_was(images, vae_path, made, copied, part, capsys, monkeypatch):
     """A shard that is missing or partial is written again, the same; the others are not touched.
 

@@ -93,7 +93,9 @@ def write(folder, facts, names, labels, read, batch_size, pictures):
 
 def _finish(plan, records):
     """Write the manifest. records: of the shards that were there already, else None."""
-    for path in plan.folder.glob("shard-*.piece"):  # of a run that was killed when these were joined
+    for path in plan.folder.glob(
+        "shard-*.piece"
+    ):  # of a run that was killed when these were joined
         path.unlink()
     found = [_read_record(plan.folder, k) for k in range(len(records))]
     for k, record in enumerate(records):
