@@ -105,6 +105,7 @@ class CachedFolder(datasets.DatasetFolder):
     """
 
     def __init__(self, root, shape=None):
+        manifest = _finished_manifest(root)
         try:
             super().__init__(str(root), loader=None, extensions=(".npz",))
         except FileNotFoundError as error:
@@ -112,7 +113,7 @@ class CachedFolder(datasets.DatasetFolder):
                 f"--cached_path {str(root)!r}: expected one folder of latents per class ({error})"
             ) from None
         self.shape = shape and tuple(shape)
-        self.checksums, self.sources = self._open_index()
+        self.checksums, self.sources = self._open_index(manifest)
         if shape:
             for index in np.unique(self.targets, return_index=True)[1].tolist():
                 self._read(index, VIEWS)
@@ -141,16 +142,8 @@ class CachedFolder(datasets.DatasetFolder):
                 )
         return found
 
-    def _open_index(self):
+    def _open_index(self, manifest):
         """(checksums, sources) of the images; None if the cache does not say."""
-        manifest = read_manifest(self.root)
-        if manifest.get("finished") is False:
-            raise ValueError(
-                f"{self.root}: not all images are there, as the run that cached them was stopped; "
-                f"{AGAIN}"
-            )
-        if not manifest and index_path(self.root, "names").exists():
-            raise ValueError(f"{self.root}: {MANIFEST} is missing; {AGAIN}")
         index = read_index(self.root, manifest)
         if index is None:
             return None, None
@@ -161,6 +154,18 @@ class CachedFolder(datasets.DatasetFolder):
             raise ValueError(f"{self.root}: other classes than those of {MANIFEST}; {AGAIN}")
         order = [rows[name] for name in names]
         return index["checksums"][order], index["sources"][order]
+
+
+def _finished_manifest(folder):
+    """The manifest. Raises ValueError if it is known that images are missing."""
+    manifest = read_manifest(folder)
+    if manifest.get("finished") is False:
+        raise ValueError(
+            f"{folder}: not all images are there, as the run that cached them was stopped; {AGAIN}"
+        )
+    if not manifest and index_path(folder, "names").exists():
+        raise ValueError(f"{folder}: {MANIFEST} is missing; {AGAIN}")
+    return manifest
 
 
 def _check_names(folder, found, expected):
@@ -318,8 +323,8 @@ def open_cache(path, shape, class_num, record=None, data_path=None):
     """The data set of (moments, label) of a cache in either layout. A collective call.
 
     shape: expected shape (2C, h, w) of the moments. class_num: expected number of classes. record:
-    see ShardedCache. data_path: images that should have the same classes, or None. Raises
-    ValueError.
+    see ShardedCache. data_path: folder of the images, whose classes are compared, or None; a data
+    set with another number of classes is not that of these latents. Raises ValueError.
     """
     if read_manifest(path).get("layout") == "shards":
         dataset = ShardedCache(path, shape, record)
@@ -335,11 +340,10 @@ def _compare_classes(classes, path, data_path):
     if not data_path or not folder.is_dir():
         return
     found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if found != classes:
-        differing = sorted({*found} ^ {*classes}) or found
+    if found != classes and len(found) == len(classes):  # else another data set, not these images
         raise ValueError(
             f"--data_path {data_path}: its classes are not those of the latents in {path}: "
-            f"{first_few(differing)}"
+            f"{first_few(sorted({*found} ^ {*classes}) or found)}; pass the folder of their images"
         )
 
 
