@@ -3,11 +3,15 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli import complain
 from PIL import Image
 from test_caches import bit, command, contents, cut, empty, exchanged, gone, latents, make_old, swap
@@ -17,11 +21,12 @@ import main_cache
 from util import files
 from util.data import cached, convert, manifest, shard_writer, shards
 from util.data.cached import read_moments, write_moments
-from util.data.manifest import read_manifest
+from util.data.manifest import layout_of, read_manifest
 from util.data.shards import ShardedCache, checksums_of
 from util.flags import run
 from util.run import lock, stop
 
+ROOT = Path(__file__).parent.parent
 LAYOUTS = pytest.mark.parametrize("layout", ["images", "shards"])
 
 
@@ -289,6 +294,85 @@ def dealt_batches(monkeypatch, folder, world, rank):
         facts |= {"shape": [1, 1, 1], "dtype": "float16", "classes": ["a"]}
         shard_writer.write(folder, facts, names, [0] * 7, read, 2, None)
     return asked
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+TORCHRUN = "-m torch.distributed.run --nnodes=1 --nproc_per_node=2"
+TORCHRUN += " --rdzv-backend=c10d --rdzv-endpoint=localhost:0"
+
+
+def start(*flags, **settings):
+    """tests/two_caching.py in two processes; a Popen with the output of both."""
+    # as many threads as `made` had here: their count orders the sums of a convolution
+    settings |= {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    script = [sys.executable, *TORCHRUN.split(), str(ROOT / "tests/two_caching.py")]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*script, *map(str, flags)], env={**os.environ, **settings}, **how)
+
+
+def finish(process):
+    """(exit status, output) of a process."""
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+@pytest.mark.slow
+@LAYOUTS
+def test_two_processes_write_the_same_bytes(images, vae_path, made, tmp_path, layout):
+    """As one process, also where they continue what one began; they verify it together."""
+    flags = command(images, vae_path, tmp_path / layout, layout)
+    status, output = finish(start(*flags))
+    assert status == 0 and "8 written, 0 there already" in output, output
+    assert {"encoded 2 by 0", "encoded 2 by 1"} <= {*output.splitlines()}
+    assert same_latents(tmp_path / layout, made / layout)
+    for name in ("shard-00000.moments.npy", "shard-00001.names.npy", "cat/1.jpg.npz"):
+        (tmp_path / layout / name).unlink(missing_ok=True)
+    status, output = finish(start(*flags))
+    new = 6 if layout == "shards" else 1
+    assert status == 0 and f"{new} written, {8 - new} there already" in output, output
+    assert same_latents(tmp_path / layout, made / layout)
+    # which rank 1 reads
+    path = "shard-00001.flips.npy" if layout == "shards" else "cat/1.jpg.npz"
+    bit(tmp_path / layout / path, 400)
+    status, output = finish(start("--verify", "--cached_path", tmp_path / layout))
+    assert status != 0 and f"1 damaged files: {path}" in output, output
+
+
+def same_latents(folder, other):
+    """Whether two caches have the same bytes; single images, encoded with others, nearly."""
+    found, expected = contents(folder), contents(other)
+    if layout_of(folder) == "shards":
+        return found == expected
+    files = [name for name in expected if name.endswith(".npz")]
+    pairs = [[read_moments(f / name)["moments"] for f in (folder, other)] for name in files]
+    return found.keys() == expected.keys() and all(np.allclose(*pair, atol=1e-4) for pair in pairs)
+
+
+@pytest.mark.slow
+@LAYOUTS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_two_processes_are_stopped(images, vae_path, made, tmp_path, layout, number):
+    """By torchrun, which is asked to: both end at their next batch, and one alone goes on."""
+    flags = command(images, vae_path, tmp_path / layout, layout, "--batch_size", 1)
+    process = start(*flags, SLOW="2", SHARD="100")
+    for line in process.stdout:
+        if line.startswith("encoded 1 by"):
+            break
+    process.send_signal(number)
+    begun = time.monotonic()
+    status, output = finish(process)
+    assert status != 0 and time.monotonic() - begun < 25
+    assert output.count("stopped: ") == 2, output
+    assert "call the same command again" in output and 'caching.py", line' not in output
+    done = len(list((tmp_path / layout).rglob("*.piece" if layout == "shards" else "*/*.npz")))
+    assert 2 <= done < 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_SIZE", 100)
+        left = stop_after(patch, -1)
+        main_cache.main(flags)
+    assert sum(left) == 8 - done
+    convert.verify(tmp_path / layout)
 
 
 # ---- the folder ----------------------------------------------------------------------------------

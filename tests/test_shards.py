@@ -1,12 +1,9 @@
 """Shards of latents, and the way between layouts. Run: python -m pytest tests/test_shards.py"""
 
 import json
-import os
 import pickle
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -248,37 +245,6 @@ def test_other_images_or_latents_are_not_mixed_in(images, vae_path, copied, tmp_
         convert.convert(foreign, copied, "shards")
     (copied / "cache.json").unlink()  # then nobody knows what the shards are of
     assert convert.convert(foreign, copied, "shards") == (8, 0)
-
-
-@pytest.mark.slow
-def test_two_processes_write_the_same_bytes(images, vae_path, made, tmp_path):
-    """As one process, also where they continue what one began; they verify it together."""
-    caches_run = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc_per_node=2"]
-    caches_run += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-    # as many threads as `made` had here: their count orders the sums of a convolution
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
-
-    def torchrun(*flags):
-        script = str(ROOT / "tests" / "two_caching.py")
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        done = subprocess.run(
-            [*caches_run, script, *flags], env=environment, timeout=300, check=False, **how
-        )
-        return done.returncode, done.stdout
-
-    status, output = torchrun(*command(images, vae_path, tmp_path))
-    assert status == 0 and "8 written, 0 there already" in output, output
-    assert contents(tmp_path) == contents(made)
-    for name in ("shard-00000.json", "shard-00001.json"):
-        (tmp_path / name).unlink()
-    status, output = torchrun(*command(images, vae_path, tmp_path))
-    assert status == 0 and "6 written, 2 there already" in output, output
-    assert contents(tmp_path) == contents(made)
-    path = tmp_path / "shard-00001.flips.npy"  # which is of rank 1
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    status, output = torchrun("--verify", "--cached_path", str(tmp_path))
-    assert status != 0 and "1 damaged files: shard-00001.flips.npy" in output, output
 
 
 @pytest.mark.parametrize("part", shards.PARTS)
