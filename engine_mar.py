@@ -7,6 +7,7 @@ import hashlib
 import math
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -16,9 +17,11 @@ from torch.utils.data import Subset
 
 from util import dist
 from util.checkpoint import TrainState
-from util.data import shards
-from util.data.cached import read_moments, write_moments
+from util.data import shard_writer
+from util.data.cached import FolderWriter
 from util.data.loader import batch_loader, plain_loader
+from util.data.rounds import in_rounds
+from util.data.sources import Pictures, Sourced
 from util.dist import print0, unwrap
 from util.ema import EMA
 from util.images import grid, to_uint8
@@ -400,40 +403,47 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     """Write the moments of each image of an ImageFolder, and of its mirror image, below `folder`.
 
     One `class/name.ext.npz` per image, with float32 `moments` and `moments_flip` (2C, h, w). Images
-    whose file exists and is intact are skipped. Returns the numbers of images (written, skipped) by
-    all processes.
+    whose file exists, is intact and of the same picture are skipped. Returns the numbers of images
+    (written, skipped) by all processes. Raises ValueError if the folder holds latents of other
+    images; Stopped as util.run.stop says.
     """
     side = dataset.img_size // tokenizer.stride
     shape = (tokenizer.moment_channels, side, side)
-    paths = [folder / f"{dataset.name(i)}.npz" for i in range(len(dataset))]
-    mine = range(dist.rank(), len(dataset), dist.world_size())
-    with ThreadPool(max(1, num_workers)) as pool:
-        whole = list(pool.imap(lambda i: _is_whole(paths[i], shape), mine, 64))
-    todo = [i for i, is_whole in zip(mine, whole, strict=True) if not is_whole]
-    loader = plain_loader(Subset(dataset, todo), batch_size, num_workers)
-    progress = Progress(max(1, len(todo)), "caching", "img")
-    for start, (images, _) in zip(range(0, len(todo), batch_size), loader, strict=True):
-        moments = moments_and_flips(tokenizer, images.to(device))
-        for index, one, other in zip(todo[start:], *moments, strict=False):
-            write_moments(paths[index], one, other)
-        progress.update(len(images))
+    names = [dataset.name(i) for i in range(len(dataset))]
+    writer = FolderWriter(folder, names, dataset.classes)
+    todo = missing(writer, shape, Pictures(dataset), num_workers)
+    writer.begin(len(todo), shape)
+    mine = todo[dist.rank() :: dist.world_size()]
+    common = math.ceil(len(todo) // dist.world_size() / batch_size)
+    loader = plain_loader(Subset(Sourced(dataset), mine), batch_size, num_workers)
+    progress = Progress(max(1, len(mine)), "caching", "img")
+    with stop.deferred():
+        for start, (images, sources) in enumerate(in_rounds(loader, common, folder)):
+            moments = moments_and_flips(tokenizer, images.to(device))
+            indices = mine[start * batch_size :]
+            for index, *one in zip(indices, *moments, sources.numpy(), strict=False):
+                writer.write(index, *one)
+            progress.update(len(images))
+        progress.close()
+        dist.wait()
+        writer.finish()
+    return len(todo), len(dataset) - len(todo)
+
+
+def missing(writer, shape, pictures, workers):
+    """The indices of the images, of all processes, whose latents are not there or not of these."""
+    mine = range(dist.rank(), len(writer.names), dist.world_size())
+    progress = Progress(max(1, len(mine)), "checking what is there", "img")
+    with ThreadPool(max(1, workers)) as pool:
+        todo = []
+        for index, whole in zip(
+            mine, pool.imap(lambda i: writer.is_whole(i, shape, pictures), mine, 64), strict=True
+        ):
+            todo += [] if whole else [index]
+            progress.update()
     progress.close()
-    written = sum(dist.all_gather(len(todo)))
-    return written, len(dataset) - written
-
-
-def _is_whole(path, shape):
-    """Whether a file holds moments. Raises ValueError for moments of another shape."""
-    try:
-        found = [m.shape for m in read_moments(path).values()] if path.is_file() else []
-    except ValueError:
-        return False
-    if found and found != [shape, shape]:
-        raise ValueError(
-            f"{path}: holds latents of shape {found[0]}, these are {shape}; pass another "
-            "--cached_path"
-        )
-    return bool(found)
+    dist.wait()
+    return sorted(chain.from_iterable(dist.all_gather(todo)))
 
 
 def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, device):
@@ -450,11 +460,12 @@ def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, 
     }
 
     def read(batches):
-        for images, _ in batch_loader(dataset, batches, num_workers):
-            yield moments_and_flips(tokenizer, images.to(device))
+        for images, sources in batch_loader(Sourced(dataset), batches, num_workers):
+            yield *moments_and_flips(tokenizer, images.to(device)), sources.numpy()
 
     names = [dataset.name(i) for i in range(len(dataset))]
-    return shards.write(folder, facts, names, dataset.targets, read, batch_size)
+    pictures = Pictures(dataset)
+    return shard_writer.write(folder, facts, names, dataset.targets, read, batch_size, pictures)
 
 
 @torch.no_grad()

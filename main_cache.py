@@ -6,11 +6,12 @@ few large files hold all. An interrupted run resumes where it stopped. --verify 
 need no tokenizer.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
 
 from models.settings import TOKENIZERS
 from util.data import DATASETS, kind_or_folder
-from util.files import make_folder
+from util.files import make_folder, remove_leftovers
 from util.flags import (
     Parser,
     add_machine_flags,
@@ -30,7 +31,7 @@ def get_parser():
         "--data_path",
         default="./data/imagenet",
         metavar="DIR",
-        help=DATASETS["folder"].path,
+        help=DATASETS["folder"].path + "; with --verify, what to compare the cache with, if given",
     )
     group.add_argument("--cached_path", required=True, metavar="DIR", help="folder of the cache")
     group.add_argument(
@@ -46,7 +47,8 @@ def get_parser():
     group.add_argument(
         "--verify",
         action="store_true",
-        help="only read all of --cached_path, in either layout, and report damaged files",
+        help="only read all of --cached_path, in either layout, and report damaged files and, if "
+        "--data_path is given, pictures that differ from those that were cached",
     )
     group.add_argument(
         "--convert_from",
@@ -61,14 +63,14 @@ def get_parser():
 
 def main(argv=None):
     """Run the script."""
-    args = get_parser().parse_args(argv)
+    args, given = get_parser().parse_given(argv)
     folder = Path(args.cached_path)
     if args.verify and args.convert_from:
         raise ValueError(f"--convert_from {args.convert_from}: not together with --verify")
     if args.convert_from and Path(args.convert_from).resolve() == folder.resolve():
         raise ValueError(f"--convert_from {args.convert_from}: expected another than --cached_path")
     if args.verify:
-        verify_cache(args)
+        verify_cache(args, "data_path" in given)
         return
     written, skipped = (convert_cache if args.convert_from else cache_images)(args, folder)
 
@@ -77,14 +79,22 @@ def main(argv=None):
     print0(f"{written} written, {skipped} there already: {folder}")
 
 
-def verify_cache(args):
-    """Read a whole cache. Raises ValueError if it is damaged."""
+def verify_cache(args, with_pictures):
+    """Read a whole cache. Raises ValueError if it is damaged, or of other pictures."""
     from util import dist
-    from util.data.convert import verify
+    from util.data import open_data
+    from util.data.convert import compare_pictures, describe_checks, verify
 
     dist.init(**machine(args) | {"device": "cpu"})
+    pictures = with_pictures and open_data(args.data_path, "train", args.img_size)
     layout, images = verify(args.cached_path, args.num_workers)
     dist.print0(f"{images} images, all whole, in the layout {layout}: {args.cached_path}")
+    dist.print0(f"checked: {describe_checks(args.cached_path)}")
+    if pictures:
+        count = compare_pictures(args.cached_path, pictures, args.num_workers)
+        dist.print0(
+            f"compared with {args.data_path}: all names, and the content of {count} pictures"
+        )
 
 
 def convert_cache(args, folder):
@@ -93,21 +103,31 @@ def convert_cache(args, folder):
     from util.data.convert import convert
 
     dist.init(**machine(args) | {"device": "cpu"})
-    open_folder(args, folder)
-    return convert(args.convert_from, folder, args.layout, args.num_workers)
+    with held(args, folder):
+        return convert(args.convert_from, folder, args.layout, args.num_workers)
 
 
 def cache_images(args, folder):
     """Encode images with a tokenizer and write the latents. Returns (written, skipped) images."""
+    from util import dist
+
+    device = dist.init(**machine(args))
+    tokenizer = open_tokenizer(args).to(device)
+    with held(args, folder):
+        return encode_images(args, folder, tokenizer, device)
+
+
+def encode_images(args, folder, tokenizer, device):
+    """Write the latents into a folder that is held. Returns (written, skipped) images."""
     import engine_mar as engine
     from util import dist
     from util.data.cached import check_cache
 
-    device = dist.init(**machine(args))
-    tokenizer = open_tokenizer(args).to(device)
-    open_folder(args, folder)
     facts = describe(args, tokenizer)
-    check_cache(folder, write=args.layout == "images" and dist.is_main(), **facts)
+    if args.layout == "images" and dist.is_main():
+        check_cache(folder, write=True, **facts, finished=False)
+    dist.barrier()
+    check_cache(folder, facts["tokenizer"], facts["img_size"])
     dataset = open_images(args, folder / "data_checked.txt")
     classes = len(dataset.classes)
     dist.print0(f"{len(dataset)} images of {classes} classes, {args.tokenizer} on {device}")
@@ -147,9 +167,15 @@ def describe(args, tokenizer):
     return facts
 
 
-def open_folder(args, folder):
-    """Create the folder. Raises ValueError if it holds a cache in the other layout."""
-    from util.data.shards import layout_of
+@contextmanager
+def held(args, folder):
+    """Create the folder and hold it, without what dead runs left in it. Raises ValueError.
+
+    Also if another run holds it, or if it holds a cache in the other layout.
+    """
+    from util import dist
+    from util.data.manifest import layout_of
+    from util.run import lock
 
     make_folder(args.cached_path, "--cached_path")
     if (found := layout_of(folder)) not in (None, args.layout):
@@ -157,6 +183,10 @@ def open_folder(args, folder):
             f"--cached_path {folder}: holds a cache with --layout {found}, expected another folder "
             f"for {args.layout}"
         )
+    with lock.folder(folder, "--cached_path"):
+        if dist.is_main():
+            remove_leftovers(folder, recursive=args.layout == "images")
+        yield
 
 
 def open_images(args, record):

@@ -28,6 +28,7 @@ from util.run.tracker import add_tracker_flag
 from util.settings import add_flags, destination, from_flags
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
+CHECKED = "cache_checked.npz"  # beside the checkpoints: what was found whole of an older cache
 TOKENIZER_FLAGS = ("img_size", "vae_embed_dim")  # fields of Model among the tokenizer's flags
 
 
@@ -288,7 +289,8 @@ def open_training_data(this):
     if args.use_cached:
         side = size // tokenizer.stride
         check_cache(args.cached_path, digest(tokenizer.state_dict()), size)
-        dataset = open_cache(args.cached_path, (tokenizer.moment_channels, side, side), classes)
+        shape, record = (tokenizer.moment_channels, side, side), Path(args.output_dir) / CHECKED
+        dataset = open_cache(args.cached_path, shape, classes, record, args.data_path)
     else:
         how = {"flip": True, "workers": args.num_workers, "class_num": classes}
         how["record"] = Path(args.output_dir) / "data_checked.txt"

@@ -12,6 +12,7 @@ and, if the kind supports them,
 
     check(workers, record)        reads every image once; raises ValueError for damaged ones
     name(index), targets          class/name.ext of an image, and all labels, for caching latents
+    path(index)                   the file of an image, by which caching notices that it was edited
     training_loader(batch_size, num_workers, seed, pin_memory)
                                   a special loader, with `steps`, `images` and
                                   `epoch(n, start=0)` as in util.data.loader.Loader. For a

@@ -1,17 +1,23 @@
 """Verify a cache of latents, or convert it to the other layout, without its tokenizer."""
 
+import math
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
-from util.data import shards
-from util.data.cached import CachedFolder, check_cache, read_moments, write_moments
-from util.data.shards import ShardedCache, layout_of, read_manifest
-from util.dist import all_gather, barrier, is_main, rank, world_size
+from util import dist
+from util.data import shard_writer, shards
+from util.data.cached import CachedFolder, FolderWriter, check_cache, read_moments
+from util.data.manifest import layout_of, read_manifest
+from util.data.rounds import in_rounds
+from util.data.shards import ShardedCache
+from util.data.sources import UNKNOWN, Pictures, Recorded
+from util.dist import all_gather, is_main, rank, world_size
 from util.files import first_few
 from util.logger import Progress
+from util.run import stop
 
 FACTS = (
     "tokenizer",
@@ -22,13 +28,18 @@ FACTS = (
 )  # manifest entries of both layouts
 OPTIONAL = ("shift",)  # likewise, if present: only shifts other than 0 are
 BATCH = 64  # images read at once
+AT_ONCE = 1024  # images converted between two looks at requests to stop
+
+
+# ---- verifying -----------------------------------------------------------------------------------
 
 
 def verify(folder, workers=4):
     """Read all of a cache, divided among the processes; returns (its layout, number of images).
 
-    Shards must match the sha256 in their manifest; files of single images must be intact, finite
-    and of one shape. workers: number of threads. Raises ValueError that lists damaged files.
+    Shards must match the sha256 in their manifest and be finite; files of single images must be
+    intact, finite, of one shape, and those that the manifest knows. workers: number of threads.
+    Raises ValueError that lists damaged files.
     """
     layout = layout_of(folder)
     if layout is None:
@@ -36,6 +47,7 @@ def verify(folder, workers=4):
     images, bad = (
         shards.find_damage(folder) if layout == "shards" else _damaged_files(folder, workers)
     )
+    dist.wait()
     bad = sorted(chain.from_iterable(all_gather(bad)))
     if bad:
         raise ValueError(
@@ -44,15 +56,71 @@ def verify(folder, workers=4):
     return layout, images
 
 
+def describe_checks(folder):
+    """What `verify` has compared, given what a cache says of itself: a line."""
+    manifest = read_manifest(folder)
+    if manifest.get("layout") == "shards":
+        rows = all("checksums" in shard["sha256"] for shard in manifest["shards"])
+        more = (
+            ", the checksum of each row" if rows else "; rows have no checksums, training adds them"
+        )
+        return f"complete, the sha256 of all files, finite, labels of the classes{more}"
+    if "parts" in manifest:
+        return (
+            "complete, the CRC32s of all arrays as cached, finite, of one shape, names and classes"
+        )
+    return (
+        "the CRC32s inside the files, finite, of one shape; not known to this cache, which an "
+        "earlier version or the published code made: whether it is complete, and of which pictures"
+    )
+
+
+def compare_pictures(folder, dataset, workers=4):
+    """Compare a cache with the images of a data set; returns how many pictures were compared.
+
+    Every picture whose source the cache knows is read, divided among the processes. Raises
+    ValueError that names images that were added, removed or edited, or are of another class.
+    """
+    sharded = read_manifest(folder).get("layout") == "shards"
+    cache = ShardedCache(folder) if sharded else CachedFolder(folder)
+    names = cache.names() if sharded else [cache.name(i) for i in range(len(cache))]
+    rows, ours = {name: row for row, name in enumerate(names)}, Pictures(dataset)
+    known = cache.sources() if sharded else cache.sources
+    shown = [dataset.name(i) for i in range(len(dataset))]
+    bad = [f"{name} (not cached)" for name in shown if name not in rows]
+    bad += [f"{name} (no such picture)" for name in sorted({*names} - {*shown})]
+
+    def holds(index):
+        row = rows.get(shown[index])
+        return None if known is None or row is None else ours.holds(index, known[row])
+
+    mine = range(rank(), len(shown), world_size())
+    with ThreadPool(max(1, workers)) as pool:
+        same = pool.map(holds, mine, 64)
+    dist.wait()
+    edited = [shown[i] for i, it_is in zip(mine, same, strict=True) if it_is is False]
+    bad += [f"{name} (edited)" for name in sorted(chain.from_iterable(all_gather(edited)))]
+    if bad:
+        raise ValueError(
+            f"{folder}: not of these pictures: {len(bad)} differ: {first_few(bad)}; cache again"
+        )
+    return sum(all_gather(sum(it_is is not None for it_is in same)))
+
+
 def _damaged_files(folder, workers):
     """The number of images and messages about damaged files, as in shards.find_damage."""
     dataset = CachedFolder(folder)
     shapes = (_probe(path)[1] for path, _ in dataset.samples)
     shape = next((shape for shape in shapes if shape), None)  # the same on every process
-    paths = [path for path, _ in dataset.samples[rank() :: world_size()]]
-    progress, bad = Progress(max(1, len(paths)), "verifying", "img"), []
+    mine = range(rank(), len(dataset), world_size())
+    progress, bad = Progress(max(1, len(mine)), "verifying", "img"), []
+
+    def probe(index):
+        known = dataset.checksums
+        return _probe(dataset.samples[index][0], None if known is None else known[index])
+
     with ThreadPool(max(1, workers)) as pool:
-        for path, found, problem in pool.imap_unordered(_probe, paths, chunksize=16):
+        for path, found, problem in pool.imap_unordered(probe, mine, chunksize=16):
             if found and found != shape:
                 problem = f"of shape {found}, others have {shape}"
             if problem:
@@ -62,15 +130,23 @@ def _damaged_files(folder, workers):
     return len(dataset), bad
 
 
-def _probe(path):
+def _probe(path, checksums=None):
     """(path, shape of its moments or None, problem or None)."""
     try:
-        one, other = read_moments(path).values()
-    except ValueError:
-        return path, None, "not readable"
-    if one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
-        return path, None, "not finite, or of two shapes"
+        one, other = read_moments(path, checksums=checksums).values()
+    except ValueError as error:
+        return path, None, _problem(str(error))
+    if one.shape != other.shape:
+        return path, None, "of two shapes"
     return path, one.shape, None
+
+
+def _problem(message):
+    problems = {"is not finite": "not finite", "not the latents": "not those that were cached"}
+    return next((told for part, told in problems.items() if part in message), "not readable")
+
+
+# ---- converting ----------------------------------------------------------------------------------
 
 
 def convert(source, folder, layout, workers=4):
@@ -100,29 +176,36 @@ def _to_shards(source, folder, facts, workers):
     # a single channel of integers: code indices, exact in float16 only up to 2,048
     numbers = len(first) == 1 and np.array_equal(first, first.round())
     facts |= {"shape": list(first.shape), "dtype": "int32" if numbers else "float16"}
+    sources = _sources(dataset.sources, len(dataset))
 
     def load(index):
-        path = dataset.samples[index][0]
-        one, other = read_moments(path).values()
+        one, other = dataset.pair(index)
         if not one.shape == other.shape == first.shape:
             raise ValueError(
-                f"{path}: moments of shape {one.shape} and {other.shape}, expected {first.shape}"
+                f"{dataset.samples[index][0]}: moments of shape {one.shape} and {other.shape}, "
+                f"expected {first.shape}"
             )
         return one, other
 
     def read(batches):
         with ThreadPool(max(1, workers)) as pool:
             for batch in batches:
-                yield [np.stack(part) for part in zip(*pool.map(load, batch), strict=True)]
+                moments = [np.stack(part) for part in zip(*pool.map(load, batch), strict=True)]
+                yield *moments, sources[batch]
 
-    return shards.write(
+    return shard_writer.write(
         folder,
         {**facts, "classes": dataset.classes},
         [dataset.name(i) for i in range(len(dataset))],
         dataset.targets,
         read,
         BATCH,
+        Recorded(sources),
     )
+
+
+def _sources(known, count):
+    return np.full((count, 3), UNKNOWN) if known is None else known
 
 
 def _to_images(source, folder, facts, workers):
@@ -132,36 +215,45 @@ def _to_images(source, folder, facts, workers):
     for name in names:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"{source}: {name!r} is no name of an image of a class")
-    # a cache of the published code has no manifest, nor has one converted from it
-    known = is_main() and facts["tokenizer"] is not None
-    check_cache(folder, facts.pop("tokenizer"), facts.pop("img_size"), write=known, **facts)
-    mine = range(rank(), len(dataset), world_size())
-    progress = Progress(max(1, len(mine)), "converting", "img")
+    tokenizer, size = facts.pop("tokenizer"), facts.pop("img_size")
+    # a cache of the published code does not say these, nor does one converted from it
+    known = is_main() and tokenizer is not None
+    check_cache(folder, tokenizer, size, write=known, **facts, finished=False)
+    writer, sources = (
+        FolderWriter(folder, names, dataset.classes),
+        _sources(dataset.sources(), len(names)),
+    )
 
     def write(index):
-        path = folder / f"{names[index]}.npz"
-        one, other = (x.astype(np.float32) for x in dataset.pair(index))
-        if new := not _holds(path, one, other):
-            write_moments(path, one, other)
-        return new
+        writer.write(index, *_pair(dataset, index), sources[index])
 
-    written = 0
-    with ThreadPool(max(1, workers)) as pool:
-        for new in pool.imap_unordered(write, mine, chunksize=16):
-            written += new
-            progress.update()
-    progress.close()
-    barrier()
-    written = sum(all_gather(written))
-    return written, len(dataset) - written
+    with ThreadPool(max(1, workers)) as pool, stop.deferred():
+        todo = _missing(writer, dataset, sources, pool)
+        writer.begin(len(todo), dataset.shape)
+        mine = todo[rank() :: world_size()]
+        progress = Progress(max(1, len(mine)), "converting", "img")
+        parts = [mine[i : i + AT_ONCE] for i in range(0, len(mine), AT_ONCE)]
+        common = math.ceil(len(todo) // world_size() / AT_ONCE)
+        for part in in_rounds(parts, common, folder):
+            pool.map(write, part)
+            progress.update(len(part))
+        progress.close()
+        dist.wait()
+        writer.finish()
+    return len(todo), len(names) - len(todo)
 
 
-def _holds(path, one, other):
-    """Whether the file exists and is intact. Raises ValueError if it holds other moments."""
-    try:
-        found = list(read_moments(path).values()) if path.is_file() else []
-    except ValueError:
-        return False
-    if found and not all(map(np.array_equal, found, (one, other))):
-        raise ValueError(f"{path}: holds other moments; pass another --cached_path")
-    return bool(found)
+def _pair(dataset, index):
+    return (moments.astype(np.float32) for moments in dataset.pair(index))
+
+
+def _missing(writer, dataset, sources, pool):
+    """The indices of the images, of all processes, that are not there, or damaged.
+
+    Raises ValueError if a file holds other moments.
+    """
+    mine = range(rank(), len(dataset), world_size())
+    whole = pool.map(lambda i: writer.holds(i, *_pair(dataset, i), sources[i]), mine, 16)
+    dist.wait()
+    todo = [i for i, is_whole in zip(mine, whole, strict=True) if not is_whole]
+    return sorted(chain.from_iterable(all_gather(todo)))

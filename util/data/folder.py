@@ -55,7 +55,11 @@ class ImageFolder(datasets.ImageFolder):
 
     def name(self, index):
         """The path of an image below the root, class/name.ext."""
-        return str(Path(self.samples[index][0]).relative_to(self.root))
+        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
+
+    def path(self, index):
+        """The file of an image."""
+        return self.samples[index][0]
 
     @cached_property
     def description(self):
