@@ -64,7 +64,7 @@ class ImageFolder:
         return sum(1 for _ in self.path.glob("*.png"))
 
     def check_names(self, num_images):
-        """Raises ValueError for other PNGs than the first num_images of a run."""
+        """Raises ValueError for other PNGs than those of num_images images."""
         ours = {_png(index) for index in range(num_images)}
         others = sorted(path.name for path in self.path.glob("*.png") if path.name not in ours)
         if others:
@@ -109,8 +109,13 @@ class BatchFolder:
         ranges = [path.stem.split("-") for path in self.path.glob("[0-9]*-[0-9]*.npz")]
         return sum(int(stop) - int(start) for start, stop in ranges)
 
+    def clear(self):
+        """Delete the images."""
+        for path in self.path.glob("*.npz"):
+            path.unlink()
+
     def check_names(self, num_images):
-        """Any name is ours."""
+        """Other names mean nothing."""
 
     def _file(self, indices):
         return self.path / f"{indices.start:06d}-{indices.stop:06d}.npz"
@@ -130,25 +135,25 @@ def claim(folder, num_images, settings, machine, disposable=False):
     image. disposable: whether images of other settings are deleted. Raises ValueError for a folder
     with images of other settings, or of unknown ones.
     """
-    folder.check_names(num_images)
     there = folder.count()
     try:
         if there:
-            found = _read_record(folder)
-            _check_same(folder, there, num_images, settings, found["settings"])
+            found = _read_record(folder, there)
+            _check_same(folder, there, settings, found["settings"])
+            folder.check_names(num_images)
             _note_machine(folder, machine, found.get("machine"))
             return there
     except ValueError as error:
         if not disposable:
             raise
         print0(f"NOTE: {error}; they are deleted")
-        shutil.rmtree(folder.path)
+        folder.clear()
     with replacing(folder.path / RECORD) as beside:
         beside.write_text(json.dumps({"settings": settings, "machine": machine}, indent=1))
     return 0
 
 
-def _read_record(folder):
+def _read_record(folder, there):
     """The content of sampling.json. Raises ValueError."""
     path = folder.path / RECORD
     try:
@@ -161,12 +166,12 @@ def _read_record(folder):
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         reason = f"not readable, {type(error).__name__}"
     raise ValueError(
-        f"--out {_named(folder)}: what its {folder.count()} images depend on is not known "
+        f"--out {_named(folder)}: what its {there} images depend on is not known "
         f"({RECORD}: {reason}); expected {_advice(folder)}"
     )
 
 
-def _check_same(folder, there, num_images, settings, before):
+def _check_same(folder, there, settings, before):
     """Raises ValueError if the images of a folder depend on other settings."""
     changed = [
         f"{name} {_short(settings.get(name))} (was {_short(before.get(name))})"
