@@ -113,8 +113,9 @@ class Autoregressive(LatentModel):
         return blocks + [(module, True) for module in self.head.to_compile()]
 
     def to_shard(self):
-        """Modules whose weights are gathered one after the other by --fsdp."""
-        return [*(module for module in self.modules() if isinstance(module, Block)), self.head]
+        """Modules whose weights --fsdp gathers one after the other; those within others first."""
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        return [*blocks, *self.head.to_shard(), self.head]
 
     def check(self, sampling):
         """Raises ValueError for a Sampling that `sample_steps` would refuse, before any work."""

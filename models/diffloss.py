@@ -209,6 +209,10 @@ class DiffLoss(Diffused, Head):
         """See Head."""
         return [self.net]
 
+    def to_shard(self):
+        """See Head."""
+        return list(self.net.res_blocks)
+
 
 class DenoisingMLP(nn.Module):
     """ε_θ(x | t, z) and the variance interpolation v: residual MLP blocks conditioned by AdaLN."""

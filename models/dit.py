@@ -85,7 +85,7 @@ class DiT(Diffused, LatentModel):
         return [(block, False) for block in self.blocks]
 
     def to_shard(self):
-        """Modules whose weights are gathered one after the other by --fsdp."""
+        """Modules whose weights --fsdp gathers one after the other."""
         return list(self.blocks)
 
     def check(self, sampling):

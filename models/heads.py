@@ -48,6 +48,10 @@ class Head(nn.Module):
         """Modules that torch.compile speeds up in training."""
         return []
 
+    def to_shard(self):
+        """Modules whose weights --fsdp gathers one after the other; the rest is one more."""
+        return []
+
     def advice(self, sampling):
         """A sentence on what to try if samples diverge."""
         return "Train the model for longer"

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -105,6 +106,24 @@ def compare(folder, names):
                 torch.save({"lines": lines, **networks}, folder / f"{case}-{fsdp}-rest.pth")
 
 
+def check(folder, rest):
+    """What shows only in the processes, each of which prints a line at the end."""
+    state = start("mar", {}, "fp32", True)
+    images, labels = Batches(1).parts[0]
+    for last in (False, True):
+        with nullcontext() if last else engine_mar.unsynchronized(state.model):
+            state.model(images, labels).backward()
+        found = {parameter.grad is not None for parameter in state.model.parameters()}
+        assert found == {last}, "gradients are reduced after the last batch, and only then"
+    weight = state.ema.module.z_proj.bias
+    if dist.rank() == 1:
+        dist.own_part(weight.detach())[-1] = float("nan")
+    try:
+        state.save(folder / "nan.pth", None, {})
+    except FloatingPointError as error:
+        print(f"rank {dist.rank()}: {error}")
+
+
 def resume(folder, common):
     """Runs from each other's checkpoints, from within an epoch: ddp, fsdp, ddp-fsdp, fsdp-ddp."""
     for first in ("ddp", "fsdp"):
@@ -123,5 +142,5 @@ def resume(folder, common):
 if __name__ == "__main__":
     dist.init("cpu")
     what, folder, *rest = sys.argv[1:]
-    {"compare": compare, "resume": resume}[what](Path(folder), rest)
+    {"compare": compare, "check": check, "resume": resume}[what](Path(folder), rest)
     dist.cleanup()
