@@ -27,7 +27,7 @@ def check_config(config, weights, path):
     _check_settings(Sampling, config["sampling"], path, "sampling")
     for name in config["sampling"]:
         expect(name in Sampling.names(), path, "config's sampling", name, "a known setting")
-    _check_tokenizer(config["tokenizer"], path)
+    _check_tokenizer(config["tokenizer"], config["model"].get("vae_embed_dim"), path)
     range_ = config.get("latent_range", 0.0)
     expect(is_number(range_) and range_ >= 0, path, "config's latent_range", range_, "a number")
     _check_sizes(config["model"], weights, path)
@@ -60,7 +60,10 @@ def _check_by_flag(convert, value, path, entry):
         raise ValueError(f"{path}: {entry}: {first_line(error)}") from None
 
 
-def _check_tokenizer(own, path):
+def _check_tokenizer(own, channels, path):
+    """Check the arguments of a tokenizer of latents with so many channels."""
+    from models.tokenizer import check_numbers
+
     name = own.get("name")
     known = isinstance(name, str) and name in TOKENIZERS
     expect(known, path, "config's tokenizer", name, "the name of a tokenizer")
@@ -73,6 +76,9 @@ def _check_tokenizer(own, path):
         if key in ("name", "vae_path"):
             fits = value is None or isinstance(value, str)
         expect(fits, path, entry, value, "a number, or one per channel")
+        if key in ("scale", "shift"):
+            entry = f"{path}: {entry}"
+            check_numbers(entry, value, channels or len(numbers), positive=key == "scale")
         if key in ("channels", "patch_size", "stride"):
             expect(is_count(value, 1, 2**16), path, entry, value, "an integer, at least 1")
 

@@ -117,8 +117,13 @@ class AutoencoderTokenizer(Tokenizer):
     ):
         vae = self.autoencoder.from_file(vae_path, **network)
         published = published_scale, published_shift
+        channels, given = vae.config["embed_dim"], (scale, shift)
         scale, shift = scale_and_shift(vae_path, scale, shift, published)
-        super().__init__(vae.config["embed_dim"], vae.stride, patch_size, scale, shift, vae)
+        if given[0] is None:
+            check_numbers(f"{vae_path}: scale", scale, channels, positive=True)
+        if given[1] is None:
+            check_numbers(f"{vae_path}: shift", shift, channels)
+        super().__init__(channels, vae.stride, patch_size, scale, shift, vae)
 
 
 class KLTokenizer(AutoencoderTokenizer):
@@ -219,9 +224,6 @@ def scale_and_shift(path, scale=None, shift=None, published=(None, 0.0)):
     """
     held = read_file(path) if scale is None or shift is None else {}
     own = (held["scale"], held.get("shift", 0.0)) if "scale" in held else published
-    for name, value in zip(("scale", "shift"), own, strict=True):
-        several = value if isinstance(value, list | tuple) else [value]
-        check_numbers(f"{path}: {name}", value, len(several), positive=name == "scale")
     scale, shift = own[0] if scale is None else scale, own[1] if shift is None else shift
     if scale is None:
         raise ValueError(
@@ -238,8 +240,8 @@ def check_numbers(name, value, channels, positive=False):
     several = isinstance(value, list | tuple)
     numbers, bound = value if several else [value], " above 0" if positive else ""
     for number in numbers:
-        if not isinstance(number, float | int) or not math.isfinite(number):
-            raise ValueError(f"{name} {number}: expected a finite number{bound}")
+        if type(number) not in (float, int) or not math.isfinite(number):
+            raise ValueError(f"{name} {number!s:.40}: expected a finite number{bound}")
         if positive and not number > 0:
             raise ValueError(f"{name} {number}: expected a number above 0")
     if several and len(numbers) != channels:

@@ -63,8 +63,10 @@ def check_checkpoint(content, path):
     for part in ("model", "model_ema"):
         _check_weights(content[part], path, part)
     args, config = content["args"], content["config"]
-    named = isinstance(args, dict) and all(isinstance(name, str) for name in args)
-    expect(named, path, "args", args, "flags by name")
+    expect(isinstance(args, dict), path, "args", args, "flags by name")
+    for name, value in args.items():
+        fits = isinstance(name, str) and _is_plain(value)
+        expect(fits, path, f"args {name!s:.40}", value, "the value of a flag")
     expect(config is None or isinstance(config, dict), path, "config", config, "a dict")
     if "optimizer" in content:
         expect(is_count(content.get("epoch"), -1), path, "epoch", content.get("epoch"), "a number")
@@ -74,6 +76,12 @@ def check_checkpoint(content, path):
     expect(fits, path, "scaler", scaler, "numbers by name")
     if "place" in content:
         _check_place(content["place"], path)
+
+
+def _is_plain(value):
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | bool | int | float)
 
 
 def _check_weights(weights, path, part):

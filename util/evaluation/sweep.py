@@ -67,7 +67,7 @@ def find_result(path, identity, names=()):
     """
     found = None
     for record in filter(_is_whole, jsonl.read(path)):
-        same = all(record.get(name) == value for name, value in identity.items())
+        same = all(_equal(record.get(name), value) for name, value in identity.items())
         if same and all(name in record for name in (*names, *COSTS)):
             found = record
     return found
@@ -82,6 +82,11 @@ def _is_whole(record):
     costs = [record[name] for name in COSTS if name in record]
     whole = all(type(n) in (int, float, type(None)) for n in (*numbers, *real.values()))
     return whole and all(type(n) in (int, float) for n in costs)
+
+
+def _equal(one, other):
+    """Whether two values of a record are the same; Python takes True for 1."""
+    return one == other and (type(one) is bool) == (type(other) is bool)
 
 
 def write_sweep(records, points, folder):
