@@ -30,7 +30,7 @@ from util.evaluation.references import load_reference
 from util.evaluation.sweep import find_result, write_sweep
 from util.recipe import changes
 
-QUICK, MANY = 25, 150
+QUICK, MANY = 25, 1000
 SECONDS = 60  # for one file, on a machine that does much else
 
 MODEL = {
