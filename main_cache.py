@@ -175,7 +175,7 @@ def held(args, folder):
     """
     from util import dist
     from util.data.manifest import layout_of
-    from util.run import lock
+    from util.run import last_words, lock
 
     make_folder(args.cached_path, "--cached_path")
     if (found := layout_of(folder)) not in (None, args.layout):
@@ -184,6 +184,7 @@ def held(args, folder):
             f"for {args.layout}"
         )
     with lock.folder(folder, "--cached_path"):
+        last_words.set_folder(folder, "main_cache")
         if dist.is_main():
             remove_leftovers(folder, recursive=args.layout == "images")
         yield

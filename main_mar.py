@@ -135,7 +135,7 @@ def main(argv=None):
     device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)
     with nullcontext() if args.evaluate else hold_output(args):
-        last_words.set_folder(args.output_dir, "main_mar")
+        last_words.set_folder(args.output_dir, "evaluate" if args.evaluate else "main_mar")
         checkpoint, path = find_resumed(args)
         config, sampling, tokenizer = configure(args, given, checkpoint, path)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision)

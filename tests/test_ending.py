@@ -337,7 +337,15 @@ def test_a_single_process_has_the_terminal(tmp_path, monkeypatch):
         ({}, (0, 0, 1)),
         ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, (3, 1, 4)),
         ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, (0, 0, 1)),
-        ({"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8"}, (5, 1, 8)),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "5",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "MASTER_ADDR": "a",
+            },
+            (5, 1, 8),
+        ),
         ({"RANK": "x", "LOCAL_RANK": "", "WORLD_SIZE": "4"}, (0, 0, 1)),
     ],
 )

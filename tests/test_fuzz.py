@@ -8,8 +8,11 @@ import copy
 import json
 import math
 import re
+import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +20,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import main_cache
 from engine_mar import parameter_groups
 from models import build_model, build_tokenizer, load_model
 from models.settings import Sampling
 from models.vae import AutoencoderKL
 from models.vq import VQModel
 from util.checkpoint import TrainState, export_ema, load_checkpoint, steps_done
+from util.data.cached import open_cache
+from util.data.convert import verify
+from util.data.manifest import read_manifest, write_manifest
 from util.ema import EMA
 from util.evaluation import baseline, references
 from util.evaluation.features import Extractor
@@ -30,7 +37,9 @@ from util.evaluation.references import load_reference
 from util.evaluation.sweep import find_result, write_sweep
 from util.recipe import changes
 
+FIXTURES = Path(__file__).parent / "fixtures"
 QUICK, MANY = 25, 1000
+SHAPE = (8, 4, 4)  # of the moments of the fixtures
 SECONDS = 60  # for one file, on a machine that does much else
 
 MODEL = {
@@ -160,6 +169,45 @@ def read_results(path):
         write_sweep(found, points, path.parent)
 
 
+CACHES = {name: FIXTURES / f"cache-{name}" for name in ("shards", "images")}
+
+
+def write_cache(path, layout, old=False):
+    """A cache around a file: of an earlier version, or converted from one of the other layout."""
+    root = root_of(path)
+    if old:
+        shutil.copytree(CACHES[layout], root, dirs_exist_ok=True)
+        return
+    source = CACHES["images" if layout == "shards" else "shards"]
+    flags = ["--convert_from", source, "--cached_path", root, "--layout", layout]
+    main_cache.main([str(flag) for flag in (*flags, "--num_workers", 1)])
+
+
+def root_of(path):
+    """The folder of a cache, from one of its files."""
+    return next(folder for folder in path.parents if folder.name.startswith("cache-"))
+
+
+def read_cache(path):
+    root = root_of(path)
+    dataset = open_cache(root, SHAPE, 2)
+    for i in range(len(dataset)):
+        moments, label = dataset[i]
+        assert tuple(moments.shape) == SHAPE and label in (0, 1)
+        assert all(np.isfinite(x).all() for x in dataset.pair(i))
+    with suppress(AttributeError):
+        assert len(dataset.names()) == len(dataset)
+    verify(root, 1)
+
+
+def load_manifest(path):
+    return read_manifest(path.parent)
+
+
+def save_manifest(content, path):
+    write_manifest(path.parent, content)  # with a fitting sha256
+
+
 def load_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -197,6 +245,13 @@ def save_config(config, path):
     export_ema({"model_ema": new_state().model.state_dict()}, path, config)
 
 
+SHARDS = [
+    partial(write_cache, layout="shards"), read_cache, load_manifest, save_manifest
+]  # fmt: skip
+IMAGES = [partial(write_cache, layout="images"), read_cache, load_manifest, save_manifest]
+OLD_SHARDS = [partial(write_cache, layout="shards", old=True), *SHARDS[1:]]
+OLD_IMAGES = [partial(write_cache, layout="images", old=True), *IMAGES[1:]]
+
 # name of the file -> (write, read, functions that load and save its content, if it has structure)
 KINDS = {
     "checkpoint-last.pth": (write_checkpoint, read_checkpoint, load_torch, torch.save),
@@ -207,7 +262,21 @@ KINDS = {
     "kept.npz": (write_kept, read_kept, load_arrays, save_arrays),
     "kept.json": (write_metrics, read_metrics, load_json, save_json),
     "results.jsonl": (write_results, read_results, load_lines, save_lines),
+    "cache-shards/cache.json": SHARDS,
+    "cache-shards/shard-00000.moments.npy": SHARDS[:2],
+    "cache-shards/shard-00000.labels.npy": SHARDS[:2],
+    "cache-shards/shard-00000.names.npy": SHARDS[:2],
+    "cache-shards/shard-00000.checksums.npy": SHARDS[:2],
+    "cache-images/cache.json": IMAGES,
+    "cache-images/cache.names.npy": IMAGES[:2],
+    "cache-images/cache.sources.npy": IMAGES[:2],
+    "cache-images/a/2.png.npz": IMAGES[:2],
+    "cache-old/shards/cache.json": OLD_SHARDS,
+    "cache-old/shards/shard-00000.flips.npy": OLD_SHARDS[:2],
+    "cache-old/images/cache.json": OLD_IMAGES,
+    "cache-old/images/b/1.png.npz": OLD_IMAGES[:2],
 }
+STRUCTURED = [name for name, kind in KINDS.items() if len(kind) == 4]
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +284,7 @@ def written(tmp_path_factory):
     """A function that writes a file of a kind; returns its path."""
 
     def write(name):
-        path = tmp_path_factory.mktemp("fuzz") / name
+        path = tmp_path_factory.mktemp("fuzz") / name.replace("cache-old/", "cache-old-")
         torch.manual_seed(0)
         KINDS[name][0](path)
         return path
@@ -252,7 +321,8 @@ def is_read_or_refused(read, path):
             read(path)
     except ValueError as error:
         line = str(error)
-        assert path.name in line and len(line.splitlines()) == 1, line
+        named = path.name in line or any(f.name in line for f in path.parents if "cache-" in f.name)
+        assert named and len(line.splitlines()) == 1, line
         assert not re.search("allocate|TimeoutError", line), line
 
 
@@ -381,7 +451,7 @@ def restructured(draw, content, values):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", STRUCTURED)
 def test_mutated_content(written, name, count):
     """Whole files in which a value has another type, size or name, or is missing."""
     path, (_, read, load, save) = written(name), KINDS[name]

@@ -12,22 +12,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from util.files import HOST
+from util.run.launch import understand
 
 
 def place(environ=os.environ):
-    """(rank, rank on this machine, number of processes), by the launcher's variables."""
-    for names in _NAMES:
-        found = [environ.get(name, "") for name in names]
-        if all(text.isdigit() for text in found) and int(found[2]) > 1:
-            return tuple(map(int, found))
-    return 0, 0, 1
+    """(rank, rank on this machine, number of processes), as the launcher says."""
+    try:
+        found = understand(environ)
+    except ValueError:  # which util.dist.init will say
+        return 0, 0, 1
+    return found.rank, found.local, found.world
 
 
-_NAMES = (
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
-)
 _open = None  # the file of this process
 
 
