@@ -1,6 +1,7 @@
 """Caching stopped, called again, and repairing. Run: python -m pytest tests/test_caching.py"""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -191,6 +192,28 @@ def test_older_caches_learn_what_they_are(images, vae_path, made, tmp_path):
             make_old(folder)
         main_cache.main(command(images, vae_path, folder, layout))
         assert contents(folder) == contents(made / layout)
+
+
+def test_older_shards_are_read_once(made, tmp_path, monkeypatch):
+    """Before training; then --output_dir has their checksums, which spawned workers are sent."""
+    folder = Path(shutil.copytree(made / "shards", tmp_path / "shards"))
+    make_old(folder)
+    record, before = tmp_path / "out" / "cache_checked.npz", contents(folder)
+    dataset = ShardedCache(folder, None, record)
+    assert np.array_equal(dataset.checksums, ShardedCache(made / "shards").checksums)
+    assert contents(folder) == before  # a data set is not written to
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "damaged_parts", None)
+        again = ShardedCache(folder, None, record)
+        with pytest.raises(TypeError):
+            ShardedCache(folder)
+    bit(folder / "shard-00001.flips.npy")
+    for opened in (again, pickle.loads(pickle.dumps(again))):
+        with pytest.raises(ValueError, match=r"flips.npy: damaged: the latents of dog/1\.jpg"):
+            opened.pair(5)
+    bit(record)
+    with pytest.raises(ValueError, match=r"damaged: shard-00001.flips.npy \(not the sha256"):
+        ShardedCache(folder, None, record)
 
 
 # ---- stopped -------------------------------------------------------------------------------------
