@@ -420,8 +420,8 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     with stop.deferred():
         for start, (images, sources) in enumerate(in_rounds(loader, common, folder)):
             moments = moments_and_flips(tokenizer, images.to(device))
-            indices = mine[start * batch_size :]
-            for index, *one in zip(indices, *moments, sources.numpy(), strict=False):
+            indices = mine[start * batch_size : (start + 1) * batch_size]
+            for index, *one in zip(indices, *moments, sources.numpy(), strict=True):
                 writer.write(index, *one)
             progress.update(len(images))
         progress.close()

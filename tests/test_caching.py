@@ -1,6 +1,7 @@
 """Caching stopped, called again, and repairing. Run: python -m pytest tests/test_caching.py"""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -20,9 +21,9 @@ import engine_mar
 import main_cache
 from util import files
 from util.data import cached, convert, manifest, shard_writer, shards
-from util.data.cached import read_moments, write_moments
+from util.data.cached import read_moments
 from util.data.manifest import layout_of, read_manifest
-from util.data.shards import ShardedCache, checksums_of
+from util.data.shards import ShardedCache
 from util.flags import run
 from util.run import lock, stop
 
@@ -191,6 +192,28 @@ def test_older_caches_learn_what_they_are(images, vae_path, made, tmp_path):
             make_old(folder)
         main_cache.main(command(images, vae_path, folder, layout))
         assert contents(folder) == contents(made / layout)
+
+
+def test_older_shards_are_read_once(made, tmp_path, monkeypatch):
+    """Before training; then --output_dir has their checksums, which spawned workers are sent."""
+    folder = Path(shutil.copytree(made / "shards", tmp_path / "shards"))
+    make_old(folder)
+    record, before = tmp_path / "out" / "cache_checked.npz", contents(folder)
+    dataset = ShardedCache(folder, None, record)
+    assert np.array_equal(dataset.checksums, ShardedCache(made / "shards").checksums)
+    assert contents(folder) == before  # a data set is not written to
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "damaged_parts", None)
+        again = ShardedCache(folder, None, record)
+        with pytest.raises(TypeError):
+            ShardedCache(folder)
+    bit(folder / "shard-00001.flips.npy")
+    for opened in (again, pickle.loads(pickle.dumps(again))):
+        with pytest.raises(ValueError, match=r"flips.npy: damaged: the latents of dog/1\.jpg"):
+            opened.pair(5)
+    bit(record)
+    with pytest.raises(ValueError, match=r"damaged: shard-00001.flips.npy \(not the sha256"):
+        ShardedCache(folder, None, record)
 
 
 # ---- stopped -------------------------------------------------------------------------------------
@@ -407,99 +430,3 @@ def test_a_cache_without_room_is_not_begun(cache, monkeypatch, layout):
     monkeypatch.setattr(engine_mar, "moments_and_flips", None)
     with pytest.raises(ValueError, match=r"cache: .*kB needed, 1 kB free"):
         cache(layout)
-
-
-# ---- every bit -----------------------------------------------------------------------------------
-
-
-def test_every_bit_of_a_file(tmp_path):
-    """A flipped bit of an .npz is found, or changes nothing that is read, such as its date."""
-    path = tmp_path / "a/0.jpg.npz"
-    moments = np.random.default_rng(0).standard_normal((2, 2, 2, 2)).astype(np.float32)
-    write_moments(path, *moments)
-    whole, silent = path.read_bytes(), 0
-    for place in range(8 * len(whole)):
-        content = bytearray(whole)
-        content[place // 8] ^= 1 << place % 8
-        path.write_bytes(content)
-        try:
-            found = read_moments(path)
-        except ValueError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-            continue
-        silent += 1
-        assert all(map(np.array_equal, found.values(), moments))
-        assert [x.dtype for x in found.values()] == [np.float32] * 2
-    assert silent < 0.4 * 8 * len(whole)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "float32", "int32", "uint8"])
-def test_every_bit_of_a_row(dtype):
-    """Any flipped bit changes a checksum, for rows of any length, as do exchanged rows."""
-    for length in (1, 3, 4, 18, 64):
-        rows = np.random.default_rng(length).integers(0, 255, (2, length)).astype(dtype)
-        before = checksums_of(rows)
-        assert before.shape == (2,) and before.dtype == np.uint64
-        bits = np.unpackbits(rows.view(np.uint8)[0])
-        for place in range(len(bits)):
-            flipped = bits.copy()
-            flipped[place] ^= 1
-            other = np.packbits(flipped).view(rows.dtype)
-            assert checksums_of(other[None])[0] != before[0]
-        assert (checksums_of(rows[::-1]) == before[::-1]).all()
-
-
-def test_bits_of_shards(made, tmp_path):
-    """300 flipped bits anywhere in the arrays of a shard: refused, or the same values are read."""
-    draw = np.random.default_rng(0)
-    whole = [ShardedCache(made / "shards").pair(i) for i in range(8)]
-    for part in shards.PARTS[:4]:
-        folder = Path(shutil.copytree(made / "shards", tmp_path / part))
-        path = folder / f"shard-00001.{part}.npy"
-        content, refused = path.read_bytes(), 0
-        for place in draw.integers(0, 8 * len(content), 75):
-            flipped = bytearray(content)
-            flipped[place // 8] ^= 1 << place % 8
-            path.write_bytes(flipped)
-            try:
-                found = [ShardedCache(folder).pair(i) for i in range(8)]
-            except ValueError as error:
-                refused += path.name in str(error)
-                continue
-            for one, other in zip(found, whole, strict=True):
-                assert all(map(np.array_equal, one, other))
-        assert refused > 60  # the others are spaces in a header
-
-
-def test_fuzzed_manifests(made, tmp_path):
-    """300 manifests with changed, lost or repeated parts: a line each, or the same cache."""
-    draw = np.random.default_rng(0)
-    for layout in ("images", "shards"):
-        folder = Path(shutil.copytree(made / layout, tmp_path / layout))
-        path, content = folder / "cache.json", (folder / "cache.json").read_bytes()
-        content = content[: content.rindex(b', "sha256"')] + b"}"  # as by earlier versions
-        for _ in range(150):
-            path.write_bytes(mutated(content, draw))
-            try:
-                dataset = cached.open_cache(folder, (32, 2, 2), 2)
-            except ValueError as error:
-                assert "\n" not in str(error)
-            else:
-                assert len(dataset) == 8
-
-
-def mutated(content, draw):
-    """Bytes with one to three changes."""
-    content = bytearray(content)
-    for _ in range(draw.integers(1, 4)):
-        start, length = draw.integers(0, len(content)), draw.integers(0, 12)
-        part = content[start : start + length]
-        new = (
-            b"",
-            bytes(part) * 2,
-            bytes(draw.integers(32, 127, length).astype(np.uint8)),
-            b"null",
-            b"-1",
-        )
-        content[start : start + length] = new[draw.integers(0, len(new))]
-    return bytes(content)

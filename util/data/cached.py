@@ -330,6 +330,11 @@ def open_cache(path, shape, class_num, record=None, data_path=None):
         dataset = ShardedCache(path, shape, record)
     else:
         dataset = CachedFolder(path, shape)
+        if dataset.checksums is None:
+            dist.print0(
+                f"NOTE: {path} does not say whether it is complete, as an earlier version or the "
+                "published code made it: main_cache.py --verify --data_path compares it"
+            )
     check_classes(dataset, class_num, path)
     _compare_classes(dataset.classes, path, data_path)
     return dataset

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -269,29 +270,39 @@ def _batches(indices, size):
 
 
 def _bytes_needed(plan, todo, written):
-    """Room for the shards, and for the pieces of two that are not joined yet."""
+    """Room for the shards, and for the pieces of those that are not joined yet."""
     images = sum(len(plan.shard(k)) for k in todo)
-    return (images + min(written, 2 * shards.SHARD_SIZE)) * plan.row_bytes()
+    waiting = (2 + world_size()) * shards.SHARD_SIZE
+    return (images + min(written, waiting)) * plan.row_bytes()
 
 
 # ---- writing -------------------------------------------------------------------------------------
 
 
 def _write_shards(plan, todo, batches, read):
-    """Encode batches, (shard, indices), dealt to all processes in turns, and join each shard's."""
+    """Encode batches, (shard, indices), dealt to all processes in turns, and join each shard's.
+
+    A process joins in the background, as the others would wait for it.
+    """
     mine = batches[rank() :: world_size()]
     source = iter(read([indices for _, indices in mine]))
     progress = Progress(max(1, sum(len(indices) for _, indices in mine)), "caching", "img")
-    for k in todo:
-        rounds.check(plan.folder)
-        common = sum(shard == k for shard, _ in batches) // world_size()
-        own = [indices for shard, indices in mine if shard == k]
-        for indices in rounds.in_rounds(own, common, plan.folder):
-            _write_piece(plan, k, indices, *next(source))
-            progress.update(len(indices))
-        dist.wait()
-        if k % world_size() == rank():
-            _join(plan, k)
+    joined = []
+    with ThreadPoolExecutor(1) as background:
+        for k in todo:
+            rounds.check(plan.folder)
+            common = sum(shard == k for shard, _ in batches) // world_size()
+            own = [indices for shard, indices in mine if shard == k]
+            for indices in rounds.in_rounds(own, common, plan.folder):
+                _write_piece(plan, k, indices, *next(source))
+                progress.update(len(indices))
+            dist.wait()
+            if k % world_size() == rank():
+                for last in joined[-1:]:
+                    last.result()  # so that pieces take the room of a few shards at most
+                joined.append(background.submit(_join, plan, k))
+        for each in joined:
+            each.result()
     progress.close()
     dist.wait()
 

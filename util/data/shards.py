@@ -153,7 +153,8 @@ class ShardedCache(Dataset):
 
     def __init__(self, folder, shape=None, record=None):
         self._open(folder, shape)
-        self.names()
+        for shard in self.shards:
+            self._read_part(shard, "names")  # its sha256
         self.passed_on = None  # to workers: checksums that no file holds
         if all("checksums" in shard["sha256"] for shard in self.shards):
             self.checksums = self._read("checksums", 2)
@@ -217,11 +218,15 @@ class ShardedCache(Dataset):
         """Raises ValueError, with names, unless rows have their checksums."""
         wrong = checksums_of(moments) != self.checksums[indices, flips]
         if wrong.any():
-            names = self.names()
-            shown = first_few([names[i] for i in indices[wrong].tolist()])
+            shown = first_few([self.name(i) for i in indices[wrong].tolist()])
             k, flip = indices[wrong][0] // self.shard_size, flips[wrong][0]
             path = part_path(self.folder, k, ROWS[flip])
             raise ValueError(f"{path}: damaged: the latents of {shown}; {AGAIN} to repair them")
+
+    def name(self, index):
+        """The name class/name.ext of an image."""
+        shard, place = divmod(index, self.shard_size)
+        return str(self._read_part(self.shards[shard], "names")[place])
 
     def names(self):
         """The names class/name.ext of all images, a list."""
@@ -233,16 +238,11 @@ class ShardedCache(Dataset):
         return self._read("sources", 3) if known else None
 
     def _read(self, part, *shape):
-        return np.concatenate(
-            [
-                read_part(
-                    self.folder / f"{shard['file']}.{part}.npy",
-                    shard["sha256"][part],
-                    (shard["count"], *shape),
-                )
-                for shard in self.shards
-            ]
-        )
+        return np.concatenate([self._read_part(shard, part, *shape) for shard in self.shards])
+
+    def _read_part(self, shard, part, *shape):
+        path, sha256 = self.folder / f"{shard['file']}.{part}.npy", shard["sha256"][part]
+        return read_part(path, sha256, (shard["count"], *shape))
 
     def _map(self, part):
         """The bytes of the rows of each shard, memory-mapped."""
