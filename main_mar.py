@@ -22,12 +22,12 @@ from util.flags import (
     machine,
     run,
 )
-from util.recipe import Output, Recipe, changes
+from util.recipe import Output, Recipe
 from util.run import last_words, stop
 from util.run.tracker import add_tracker_flag
 from util.settings import add_flags, destination, from_flags
 
-WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
+IMAGES_CHECKED = "data_checked.txt"  # beside the checkpoints: which images were found intact
 CHECKED = "cache_checked.npz"  # beside the checkpoints: what was found whole of an older cache
 TOKENIZER_FLAGS = ("img_size", "vae_embed_dim")  # fields of Model among the tokenizer's flags
 
@@ -131,12 +131,13 @@ def main(argv=None):
 
     from util import dist
     from util.precision import pick_precision
+    from util.run.resume import load_resumed
 
     device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)
     with nullcontext() if args.evaluate else hold_output(args):
         last_words.set_folder(args.output_dir, "evaluate" if args.evaluate else "main_mar")
-        checkpoint, path = find_resumed(args)
+        checkpoint, path = load_resumed(args, needed=args.evaluate)
         config, sampling, tokenizer = configure(args, given, checkpoint, path)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision)
         model = build(this)
@@ -175,19 +176,6 @@ def check(args, given):
         check_data_set(args.data_path)
 
 
-def find_resumed(args):
-    """(content, path) of the checkpoint that --resume names, or (None, None). Raises ValueError."""
-    from util.checkpoint import LAST, find_checkpoint, load_checkpoint
-    from util.dist import print0
-
-    path = find_checkpoint(args.resume) if args.resume else None
-    if not path and (args.evaluate or Path(args.resume).suffix in WEIGHT_FILES):
-        raise ValueError(f"--resume {args.resume!r}: expected a checkpoint, found none")
-    if args.resume and not path:
-        print0(f"--resume {args.resume}: no {LAST} there, starting a new run")
-    return (load_checkpoint(path), path) if path else (None, None)
-
-
 # ---- settings ------------------------------------------------------------------------------------
 
 
@@ -198,7 +186,8 @@ def configure(args, given, checkpoint, source):
     its architecture is refused.
     """
     from models import checkpoint_config
-    from models.config import fit_steps, resolve_model
+    from models.config import as_flags, fit_steps, resolve_model
+    from util.dist import print0
 
     stored = checkpoint_config(checkpoint, source) if checkpoint else {}
     tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source)
@@ -220,6 +209,8 @@ def configure(args, given, checkpoint, source):
         "sampling": sampling.asdict(),
         "latent_range": stored.get("latent_range", 0.0),
     }
+    if stored and (note := presets.overridden(args, given, as_flags(config))):
+        print0(f"NOTE: {note}")
     return config, sampling, tokenizer
 
 
@@ -293,7 +284,7 @@ def open_training_data(this):
         dataset = open_cache(args.cached_path, shape, classes, record, args.data_path)
     else:
         how = {"flip": True, "workers": args.num_workers, "class_num": classes}
-        how["record"] = Path(args.output_dir) / "data_checked.txt"
+        how["record"] = Path(args.output_dir) / IMAGES_CHECKED
         dataset = open_data(args.data_path, "train", size, **how)
     pin = args.pin_mem and this.device.type == "cuda"
     return open_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
@@ -356,7 +347,7 @@ def train(this, model, checkpoint, path, evaluator):
     loader = open_training_data(this)
     recipe = from_flags(Recipe, args).resolved(dist.world_size())
     steps = check_steps(recipe, loader)
-    state = start_state(this, model, recipe, checkpoint, path)
+    state = start_state(this, model, recipe, checkpoint, path, loader)
     if state.epoch >= recipe.epochs:
         print0(f"nothing to train: {state.epoch} epochs are done, --epochs is {recipe.epochs}")
         return
@@ -439,16 +430,25 @@ def check_steps(recipe, loader):
     return steps
 
 
-def start_state(this, model, recipe, checkpoint, path):
-    """The TrainState of a new run, or of a run resumed from a checkpoint."""
+def start_state(this, model, recipe, checkpoint, path, loader):
+    """The TrainState of a new run, or of a run resumed from a checkpoint. Raises ValueError."""
     import engine_mar as engine
+    from models.config import compare_with
+    from util.data.manifest import MANIFEST
     from util.dist import print0, world_size
+    from util.run.record import describe
 
-    total = recipe.batch_size * world_size()
+    args, total = this.args, recipe.batch_size * world_size()
     state = engine.new_state(model, recipe, this.device, this.precision, total)
-    state.epoch = this.args.start_epoch
+    state.epoch = args.start_epoch
+    listing = (args.output_dir, IMAGES_CHECKED)
+    if args.use_cached:
+        listing = (args.cached_path, MANIFEST)
+    more = {"cached": args.use_cached, "listing": Path(*listing), "precision": this.precision}
+    state.record = describe(this.tokenizer, loader, recipe, state.optimizer, **more)
     if not checkpoint:
         return state
+    notes = compare_with(checkpoint, path, vars(args), this.config, state.record)
     state.load(checkpoint, path)
     if "optimizer" not in checkpoint:
         print0(f"NOTE: {path} holds weights only: training begins with epoch {state.epoch}")
@@ -459,10 +459,8 @@ def start_state(this, model, recipe, checkpoint, path):
         place += f", and {state.batch} batches of the next one"
         place += "" if same else ", which goes on with other random draws"
     print0(f"resumed {path}: {place}")
-    model = this.config["model"]
-    chosen = {n: model[n] for n in Model.names(fixed=None) if model.get(n) is not None}
-    if changed := list(changes({**recipe.asdict(), **chosen}, checkpoint["args"])):
-        print0(f"NOTE: not as before: {', '.join(changed)}")
+    for note in notes:
+        print0(f"NOTE: {note}")
     return state
 
 

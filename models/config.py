@@ -6,10 +6,43 @@ import models
 from models import arguments_of_tokenizer
 from models.autoregressive import HEAD_DEFAULTS
 from models.options import options_of
-from models.settings import HEADS, MODELS, Model
+from models.settings import HEADS, MODELS, Model, Sampling
 from util.dist import print0
+from util.run.record import check_resumed
+from util.settings import destination
 
 FLAGS = {field.name: field.metadata["flag"] or field.name for field in Model.fields()}
+
+
+def as_flags(config):
+    """What flags a configuration (see models) stands for: destination -> value."""
+    own = config["tokenizer"]
+    values = {"tokenizer": own["name"], "vae_path": own.get("vae_path")}
+    values |= {"vae_scale": own.get("scale"), "vae_shift": own.get("shift")}
+    values |= {**Sampling().asdict(), **config["sampling"]}  # of newer fields, the default
+    model = {destination(f) or f.name: config["model"].get(f.name) for f in Model.fields()}
+    return {k: v for k, v in (values | model).items() if v is not None}
+
+
+def settled(model):
+    """Destinations of the flags that a resumed run cannot change: those that its weights fix, which
+    are refused, and those that a model with these arguments does not have."""
+    fields = [f for f in Model.fields() if f.metadata.get("fixed") or f.name not in model]
+    return {destination(field) for field in fields}
+
+
+def compare_with(checkpoint, source, settings, config, record):
+    """Sentences on what is not as in the checkpoint at `source`, which a run resumes; a list.
+
+    settings: all flags, name -> value. config: the run's configuration. record: see
+    util/run/record.py. Raises ValueError for what would spoil the run, unless `resume_anyway` is
+    among the flags.
+    """
+    stored = as_flags(models.checkpoint_config(checkpoint, source))
+    now = {**settings, **as_flags(config)}, record
+    before = {**Model().asdict(), **checkpoint["args"], **stored}, checkpoint.get("record")
+    ignored = settled(config["model"])
+    return list(check_resumed(source, now, before, ignored, settings["resume_anyway"]))
 
 
 def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):

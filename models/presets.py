@@ -123,6 +123,16 @@ def listing():
     return "\n".join(lines)
 
 
+def overridden(args, given, flags):
+    """Sentence on what a --preset sets and a resumed checkpoint overrides; None if nothing.
+
+    given: names of the flags that the user set. flags: those of the checkpoint, name -> value.
+    """
+    own = {k: v for k, v in PRESETS.get(args.preset, {}).items() if k in flags and k not in given}
+    other = [f"--{k} {flags[k]} (not {v})" for k, v in own.items() if flags[k] != v]
+    return f"the checkpoint, not --preset {args.preset}, sets {', '.join(other)}" if other else None
+
+
 def apply(parser, argv):
     """Parse argv with the defaults set by its --preset and --data_path."""
     first, given = parser.parse_given(argv)

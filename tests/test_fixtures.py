@@ -60,7 +60,8 @@ def test_checkpoint_is_resumed(tmp_path, capsys):
     output = capsys.readouterr().out
     assert f"resumed {CHECKPOINT}: 30 epochs are done" in output
     (changed,) = [line for line in output.splitlines() if "not as before" in line]
-    assert changed == "NOTE: not as before: --epochs 31 (was 30)"
+    others = "--cfg_interval 0.0 1.0 (was 0.0 0.8), --epochs 31 (was 30), --solver ddpm (was dpm++)"
+    assert changed == f"NOTE: not as before: {others}"
     before, after = load_checkpoint(CHECKPOINT), load_checkpoint(tmp_path / LAST)
     assert (after["epoch"], after["format"]) == (30, FORMAT)
     steps = [{int(s["step"]) for s in c["optimizer"]["state"].values()} for c in (before, after)]

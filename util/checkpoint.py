@@ -6,7 +6,7 @@ plain dict that describes how to build the model and the tokenizer and how to sa
 is the version of the layout. Format 2 can be a file from within an epoch: `epoch` is then the last
 one that is complete, and `place` says where in the next one: `batch`, the number of batches done,
 `images`, how many are in a batch of all processes, and `draws`, the states of each process's
-EpochDraws, or None.
+EpochDraws, or None. `record` says what else the run depends on, see util/run/record.py.
 """
 
 import json
@@ -55,13 +55,13 @@ class TrainState:
     """The state of a run, at a place: `epoch`, the next or current one, and `batch`es of it done.
 
     `batch_images`: images in a batch of all processes. `draws`: within an epoch that was resumed,
-    the state of this process's EpochDraws, or None.
+    the state of this process's EpochDraws, or None. `record`: see util/run/record.py, or None.
     """
 
     def __init__(self, model, ema, optimizer, scaler, epoch=0, batch_images=1):
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
         self.epoch, self.batch, self.draws = epoch, 0, None
-        self.batch_images = batch_images
+        self.batch_images, self.record = batch_images, None
 
     def save(self, path, config, args, before=None):
         """Write the state to `path` atomically: after a crash, the old file is still there.
@@ -88,6 +88,8 @@ class TrainState:
             "config": config,
             "format": FORMAT,
         }
+        if self.record:
+            content["record"] = self.record
         if self.scaler.is_enabled():  # the published code cannot load the state of a disabled one
             content["scaler"] = self.scaler.state_dict()
         if self.batch:
@@ -221,7 +223,7 @@ def keep_other(folder, resumed):
         names = (path.with_name(f"{path.stem}-before{n}{path.suffix}") for n in count(1))
         other = next(name for name in names if not name.exists())
         os.replace(path, other)
-        print0(f"NOTE: {path} is from another run, not resumed here: it is now {other.name}")
+        print0(f"NOTE: {path} is not what this run resumes: it is now {other.name}")
 
 
 def steps_done(checkpoint):

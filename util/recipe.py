@@ -96,6 +96,9 @@ class Output(Settings):
         "folder without one starts a new run (default: a new run)",
         metavar="PATH",
     )
+    resume_anyway: bool = setting(
+        False, "resume although tokenizer or classes are not those of the checkpoint"
+    )
     start_epoch: int = setting(0, "first epoch, unless resumed", type=nonnegative_int)
     save_last_freq: int = setting(5, "epochs between checkpoints", type=positive_int)
     save_steps: int = setting(
@@ -128,11 +131,3 @@ class Output(Settings):
         "build everything, take two steps, save and sample once, report memory and time, and "
         "leave nothing behind",
     )
-
-
-def changes(now, before):
-    """The differences between settings (name -> value) and those of a checkpoint, as text."""
-    for name, value in now.items():
-        if before.get(name) is not None and before[name] != value:
-            flag = name if isinstance(value, bool) else f"--{name}"  # some switch it off: no_vlb
-            yield f"{flag} {value} (was {before[name]})"

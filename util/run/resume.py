@@ -1,0 +1,119 @@
+"""The checkpoint that a run resumes: found, whole, and the same for all processes.
+
+Nodes need not share a disk: each process finds its own files, and then all compare what they have.
+"""
+
+import hashlib
+import re
+import zipfile
+from itertools import chain
+from pathlib import Path
+
+from util.checkpoint import LAST, find_checkpoint, load_checkpoint, steps_done
+from util.dist import print0, world_size
+from util.files import check_zip
+from util.run.record import PLACES, agree, library_version
+from util.weights import digest
+
+WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
+OWN_NAME = re.compile(r"checkpoint-(last|step\d+|epoch\d+)\.pth")
+# Flags that may differ between processes: what is in such places is compared instead.
+LOCAL = (*PLACES, "data_path", "cached_path", "vae_path")
+
+
+def load_resumed(args, needed=False):
+    """(content, path) of the checkpoint that --resume names, or (None, None) to start a new run.
+
+    args: the parsed flags. needed: whether there must be one. A collective call. Raises ValueError,
+    on all processes, if it cannot be read, and if they have different flags or checkpoints.
+    """
+    flags = {f"--{k}": v for k, v in vars(args).items() if k not in LOCAL}
+    agree({"version of this library": _version(), **flags})
+    content = path = problem = None
+    try:
+        content, path = _load(args.resume, needed) if args.resume or needed else (None, None)
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    key, text = (problem, problem) if problem else _identity(content, path)
+    agree({"--resume": key}, {"--resume": text})
+    if problem:
+        raise ValueError(problem)
+    if args.resume and not path:
+        print0(f"--resume {args.resume}: no {LAST} there, starting a new run")
+    return content, path
+
+
+# ---- finding a checkpoint that is whole ----------------------------------------------------------
+
+
+def _load(resume, needed):
+    path = find_checkpoint(resume) if resume else None
+    if not path and (needed or Path(resume).suffix in WEIGHT_FILES):
+        raise ValueError(f"--resume {resume!r}: expected a checkpoint, found none")
+    if not path:
+        return None, None
+    try:
+        return load_checkpoint(path), path
+    except ValueError as error:
+        if not is_damaged(path) or not OWN_NAME.fullmatch(path.name):
+            raise
+        earlier = earlier_intact(path)
+        if not earlier:
+            raise
+        if not Path(resume).is_dir():
+            raise ValueError(f"{error}; {earlier} is intact") from None
+        print0(f"NOTE: {error}; resuming {earlier}, an earlier one, instead")
+    return load_checkpoint(earlier), earlier
+
+
+def is_damaged(path):
+    """Whether a file that can be opened is no intact zip, as a checkpoint of this library is."""
+    open(path, "rb").close()
+    try:
+        check_zip(path)
+    except (zipfile.BadZipFile, OSError):
+        return True
+    return False
+
+
+def earlier_intact(path):
+    """The newest intact checkpoint beside a damaged one; None if there is none."""
+    found = [p for p in Path(path).parent.iterdir() if OWN_NAME.fullmatch(p.name) and p != path]
+    newest_first = sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
+    return next((p for p in newest_first if not is_damaged(p)), None)
+
+
+# ---- what all processes must have ----------------------------------------------------------------
+
+
+def _identity(content, path):
+    """(what two processes must have in common, text with the path) of a loaded checkpoint."""
+    if world_size() == 1 or path is None:
+        return None, "no checkpoint"
+    place = "weights only"
+    if "optimizer" in content:
+        place = f"{content['epoch'] + 1} epochs, {steps_done(content)} steps"
+    key = _checksums(path) or digest(content["model"])
+    return (place, key), f"{path}, {place}, sha256 {key[:12]}"
+
+
+def _checksums(path):
+    """A sha256 of the checksums inside a zip, which reading it has verified; None for others."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        lines = [f"{info.filename} {info.file_size} {info.CRC}" for info in archive.infolist()]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _version():
+    """The version of this library and, to tell two checkouts apart, a sha256 of its source."""
+    if world_size() == 1:
+        return library_version()
+    root, sha = Path(__file__).parents[2], hashlib.sha256()
+    files = chain.from_iterable(
+        (root / name).rglob("*.py") for name in ("diffusion", "models", "util")
+    )
+    for path in sorted([root / "engine_mar.py", *files]):
+        sha.update(path.read_bytes())
+    return f"{library_version()}, source {sha.hexdigest()[:12]}"
