@@ -246,7 +246,7 @@ def test_busy_processes_are_waited_for(what):
     [
         ("SIGKILL", 1, ["process 1 of 2, on ", " is silent for "]),
         ("SIGSTOP", 1, ["process 1 of 2, on ", " is silent for "]),
-        ("SIGKILL", 0, ["the store where the processes met is gone"]),
+        ("SIGKILL", 0, ["lost another process ("]),  # by gloo, as the store is gone
         ("SIGSTOP", 0, ["the machine where the processes met is silent for"]),
     ],
 )

@@ -32,7 +32,7 @@ def main(argv):
         dist.all_reduce(torch.ones(3))
     if argv[0] == "objects":
         assert dist.all_gather(dist.rank()) == [0, 1]
-    dist.wait()
+    dist.barrier()
     print("waited", flush=True)
 
 
