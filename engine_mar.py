@@ -137,6 +137,8 @@ def train_one_epoch(
         with nullcontext() if last else unsynchronized(model):
             with autocast(device, precision):
                 loss = model(latents, labels, source.generator, source.step_generator)
+            if i == start:
+                dist.wait()  # for processes that compile, or read from a slow disk
             scaler.scale(loss / accum_iter).backward()
         meter.add(loss, latents)
         if not last:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
-from util.data import check_data_set, describe_paths, kind_or_folder
+from util.data import CACHE_CHECKED, IMAGES_CHECKED, TrainingData, check_data_set, kind_or_folder
 from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
@@ -27,8 +27,6 @@ from util.run import last_words, stop
 from util.run.tracker import add_tracker_flag
 from util.settings import add_flags, destination, from_flags
 
-IMAGES_CHECKED = "data_checked.txt"  # beside the checkpoints: which images were found intact
-CHECKED = "cache_checked.npz"  # beside the checkpoints: what was found whole of an older cache
 TOKENIZER_FLAGS = ("img_size", "vae_embed_dim")  # fields of Model among the tokenizer's flags
 
 
@@ -57,7 +55,7 @@ def get_parser():
         "--list_presets", action="store_true", help="list the presets with their flags, and exit"
     )
     add_flags(group, Recipe)
-    add_data_flags(parser.add_argument_group("data"))
+    add_flags(parser.add_argument_group("data"), TrainingData)
     group = parser.add_argument_group("output")
     add_flags(group, Output)
     add_tracker_flag(group)
@@ -78,19 +76,6 @@ def get_parser():
     )
     add_machine_flags(parser, num_workers=10)
     return parser
-
-
-def add_data_flags(group):
-    """Flags for the training data."""
-    group.add_argument(
-        "--data_path", default="./data/imagenet", metavar="PATH", help=describe_paths()
-    )
-    group.add_argument(
-        "--use_cached", action="store_true", help="train on latents cached by main_cache.py"
-    )
-    group.add_argument(
-        "--cached_path", default="", metavar="DIR", help="folder of these (default: none)"
-    )
 
 
 @dataclass
@@ -280,7 +265,10 @@ def open_training_data(this):
     if args.use_cached:
         side = size // tokenizer.stride
         check_cache(args.cached_path, digest(tokenizer.state_dict()), size)
-        shape, record = (tokenizer.moment_channels, side, side), Path(args.output_dir) / CHECKED
+        shape, record = (
+            (tokenizer.moment_channels, side, side),
+            Path(args.output_dir) / CACHE_CHECKED,
+        )
         dataset = open_cache(args.cached_path, shape, classes, record, args.data_path)
     else:
         how = {"flip": True, "workers": args.num_workers, "class_num": classes}
@@ -334,13 +322,8 @@ def evaluate(this, model, weights, evaluator, logger, step, outputs=None):
 
 def train(this, model, checkpoint, path, evaluator):
     """Train from the checkpoint's place, or from the first epoch, to the last."""
-    import engine_mar as engine
     from util import dist
-    from util.checkpoint import LAST, keep_other
     from util.dist import print0
-    from util.logger import Progress
-    from util.run import lock
-    from util.run.dry import dry_run
     from util.run.saver import Saver
 
     args = this.args
@@ -351,13 +334,27 @@ def train(this, model, checkpoint, path, evaluator):
     if state.epoch >= recipe.epochs:
         print0(f"nothing to train: {state.epoch} epochs are done, --epochs is {recipe.epochs}")
         return
+    run_epoch = epoch_runner(this, model, state, recipe)
+    counts = {"steps": steps, "accum_iter": recipe.accum_iter}
+    saver = Saver(state, from_flags(Output, args), this.config, vars(args), resumed=path, **counts)
+    if args.dry_run:
+        try_out(this, saver, run_epoch, loader, recipe.epochs * steps)
+    else:
+        run_epoch = partial(run_epoch, loader=loader)
+        train_epochs(this, saver, run_epoch, recipe.epochs, evaluator, path)
+
+
+def epoch_runner(this, model, state, recipe):
+    """`engine_mar.train_one_epoch` with all arguments that are the same for every epoch."""
+    import engine_mar as engine
+    from util import dist
+
     if recipe.compile:
         for module, dynamic in model.to_compile():
             module.compile(dynamic=dynamic)
-    parallel = dist.wrap(model, this.device)
-    run_epoch = partial(
+    return partial(
         engine.train_one_epoch,
-        parallel,
+        dist.wrap(model, this.device),
         this.tokenizer,
         optimizer=state.optimizer,
         scaler=state.scaler,
@@ -365,29 +362,40 @@ def train(this, model, checkpoint, path, evaluator):
         learning_rate=recipe.rate,
         device=this.device,
         precision=this.precision,
-        cached=args.use_cached,
+        cached=this.args.use_cached,
         accum_iter=recipe.accum_iter,
         grad_clip=recipe.grad_clip,
-        seed=args.seed,
+        seed=this.args.seed,
         shared_mask_ratio=not recipe.mask_ratio_per_rank,
     )
-    counts = {"steps": steps, "accum_iter": recipe.accum_iter}
-    saver = Saver(state, from_flags(Output, args), this.config, vars(args), resumed=path, **counts)
-    if args.dry_run:
-        draw = partial(engine.sample_grid, state.network("ema"), this.tokenizer, [0], this.sampling)
-        draw = partial(draw, **this.generation() | {"latent_range": float("inf")})
-        dry_run(saver, run_epoch, loader, draw, recipe.epochs * steps - saver.step, this.device)
-        return
-    output = Path(args.output_dir)
-    keep_other(output, path)
-    lock.sign(output)
-    logger = open_logger(args, saver)
-    progress = Progress(recipe.epochs * steps, "training", "step", done=saver.step)
-    look = partial(after_epoch, this, state, recipe, evaluator, logger)
+
+
+def try_out(this, saver, run_epoch, loader, steps):
+    """--dry_run: report what a step, a checkpoint and a sample cost. steps: those of the run."""
+    import engine_mar as engine
+    from util.run.dry import dry_run
+
+    network = saver.state.network("ema")
+    how = this.generation() | {"latent_range": float("inf")}  # untrained samples need no advice
+    draw = partial(engine.sample_grid, network, this.tokenizer, [0], this.sampling, **how)
+    dry_run(saver, run_epoch, loader, draw, steps - saver.step, this.device)
+
+
+def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
+    """All epochs that are left. epochs: those of the run. resumed: path of its checkpoint."""
+    from util.checkpoint import keep_other
+    from util.dist import print0
+    from util.logger import Progress
+    from util.run import lock
+
+    state = saver.state
+    keep_other(saver.folder, resumed)
+    lock.sign(saver.folder)
+    logger = open_logger(this.args, saver)
+    progress = Progress(epochs * saver.steps, "training", "step", done=saver.step)
     with stop.deferred():
-        for epoch in range(state.epoch, recipe.epochs):
+        for epoch in range(state.epoch, epochs):
             largest = run_epoch(
-                loader=loader,
                 epoch=epoch,
                 logger=logger,
                 progress=progress,
@@ -396,14 +404,14 @@ def train(this, model, checkpoint, path, evaluator):
                 after_step=saver.after_step,
             )
             saver.note_range(largest)
-            saver.end_epoch(recipe.epochs)
+            saver.end_epoch(epochs)
             try:
-                look(saver.step)
+                after_epoch(this, state, epochs, evaluator, logger, saver.step)
             except stop.Stopped as request:
                 saver.stop_within(request)
     progress.close()
     logger.close()
-    print0(f"done: {output / LAST}, samples in {output / 'samples'}")
+    print0(f"done: {saver.last}, samples in {saver.folder / 'samples'}")
 
 
 def open_logger(args, saver):
@@ -464,9 +472,9 @@ def start_state(this, model, recipe, checkpoint, path, loader):
     return state
 
 
-def after_epoch(this, state, recipe, evaluator, logger, step):
-    """Sample grids and evaluate when due. step: number of optimizer steps done."""
-    if state.epoch % this.args.eval_freq == 0 or state.epoch == recipe.epochs:
+def after_epoch(this, state, epochs, evaluator, logger, step):
+    """Sample grids and evaluate when due. epochs: those of the run. step: optimizer steps done."""
+    if state.epoch % this.args.eval_freq == 0 or state.epoch == epochs:
         for name in ("ema", "raw"):
             draw_grid(this, state, name, logger, step)
             if this.args.online_eval:

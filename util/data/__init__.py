@@ -26,7 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 
+from util.settings import Settings, setting
 from util.table import Table
+
+
+# files beside the checkpoints of a run
+IMAGES_CHECKED = "data_checked.txt"  # which images were found intact
+CACHE_CHECKED = "cache_checked.npz"  # what was found whole of an older cache
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,15 @@ def has_images(path):
 def describe_paths():
     """A description of valid --data_path values."""
     return ", or ".join(kind.path or name for name, kind in reversed(DATASETS.items()))
+
+
+@dataclass(frozen=True)
+class TrainingData(Settings):
+    """The data that a model is trained on."""
+
+    data_path: str = setting("./data/imagenet", describe_paths(), metavar="PATH")
+    use_cached: bool = setting(False, "train on latents cached by main_cache.py")
+    cached_path: str = setting("", "folder of these (default: none)", metavar="DIR")
 
 
 def check_data_set(path):

@@ -19,8 +19,8 @@ def dry_run(saver, run_epoch, loader, draw, steps_left, device):
     """Take a few steps, save, sample an image, and report what each costs. A collective call.
 
     saver: the run's Saver. run_epoch: engine_mar.train_one_epoch with all but `loader`, `epoch` and
-    `after_step`. draw: function that samples an image. steps_left: optimizer steps until the run's
-    end.
+    `after_step`. loader: of the run. draw: function that samples an image. steps_left: optimizer
+    steps until the run's end.
     """
     state, trial = saver.state, Trial(device)
     first = FirstBatches(loader, STEPS * saver.accum_iter)
