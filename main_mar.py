@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
-from util.data import CACHE_CHECKED, IMAGES_CHECKED, TrainingData, check_data_set, kind_or_folder
+from util.data import CACHE_CHECKED, IMAGES_CHECKED, TrainingData, check_data_set
 from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
@@ -171,7 +171,7 @@ def configure(args, given, checkpoint, source):
     its architecture is refused.
     """
     from models import checkpoint_config
-    from models.config import as_flags, fit_steps, resolve_model
+    from models.config import as_flags, fit_steps, open_tokenizer, resolve_model
     from util.dist import print0
 
     stored = checkpoint_config(checkpoint, source) if checkpoint else {}
@@ -197,26 +197,6 @@ def configure(args, given, checkpoint, source):
     if stored and (note := presets.overridden(args, given, as_flags(config))):
         print0(f"NOTE: {note}")
     return config, sampling, tokenizer
-
-
-def open_tokenizer(args, given, stored, source):
-    """The tokenizer, and its name and arguments for the checkpoint. Raises ValueError."""
-    from models import arguments_of_tokenizer, build_tokenizer
-    from models.config import check_same_latents
-
-    chosen = {"name": "tokenizer", "vae_path": "vae_path"}
-    chosen |= {"scale": "vae_scale", "shift": "vae_shift"}
-    if stored:
-        passed = {key: getattr(args, flag) for key, flag in chosen.items() if flag in given}
-        own = {**stored, **passed}
-        check_same_latents(own["name"], stored["name"], source)
-    else:
-        channels = kind_or_folder(args.data_path).channels
-        fitting = arguments_of_tokenizer(args.tokenizer, vae_path=args.vae_path, channels=channels)
-        own = {"name": args.tokenizer, **fitting, "scale": args.vae_scale, "shift": args.vae_shift}
-    tokenizer = build_tokenizer(**own)
-    own |= {"scale": tokenizer.scale, "shift": tokenizer.shift}  # as used, should the file change
-    return tokenizer, own
 
 
 # ---- objects -------------------------------------------------------------------------------------

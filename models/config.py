@@ -7,6 +7,7 @@ from models import arguments_of_tokenizer
 from models.autoregressive import HEAD_DEFAULTS
 from models.options import options_of
 from models.settings import HEADS, MODELS, Model, Sampling
+from util.data import kind_or_folder
 from util.dist import print0
 from util.run.record import check_resumed
 from util.settings import destination
@@ -174,3 +175,24 @@ def fit_steps(sampling, model, given):
     if not 1 <= num_iter <= length:
         raise ValueError(f"--num_iter {num_iter}: expected 1 to {length}, the number of tokens")
     return sampling.but(num_iter=num_iter)
+
+
+def open_tokenizer(args, given, stored, source):
+    """The tokenizer, and its name and arguments for the checkpoint. Raises ValueError.
+
+    args: all flags. given: the names of those on the command line. stored: name and arguments in
+    the checkpoint that is resumed, at `source`, or None.
+    """
+    chosen = {"name": "tokenizer", "vae_path": "vae_path"}
+    chosen |= {"scale": "vae_scale", "shift": "vae_shift"}
+    if stored:
+        passed = {key: getattr(args, flag) for key, flag in chosen.items() if flag in given}
+        own = {**stored, **passed}
+        check_same_latents(own["name"], stored["name"], source)
+    else:
+        channels = kind_or_folder(args.data_path).channels
+        fitting = arguments_of_tokenizer(args.tokenizer, vae_path=args.vae_path, channels=channels)
+        own = {"name": args.tokenizer, **fitting, "scale": args.vae_scale, "shift": args.vae_shift}
+    tokenizer = models.build_tokenizer(**own)
+    own |= {"scale": tokenizer.scale, "shift": tokenizer.shift}  # as used, should the file change
+    return tokenizer, own

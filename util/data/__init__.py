@@ -29,7 +29,6 @@ from pkgutil import resolve_name
 from util.settings import Settings, setting
 from util.table import Table
 
-
 # files beside the checkpoints of a run
 IMAGES_CHECKED = "data_checked.txt"  # which images were found intact
 CACHE_CHECKED = "cache_checked.npz"  # what was found whole of an older cache
