@@ -386,7 +386,7 @@ def test_two_processes_are_stopped(images, vae_path, made, tmp_path, layout, num
     begun = time.monotonic()
     status, output = finish(process)
     assert status != 0 and time.monotonic() - begun < 25
-    assert output.count("stopped: ") == 2, output
+    assert output.count("stopped: ") == 1, output  # what all processes say is said once
     assert "call the same command again" in output and 'caching.py", line' not in output
     done = len(list((tmp_path / layout).rglob("*.piece" if layout == "shards" else "*/*.npz")))
     assert 2 <= done < 8

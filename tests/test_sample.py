@@ -22,8 +22,9 @@ def test_sampling_writes_every_kind_of_output(tmp_path, ckpt):
     assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
     from PIL import Image
 
-    names = sorted(p.name for p in out[1].iterdir())
+    names = sorted(p.name for p in out[1].glob("*.png"))
     assert names == [f"{i:06d}.png" for i in range(6)]
+    assert {p.name for p in out[1].iterdir()} == {*names, "sampling.json", "run.lock"}
     for name, image in zip(names, images, strict=True):
         assert np.array_equal(np.asarray(Image.open(out[1] / name)), image)
     assert Image.open(out[0]).size[0] < Image.open(out[0]).size[1]  # two columns, three rows
