@@ -5,6 +5,7 @@ makes them, with those of the same run when something has changed.
 """
 
 import argparse
+import functools
 import os
 from contextlib import suppress
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from cli import ROOT
 import main_mar
 from models import build_model, presets
 from models.config import compare_with
+from models.vae import AutoencoderKL
 from util.recipe import Recipe
 from util.run import record
 from util.run.record import NO_SETTINGS, PLACES, check_resumed, describe
@@ -146,6 +148,14 @@ SAID_WORLD = [
     ({"versions": {"torch": "2.6"}}, f"torch 2.6 (was {torch.__version__})"),
     ({"versions": {"library": "9"}}, "version of this library 9 (was 0."),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokenizers_are_read_once():
+    """By the hundred runs of these tests, which change nothing in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AutoencoderKL, "from_file", functools.cache(AutoencoderKL.from_file))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,9 @@ def test_nodes_with_other_flags_or_data_end(tmp_path):
     """The flag is named; so is what differs in the data."""
     status, errors = two_nodes(*QUICK, "--output_dir", tmp_path / "a", "--seed", "NODE")
     assert status == [2, 2]
-    assert all(re.search(r"--seed: .* rank 0 on \S+: 0; rank 1 on \S+: 1( |$)", e) for (e,) in errors)
+    assert all(
+        re.search(r"--seed: .* rank 0 on \S+: 0; rank 1 on \S+: 1( |$)", e) for (e,) in errors
+    )
     for node, count in enumerate((4, 5)):
         write_images(tmp_path / f"data{node}", count=count, size=(16, 16))
     flags = f"--data_path {tmp_path}/dataNODE --tokenizer kl --img_size 16 --class_num 2"
