@@ -440,7 +440,7 @@ def restructured(draw, content, values):
         container, key = there[draw(st.integers(0, len(there) - 1))]
         how = draw(st.sampled_from(["replace", "replace", "delete", "rename"]))
         if how == "replace":
-            container[key] = values[draw(st.integers(0, len(values) - 1))]
+            container[key] = copy.deepcopy(values[draw(st.integers(0, len(values) - 1))])
         elif how == "delete" or isinstance(container, list):
             del container[key]
         else:

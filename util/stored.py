@@ -60,6 +60,8 @@ def check_checkpoint(content, path):
 
     The configuration is checked by models.checkpoint_config, which knows what it means.
     """
+    if missing := {"model", "model_ema", "args", "config"} - content.keys():
+        raise ValueError(f"{path}: a checkpoint without its entry {min(missing)!r}")
     for part in ("model", "model_ema"):
         _check_weights(content[part], path, part)
     args, config = content["args"], content["config"]
