@@ -91,6 +91,25 @@ def test_a_stopped_run_resumes_within_the_epoch(way, images, tmp_path, monkeypat
     assert_same(train(f"{flags} --resume {folder}", folder), whole)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="POSIX")
+def test_loader_processes_outlive_a_signal_to_all(tmp_path):
+    """What a scheduler sends to every process is for the run to answer; a second SIGTERM is not."""
+    code = (
+        "import os, time\nfrom util.run import stop\nstop.listen()\n"
+        "if os.fork() == 0:\n    print(os.getpid(), flush=True)\n    time.sleep(600)\n"
+        "else:\n    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)\n"
+    )
+    how = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **how) as parent:
+        child = int(parent.stdout.readline())
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(child, number)
+            time.sleep(0.2)
+            assert parent.poll() is None
+        os.kill(child, signal.SIGTERM)
+        assert parent.stdout.read() == f"{stop.STATUS}\n"
+
+
 # ---- when is saved, and what is kept ---------------------------------------------------------
 
 

@@ -28,11 +28,15 @@ class Stopped(Exception):
 class _Requests:
     def __init__(self):
         self.reason, self.since, self.deferring = None, 0.0, False
+        self.pid, self.terminated = os.getpid(), False
         # without a launcher, a parent may end first: a shell, after nohup
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def receive(self, number, frame):
         name = signal.Signals(number).name
+        if os.getpid() != self.pid:
+            self.receive_in_worker(name)
+            return
         if not self.deferring:
             if name == "SIGINT":
                 raise KeyboardInterrupt
@@ -46,12 +50,20 @@ class _Requests:
         elif name == "SIGINT" and time.monotonic() - self.since > AGAIN:
             raise KeyboardInterrupt
 
+    def receive_in_worker(self, name):
+        """In a loader's process, which inherits the handler: its batches are still needed when a
+        scheduler signals all processes. The second SIGTERM ends it: its parent does not wait."""
+        if name == "SIGTERM" and self.terminated:
+            os._exit(STATUS)
+        self.terminated = self.terminated or name == "SIGTERM"
+
 
 _requests = _Requests()
 
 
 def listen():
     """Receive the signals from now on. For scripts; other threads receive none."""
+    _requests.pid = os.getpid()
     main = threading.current_thread() is threading.main_thread()
     for name in SIGNALS:
         if main and hasattr(signal, name):  # Windows has no SIGUSR1
