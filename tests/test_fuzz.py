@@ -35,7 +35,7 @@ from util.evaluation import baseline, references
 from util.evaluation.features import Extractor
 from util.evaluation.references import load_reference
 from util.evaluation.sweep import find_result, write_sweep
-from util.recipe import changes
+from util.run.record import check_resumed
 
 FIXTURES = Path(__file__).parent / "fixtures"
 QUICK, MANY = 25, 1000
@@ -52,6 +52,13 @@ CONFIG = {
     "sampling": Sampling(num_iter=4).asdict(),
     "latent_range": 1.0,
 }
+
+ARGS = {"epochs": 9, "lr": None, "precision": "auto", "cfg_interval": (0.0, 1.0), "no_vlb": True}
+RUN = {
+    "layout": "images", "processes": 1, "total_batch": 4, "lr": 1e-3, "precision": "fp32",
+    "optimizer": "AdamW", "library": "0.2.0", "torch": "2.6", "tokenizer": "0" * 64,
+    "classes": ["a", "b"], "images": 8, "names": "1" * 64, "labels": "2" * 64, "files": None,
+}  # fmt: skip
 
 
 def new_state():
@@ -71,7 +78,8 @@ def write_checkpoint(path):
     state.epoch, state.batch = 3, 2
     generators = {n: torch.get_rng_state() for n in ("default", "generator", "step_generator")}
     state.draws = generators
-    state.save(path, CONFIG, {"epochs": 9, "lr": 1e-3, "cfg_interval": (0.0, 1.0), "resume": None})
+    state.record = dict(RUN)
+    state.save(path, CONFIG, ARGS)
 
 
 def read_checkpoint(path):
@@ -86,7 +94,8 @@ def read_checkpoint(path):
     if "place" in content:
         state.resume_within(content["place"], 1)
     math.isfinite(steps_done(content) + state.epoch)
-    list(changes({"epochs": 9, "lr": 1e-3, "cfg_interval": (0, 1)}, content["args"]))
+    before = content["args"], content.get("record")
+    list(check_resumed(path, ({**ARGS, "epochs": 10}, RUN), before, anyway=True))
     state.optimizer.zero_grad()
     state.model(torch.randn(2, 1, 8, 8), torch.arange(2)).backward()
     state.optimizer.step()

@@ -64,11 +64,9 @@ def check_checkpoint(content, path):
         raise ValueError(f"{path}: a checkpoint without its entry {min(missing)!r}")
     for part in ("model", "model_ema"):
         _check_weights(content[part], path, part)
-    args, config = content["args"], content["config"]
-    expect(isinstance(args, dict), path, "args", args, "flags by name")
-    for name, value in args.items():
-        fits = isinstance(name, str) and _is_plain(value)
-        expect(fits, path, f"args {name!s:.40}", value, "the value of a flag")
+    _check_plain(content["args"], path, "args")
+    _check_plain(content.get("record") or {}, path, "record")
+    config = content["config"]
     expect(config is None or isinstance(config, dict), path, "config", config, "a dict")
     if "optimizer" in content:
         expect(is_count(content.get("epoch"), -1), path, "epoch", content.get("epoch"), "a number")
@@ -78,6 +76,13 @@ def check_checkpoint(content, path):
     expect(fits, path, "scaler", scaler, "numbers by name")
     if "place" in content:
         _check_place(content["place"], path)
+
+
+def _check_plain(values, path, part):
+    expect(isinstance(values, dict), path, part, values, "values by name")
+    for name, value in values.items():
+        fits = isinstance(name, str) and _is_plain(value)
+        expect(fits, path, f"{part} {name!s:.40}", value, "plain data with a name")
 
 
 def _is_plain(value):
