@@ -20,7 +20,7 @@ from test_fixtures import FIXTURES, TINY
 import engine_mar
 import main_mar
 from models.diffloss import DiffLoss
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint
+from util.checkpoint import LAST, find_checkpoint, keep_others, load_checkpoint
 from util.data.cached import CachedFolder
 from util.data.loader import Loader
 from util.flags import run
@@ -151,6 +151,29 @@ def test_a_crash_between_two_names_leaves_a_checkpoint(tmp_path, monkeypatch):
     assert names(tmp_path) == [LAST, "checkpoint-step00000005.pth"]
     (tmp_path / LAST).unlink()
     assert find_checkpoint(tmp_path).name == "checkpoint-step00000005.pth"
+
+
+def test_checkpoints_of_another_run_are_not_taken_for_its_own(tmp_path):
+    """Neither overwritten, nor found by a restart before the first save."""
+
+    def write(name, at):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (at, at))
+
+    every = [f"checkpoint-{name}.pth" for name in ("epoch0002", "step00000005", "step00000010")]
+    for age, name in enumerate([*every, LAST], 1):
+        write(name, age)
+    keep_others(tmp_path, tmp_path / every[1])  # resumed at an earlier one: the newer ones go
+    assert names(tmp_path) == sorted(
+        [*every[:2], "checkpoint-step00000010-before1.pth", "checkpoint-last-before1.pth"]
+    )
+    write(LAST, 9)
+    keep_others(tmp_path, tmp_path / LAST)
+    assert find_checkpoint(tmp_path).name == LAST
+    keep_others(tmp_path, None)  # a new run
+    assert find_checkpoint(tmp_path) is None
+    kept = {path.name: path.read_text() for path in tmp_path.glob("*-before2.pth")}
+    assert kept == {name.replace(".", "-before2."): name for name in [*every[:2], LAST]}
 
 
 # ---- values that are not finite --------------------------------------------------------------
