@@ -160,6 +160,9 @@ def train_one_epoch(
                 if not due:
                     log(i + 1)
                 raise
+            except FloatingPointError:  # not saved; the loss that led to it says more
+                meter.check(epoch, partial(names_of_images, loader, epoch))
+                raise
     meter.check(epoch, partial(names_of_images, loader, epoch))
     return dist.all_reduce(largest, "max").item()
 

@@ -363,13 +363,13 @@ def try_out(this, saver, run_epoch, loader, steps):
 
 def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
     """All epochs that are left. epochs: those of the run. resumed: path of its checkpoint."""
-    from util.checkpoint import keep_other
+    from util.checkpoint import keep_others
     from util.dist import print0
     from util.logger import Progress
     from util.run import lock
 
     state = saver.state
-    keep_other(saver.folder, resumed)
+    keep_others(saver.folder, resumed)
     lock.sign(saver.folder)
     logger = open_logger(this.args, saver)
     progress = Progress(epochs * saver.steps, "training", "step", done=saver.step)

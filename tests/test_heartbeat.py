@@ -172,6 +172,17 @@ def test_patiently():
         patiently(lambda: int("no"))
 
 
+def test_all_meet_in_a_barrier_though_the_store_is_gone_for_some(monkeypatch):
+    """So that no process is alone in it."""
+    met = []
+    monkeypatch.setattr(dist.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist.dist, "barrier", lambda: met.append(1))
+    for there in (True, False):
+        monkeypatch.setattr(dist, "wait", lambda there=there: there)
+        dist.barrier()
+    assert len(met) == 2
+
+
 def test_same(monkeypatch):
     """Who found what, one line; equal values are returned."""
     assert dist.same("the epoch", 3) == 3

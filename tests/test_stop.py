@@ -20,11 +20,13 @@ from test_fixtures import FIXTURES, TINY
 import engine_mar
 import main_mar
 from models.diffloss import DiffLoss
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint
+from util.checkpoint import LAST, find_checkpoint, keep_others, load_checkpoint
 from util.data.cached import CachedFolder
 from util.data.loader import Loader
 from util.flags import run
+from util.recipe import Output
 from util.run import stop
+from util.run.dry import Trial
 from util.run.saver import Saver
 
 BOTH = f"{TINY} --ema_rate 0.9 --attn_dropout 0.1 --epochs 2 --eval_freq 99"
@@ -147,6 +149,27 @@ def test_minutes_between_saves(tmp_path, monkeypatch):
     assert steps == [3, 6, 9, 10]
 
 
+def test_the_time_to_save_comes_with_the_last_step(tmp_path, monkeypatch):
+    """What the first process said then is known at the end of the epoch, and not lost."""
+    settings = Output(output_dir=str(tmp_path), save_last_freq=9)
+    saver = Saver(SimpleNamespace(epoch=0, batch=5), settings, {}, {}, steps=5, accum_iter=1)
+    steps = saved_at(monkeypatch)
+    saver.state.save = lambda *rest, **how: None
+    for late in (True, False):
+        saver.agreement = SimpleNamespace(close=lambda late=late: [False, late])
+        saver.end_epoch(epochs=9)
+    assert steps == [5]
+
+
+def test_a_request_that_interrupts_a_print(monkeypatch, capfd):
+    """In which Python allows no second one."""
+    monkeypatch.setattr("builtins.print", lambda *_, **how: 1 / 0)
+    with stop.deferred():
+        stop._requests.receive(signal.SIGTERM, None)
+        assert stop.reason() == "SIGTERM"
+    assert capfd.readouterr().out == "SIGTERM: stopping at the next step, to resume there\n"
+
+
 def test_what_is_kept(tmp_path):
     """So many of the last ones, one every so many epochs for good, and nothing of a resumed run."""
     flags = WAYS["digits"].replace("--epochs 2", "--epochs 5") + " --save_last_freq 1"
@@ -170,6 +193,29 @@ def test_a_crash_between_two_names_leaves_a_checkpoint(tmp_path, monkeypatch):
     assert names(tmp_path) == [LAST, "checkpoint-step00000005.pth"]
     (tmp_path / LAST).unlink()
     assert find_checkpoint(tmp_path).name == "checkpoint-step00000005.pth"
+
+
+def test_checkpoints_of_another_run_are_not_taken_for_its_own(tmp_path):
+    """Neither overwritten, nor found by a restart before the first save."""
+
+    def write(name, at):
+        (tmp_path / name).write_text(name)
+        os.utime(tmp_path / name, (at, at))
+
+    every = [f"checkpoint-{name}.pth" for name in ("epoch0002", "step00000005", "step00000010")]
+    for age, name in enumerate([*every, LAST], 1):
+        write(name, age)
+    keep_others(tmp_path, tmp_path / every[1])  # resumed at an earlier one: the newer ones go
+    assert names(tmp_path) == sorted(
+        [*every[:2], "checkpoint-step00000010-before1.pth", "checkpoint-last-before1.pth"]
+    )
+    write(LAST, 9)
+    keep_others(tmp_path, tmp_path / LAST)
+    assert find_checkpoint(tmp_path).name == LAST
+    keep_others(tmp_path, None)  # a new run
+    assert find_checkpoint(tmp_path) is None
+    kept = {path.name: path.read_text() for path in tmp_path.glob("*-before2.pth")}
+    assert kept == {name.replace(".", "-before2."): name for name in [*every[:2], LAST]}
 
 
 # ---- values that are not finite --------------------------------------------------------------
@@ -220,9 +266,10 @@ def test_an_optimizer_that_is_not_finite_is_refused(tmp_path, capsys):
     assert "optimizer's exp_avg of z_proj.bias" in line and "not finite" in line
 
 
-@pytest.mark.parametrize("bad", [True, False])
-def test_the_images_of_a_bad_loss_are_named(bad, tmp_path, monkeypatch, capsys):
-    """Those whose latents are not finite, by index and path, or else all of the batch."""
+@pytest.mark.parametrize(("bad", "more"), [(True, ""), (False, ""), (True, " --save_steps 1")])
+def test_the_images_of_a_bad_loss_are_named(bad, more, tmp_path, monkeypatch, capsys):
+    """Those whose latents are not finite, by index and path, or else all of the batch; also if a
+    save is due before the next line of the log."""
     to_latents, calls = engine_mar.to_latents, []
 
     def spoil(tokenizer, batch, *rest):
@@ -235,7 +282,7 @@ def test_the_images_of_a_bad_loss_are_named(bad, tmp_path, monkeypatch, capsys):
     if not bad:
         broken = lambda head, target, z, **how: z.sum() * torch.nan  # noqa: E731
         monkeypatch.setattr(DiffLoss, "forward", broken)
-    flags = CACHED.replace("--batch_size 1", "--batch_size 2") + "-images"
+    flags = CACHED.replace("--batch_size 1", "--batch_size 2") + "-images" + more
     with pytest.raises(SystemExit):
         train(flags, tmp_path)
     said = capsys.readouterr().err
@@ -267,6 +314,13 @@ def test_a_dry_run_leaves_nothing(resumed, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"steps left    {5 if resumed else 10}: " in said
     assert all(part in said for part in ("parameters ", "memory ", "a step ", "a checkpoint "))
+
+
+def test_a_trial_of_a_single_step():
+    """Where an epoch has no more."""
+    trial = Trial(torch.device("cpu"))
+    trial.after_step()
+    assert trial.per_step > 0
 
 
 # ---- several processes -----------------------------------------------------------------------

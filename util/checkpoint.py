@@ -11,6 +11,7 @@ EpochDraws, or None. `record` says what else the run depends on, see util/run/re
 
 import json
 import os
+import re
 from argparse import Namespace
 from itertools import count
 from pathlib import Path
@@ -33,6 +34,7 @@ from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
 from util.weights import load_strictly, read_file, read_metadata, write_safetensors
 
 LAST = "checkpoint-last.pth"
+OWN_NAME = re.compile(r"checkpoint-(last|step\d+|epoch\d+)\.pth")
 FORMAT = 2
 
 
@@ -209,21 +211,32 @@ def find_checkpoint(path):
 
 def earlier_checkpoints(folder):
     """The checkpoints in a folder that --keep kept, the oldest first."""
-    return sorted(Path(folder).glob("checkpoint-step*.pth"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in own_checkpoints(folder) if path.stem.startswith("checkpoint-step")]
+    return sorted(found, key=lambda path: path.stat().st_mtime)
 
 
-def keep_other(folder, resumed):
-    """Rename a checkpoint in `folder` that a run would overwrite without having resumed it.
+def own_checkpoints(folder):
+    """The checkpoints in a folder, but for those that `keep_others` has renamed."""
+    return [path for path in Path(folder).glob("*.pth") if OWN_NAME.fullmatch(path.name)]
 
-    resumed: path of the checkpoint that the run resumed, or None.
+
+def keep_others(folder, resumed):
+    """Rename the checkpoints in `folder` that do not lead to the one that a run resumes.
+
+    The run would overwrite some, and a restart of it would take others for its own. resumed: path
+    of the checkpoint, or None. In its folder, those that are not newer lead to it.
     """
-    path = Path(folder) / LAST
-    same = resumed and Path(resumed).resolve() == path.resolve()
-    if is_main() and path.is_file() and not same:
-        names = (path.with_name(f"{path.stem}-before{n}{path.suffix}") for n in count(1))
-        other = next(name for name in names if not name.exists())
-        os.replace(path, other)
-        print0(f"NOTE: {path} is not what this run resumes: it is now {other.name}")
+    last = Path(folder).resolve() / LAST
+    resumed = resumed and Path(resumed).resolve()
+    if not is_main() or resumed == last:
+        return
+    before = resumed.stat().st_mtime if resumed and resumed.parent == last.parent else 0
+    others = [p for p in own_checkpoints(folder) if p.name == LAST or p.stat().st_mtime > before]
+    ends = (f"-before{n}.pth" for n in count(1))
+    end = next(end for end in ends if not any(Path(folder).glob(f"*{end}")))
+    for path in sorted(others):
+        os.replace(path, path.with_name(path.stem + end))
+        print0(f"NOTE: {path} is not what this run resumes: it is now {path.stem + end}")
 
 
 def steps_done(checkpoint):

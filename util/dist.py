@@ -75,15 +75,16 @@ def _join(launch, url, device, seconds):
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)  # of this thread
+    timeout = timedelta(seconds=seconds)
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=dist.PrefixStore(name, store),
-        timeout=timedelta(seconds=seconds),
+        timeout=timeout,
         world_size=world,
         rank=rank,
         device_id=device if on_gpu else None,
     )
-    Agreement.group = dist.new_group(backend="gloo") if on_gpu else None
+    Agreement.group = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else None
 
 
 def wrap(model, device):
@@ -159,7 +160,8 @@ def is_main():
 def barrier():
     """Return when all processes have called this. One that comes much later than the others, from
     work of its own, is waited for as long as it lives. Raises Lost, which `lost` puts in a line."""
-    if not wait() and dist.is_initialized():
+    wait()
+    if dist.is_initialized():  # even so: the store may have gone for some of the processes only
         dist.barrier()
 
 

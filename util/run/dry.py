@@ -46,7 +46,7 @@ class Trial:
     """Times the parts of a dry run. All methods are collective calls."""
 
     def __init__(self, device):
-        self.device, self.seconds, self.marks = device, {}, []
+        self.device, self.seconds, self.marks = device, {}, [time.perf_counter()]
 
     def after_step(self, *place):
         """For `train_one_epoch`: take the time when a step's work is done."""

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from util.files import HOST
-from util.run.launch import understand
+from util.run.launch import attempt, understand
 
 
 def place(environ=os.environ):
@@ -38,7 +38,7 @@ def set_folder(folder, script):
     rank, _, world = place()
     if world == 1:
         return
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    again = attempt() > 0
     with suppress(OSError):  # a disk that is full has no room for words either
         if rank == 0 and not again:
             _remove(folder, script, world)

@@ -15,7 +15,7 @@ from pathlib import Path
 from util import dist
 from util.dist import print0
 from util.files import HOST, expecting_room
-from util.run.launch import agent
+from util.run.launch import agent, attempt
 
 try:
     import fcntl
@@ -117,8 +117,7 @@ def _read(file):
 
 def _locked(file, path):
     """Lock an open file; whether that worked. A restarted run waits for its dead processes."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    end = time.monotonic() + (PATIENCE if restarted else 0)
+    end = time.monotonic() + (PATIENCE if attempt() else 0)
     while True:
         try:
             _lock(file)

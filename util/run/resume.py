@@ -4,19 +4,24 @@ Nodes need not share a disk: each process finds its own files, and then all comp
 """
 
 import hashlib
-import re
 import zipfile
 from itertools import chain
 from pathlib import Path
 
-from util.checkpoint import LAST, find_checkpoint, load_checkpoint, steps_done
+from util.checkpoint import (
+    LAST,
+    OWN_NAME,
+    find_checkpoint,
+    load_checkpoint,
+    own_checkpoints,
+    steps_done,
+)
 from util.dist import print0, world_size
 from util.files import check_zip
 from util.run.record import PLACES, agree, library_version
 from util.weights import digest
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
-OWN_NAME = re.compile(r"checkpoint-(last|step\d+|epoch\d+)\.pth")
 # Flags that may differ between processes: what is in such places is compared instead.
 LOCAL = (*PLACES, "data_path", "cached_path", "vae_path")
 
@@ -78,7 +83,7 @@ def is_damaged(path):
 
 def earlier_intact(path):
     """The newest intact checkpoint beside a damaged one; None if there is none."""
-    found = [p for p in Path(path).parent.iterdir() if OWN_NAME.fullmatch(p.name) and p != path]
+    found = [p for p in own_checkpoints(Path(path).parent) if p != path]
     newest_first = sorted(found, key=lambda p: p.stat().st_mtime, reverse=True)
     return next((p for p in newest_first if not is_damaged(p)), None)
 

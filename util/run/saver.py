@@ -58,7 +58,7 @@ class Saver:
 
         epochs: their number in the run.
         """
-        self.agreement.close()
+        _, late = self.agreement.close() or (False, False)  # of the last step
         reasons = dist.all_gather(stop.reason())
         if any(reasons):  # before what follows an epoch: it is done after resuming
             self.save()
@@ -68,7 +68,7 @@ class Saver:
         milestone = self.output.keep_every and state.epoch % self.output.keep_every == 0
         regular = state.epoch % self.output.save_last_freq == 0 or state.epoch == epochs
         due = self.output.save_steps and self.step % self.output.save_steps == 0
-        if milestone or regular or due:
+        if milestone or regular or due or late:
             self.save()
         if milestone and dist.is_main():
             _link(self.last, self.folder / f"checkpoint-epoch{state.epoch:04d}.pth")

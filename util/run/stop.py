@@ -9,10 +9,9 @@ Imports neither torch nor numpy.
 
 import os
 import signal
-import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from util.run import last_words
 
@@ -40,13 +39,10 @@ class _Requests:
         if not self.deferring:
             if name == "SIGINT":
                 raise KeyboardInterrupt
-            said = f"stopped: {name}, before there was anything to save"
-            last_words.write(said)
-            print(said, file=sys.stderr, flush=True)
-            os._exit(STATUS)
+            _end_at_once(f"stopped: {name}, before there was anything to save")
         if self.reason is None:
             self.reason, self.since = name, time.monotonic()
-            print(f"{name}: stopping at the next step, to resume there", flush=True)
+            _say(1, f"{name}: stopping at the next step, to resume there")
         elif name == "SIGINT" and time.monotonic() - self.since > AGAIN:
             raise KeyboardInterrupt
 
@@ -56,6 +52,20 @@ class _Requests:
         if name == "SIGTERM" and self.terminated:
             os._exit(STATUS)
         self.terminated = self.terminated or name == "SIGTERM"
+
+
+def _say(descriptor, text):
+    """Print in a signal handler, where `print` raises an error if the signal interrupted one."""
+    with suppress(OSError):
+        os.write(descriptor, f"{text}\n".encode())
+
+
+def _end_at_once(text):
+    try:
+        _say(2, text)
+        last_words.write(text)
+    finally:
+        os._exit(STATUS)
 
 
 _requests = _Requests()
