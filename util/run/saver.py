@@ -23,9 +23,10 @@ class Saver:
         self.state, self.folder, self.output = state, Path(output.output_dir), output
         self.config, self.args, self.steps, self.accum_iter = config, args, steps, accum_iter
         self.last = self.folder / LAST
-        own = resumed and Path(resumed).resolve() == self.last.resolve()
-        self.saved = self.step if own else None  # step of the file at `last`
+        resumed = resumed and Path(resumed).resolve()
+        own = resumed and resumed.parent == self.folder.resolve()
         self.earlier = earlier_checkpoints(self.folder) if own else []
+        self.saved = self.step if resumed == self.last.resolve() else None  # step of `last`
         self.agreement, self.told, self.time = dist.Agreement(), False, time.monotonic()
 
     @property
