@@ -10,6 +10,7 @@ import torch
 
 KINDS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
 KINDS |= {torch.int8, torch.int16, torch.int32, torch.int64}
+OWN = ("params", "fused", "foreach")  # of an optimizer's group, which have checks or no effect
 SLACK = 2**26  # bytes that a tensor may claim beyond its storage, as one that repeats a row does
 
 
@@ -123,7 +124,7 @@ def check_optimizer_fits(state, optimizer, path):
     expect(theirs == counts, path, "optimizer's groups", str(theirs), f"of sizes {counts}")
     for ours, group in zip(groups, state["param_groups"], strict=True):
         for name, value in ours.items():
-            fits = name == "params" or _alike(value, group.get(name, value))
+            fits = name in OWN or _alike(value, group.get(name, value))
             entry = f"optimizer's {name}"
             expect(fits, path, entry, group.get(name), f"a value such as {value}")
         for parameter, number in zip(ours["params"], group["params"], strict=True):
@@ -149,7 +150,7 @@ def _alike(ours, theirs):
         return fits and all(map(is_number, theirs))
     if type(ours) in (int, float):
         return is_number(theirs)
-    return theirs is None or type(theirs) is bool
+    return type(theirs) is type(ours) and theirs == ours  # such as amsgrad, which needs more state
 
 
 def _check_place(place, path):
