@@ -93,6 +93,16 @@ def test_a_stopped_run_resumes_within_the_epoch(way, images, tmp_path, monkeypat
     assert_same(train(f"{flags} --resume {folder}", folder), whole)
 
 
+def test_a_stopped_run_closes_its_logs(tmp_path, monkeypatch):
+    """Trackers may hold what they have not sent."""
+    closed = []
+    monkeypatch.setattr("util.logger.Logger.close", lambda logger: closed.append(logger))
+    monkeypatch.setattr(Saver, "after_step", signalled(3))
+    with pytest.raises(SystemExit):
+        train(WAYS["digits"], tmp_path)
+    assert len(closed) == 1
+
+
 # ---- when is saved, and what is kept ---------------------------------------------------------
 
 
