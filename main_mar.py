@@ -362,36 +362,39 @@ def try_out(this, saver, run_epoch, loader, steps):
 
 
 def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
-    """All epochs that are left. epochs: those of the run. resumed: path of its checkpoint."""
+    """Train to the last epoch, and log. epochs: those of the run. resumed: a path, or None."""
     from util.checkpoint import keep_others
     from util.dist import print0
     from util.logger import Progress
     from util.run import lock
 
-    state = saver.state
     keep_others(saver.folder, resumed)
     lock.sign(saver.folder)
     logger = open_logger(this.args, saver)
     progress = Progress(epochs * saver.steps, "training", "step", done=saver.step)
-    with stop.deferred():
-        for epoch in range(state.epoch, epochs):
-            largest = run_epoch(
-                epoch=epoch,
-                logger=logger,
-                progress=progress,
-                start=state.batch,
-                draws=state.draws,
-                after_step=saver.after_step,
-            )
-            saver.note_range(largest)
-            saver.end_epoch(epochs)
-            try:
-                after_epoch(this, state, epochs, evaluator, logger, saver.step)
-            except stop.Stopped as request:
-                saver.stop_within(request)
+    run_epoch = partial(run_epoch, logger=logger, progress=progress, after_step=saver.after_step)
+    follow = partial(after_epoch, this, saver.state, epochs, evaluator, logger)
+    try:
+        with stop.deferred():
+            run_epochs(saver, run_epoch, follow, epochs)
+    except stop.Stopped:
+        logger.close()  # trackers send what they still hold
+        raise
     progress.close()
     logger.close()
     print0(f"done: {saver.last}, samples in {saver.folder / 'samples'}")
+
+
+def run_epochs(saver, run_epoch, follow, epochs):
+    """All epochs that are left, and after each, once it is saved, what follows it."""
+    state = saver.state
+    for epoch in range(state.epoch, epochs):
+        saver.note_range(run_epoch(epoch=epoch, start=state.batch, draws=state.draws))
+        saver.end_epoch(epochs)
+        try:
+            follow(saver.step)
+        except stop.Stopped as request:
+            saver.stop_within(request)
 
 
 def open_logger(args, saver):

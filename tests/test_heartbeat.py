@@ -183,19 +183,6 @@ def test_all_meet_in_a_barrier_though_the_store_is_gone_for_some(monkeypatch):
     assert len(met) == 2
 
 
-def test_same(monkeypatch):
-    """Who found what, one line; equal values are returned."""
-    assert dist.same("the epoch", 3) == 3
-    held = [("a", 3), ("a", 3), ("b", None), ("c", None)]
-    monkeypatch.setattr(dist, "all_gather", lambda value: held)
-    with pytest.raises(ValueError) as error:
-        dist.same("the epoch", 3)
-    assert str(error.value) == (
-        "the epoch: expected the same on all processes; process 0 on a has 3, process 2 on b has "
-        "None"
-    )
-
-
 @pytest.mark.parametrize(
     ("text", "line"),
     [

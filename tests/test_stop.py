@@ -112,6 +112,16 @@ def test_loader_processes_outlive_a_signal_to_all(tmp_path):
         assert parent.stdout.read() == f"{stop.STATUS}\n"
 
 
+def test_a_stopped_run_closes_its_logs(tmp_path, monkeypatch):
+    """Trackers may hold what they have not sent."""
+    closed = []
+    monkeypatch.setattr("util.logger.Logger.close", lambda logger: closed.append(logger))
+    monkeypatch.setattr(Saver, "after_step", signalled(3))
+    with pytest.raises(SystemExit):
+        train(WAYS["digits"], tmp_path)
+    assert len(closed) == 1
+
+
 # ---- when is saved, and what is kept ---------------------------------------------------------
 
 

@@ -252,20 +252,6 @@ def all_gather(value):
     return values
 
 
-def same(what, value):
-    """The value, which all processes must hold. Raises ValueError, on all, that says who has what.
-
-    what: a noun for the message. A collective call.
-    """
-    held = all_gather((socket.gethostname(), value))
-    first = {}
-    for place, (host, theirs) in enumerate(held):
-        first.setdefault(repr(theirs), f"process {place} on {host} has {theirs}")
-    if len(first) > 1:
-        raise ValueError(f"{what}: expected the same on all processes; {', '.join(first.values())}")
-    return value
-
-
 def print0(*args, **kwargs):
     """Print on rank 0 only, without buffering."""
     if is_main():
