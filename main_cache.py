@@ -205,4 +205,4 @@ def open_images(args, record):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
-from util.data import CACHE_CHECKED, IMAGES_CHECKED, TrainingData, check_data_set
+from util.data import CACHE_CHECKED, IMAGES_CHECKED, add_data_flags, check_data_set
 from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
@@ -55,7 +55,7 @@ def get_parser():
         "--list_presets", action="store_true", help="list the presets with their flags, and exit"
     )
     add_flags(group, Recipe)
-    add_flags(parser.add_argument_group("data"), TrainingData)
+    add_data_flags(parser.add_argument_group("data"))
     group = parser.add_argument_group("output")
     add_flags(group, Output)
     add_tracker_flag(group)
@@ -446,7 +446,7 @@ def start_state(this, model, recipe, checkpoint, path, loader):
         return state
     place = f"{state.epoch} epochs are done"
     if "place" in checkpoint:
-        same = state.resume_within(checkpoint["place"], recipe.accum_iter)
+        same = state.resume_within(checkpoint["place"], recipe.accum_iter, loader.steps)
         place += f", and {state.batch} batches of the next one"
         place += "" if same else ", which goes on with other random draws"
     print0(f"resumed {path}: {place}")
@@ -482,4 +482,4 @@ def draw_grid(this, state, name, logger, step):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -255,4 +255,4 @@ def measure(args, points, drawn, sampling, evaluator, outputs, generation):
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

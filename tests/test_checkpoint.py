@@ -148,7 +148,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def half(state, file):
-        file.write_bytes(b"half a checkpoint")
+        file.write(b"half a checkpoint")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)

@@ -16,7 +16,7 @@ from cli import ROOT
 from test_launch import free_port, plain_environment
 
 from util import dist
-from util.run.heartbeat import Heartbeat, Lost, meet, patiently
+from util.run.heartbeat import Heartbeat, Lost, _machine, meet, patiently
 
 TIMEOUT = 1.5  # seconds, of the heartbeats of threads
 
@@ -95,6 +95,26 @@ def test_a_silent_process_is_named(hearts):
     with pytest.raises(Lost, match=r"process 1 of 2, on \S+, is silent for \d+ s"):
         one.wait()
     assert "process 0 of 1, on " in dist.lost(Lost("x"))
+
+
+@pytest.mark.skipif(not _machine(), reason="Linux")
+@pytest.mark.parametrize("came", [False, True])
+def test_a_dead_process_of_this_machine_is_noticed_at_once(hearts, came, monkeypatch):
+    """Long before its silence tells; one that had come to the wait before is not missed."""
+    monkeypatch.setattr("util.run.heartbeat.DEAD", 0.05)
+    store = torch.distributed.HashStore()
+    one, _ = hearts([store] * 2)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    store.set("process/1", f"{_machine()} {ended.pid}")
+    if came:
+        store.add("wait/1", 1)
+        one.wait()
+        return
+    start = time.monotonic()
+    with pytest.raises(Lost, match=r"process 1 of 2, on \S+, has ended"):
+        one.wait()
+    assert time.monotonic() - start < TIMEOUT
 
 
 class Deaf:
@@ -242,7 +262,7 @@ def test_busy_processes_are_waited_for(what):
 @pytest.mark.parametrize(
     ("number", "rank", "messages"),
     [
-        ("SIGKILL", 1, ["process 1 of 2, on ", " is silent for "]),
+        ("SIGKILL", 1, ["process 1 of 2, on ", " has ended"]),
         ("SIGSTOP", 1, ["process 1 of 2, on ", " is silent for "]),
         ("SIGKILL", 0, ["lost another process ("]),  # by gloo, as the store is gone
         ("SIGSTOP", 0, ["the machine where the processes met is silent for"]),
@@ -254,6 +274,8 @@ def test_lost_processes(number, rank, messages):
     assert [p.stdout.readline() for p in processes] == ["met\n"] * 2
     time.sleep(2)
     processes[rank].send_signal(getattr(signal, number))
+    if number == "SIGKILL":
+        processes[rank].wait()  # as its launcher would
     other = processes[1 - rank]
     out, err = other.communicate(timeout=300)
     processes[rank].kill()

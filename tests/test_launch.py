@@ -195,7 +195,7 @@ def test_attempt_and_agent(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     assert launch.attempt() == 2
-    assert launch.agent() == f"{socket.gethostname()}:{os.getppid()}"
+    assert launch.agent().startswith(f"{socket.gethostname()}:{os.getppid()}:")
 
 
 def test_url():
@@ -235,6 +235,7 @@ def free_port():
 def plain_environment(**more):
     """Ours without any launcher's variables."""
     ours = {n: v for n, v in os.environ.items() if not n.startswith(("SLURM_", "OMPI_", "TORCHE"))}
+    ours["PYTHONUNBUFFERED"] = ""  # lines are written whole, among those of other processes
     return {**ours, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **more}
 
 

@@ -112,6 +112,19 @@ def test_loader_processes_outlive_a_signal_to_all(tmp_path):
         assert parent.stdout.read() == f"{stop.STATUS}\n"
 
 
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="POSIX")
+def test_a_signal_to_all_processes_of_a_run(tmp_path):
+    """torchrun and schedulers signal the loader's processes too: they go on until the run stops."""
+    flags = f"{CACHED}-shards --num_workers 2 --epochs 999".replace(str(FIXTURES), "tests/fixtures")
+    command = [sys.executable, "main_mar.py", *shlex.split(flags), "--output_dir", str(tmp_path)]
+    how = {"stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, **how) as process:
+        wait_for(lambda: steps_in(tmp_path) > 3)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(120) == stop.STATUS, process.stderr.read()
+    assert load_checkpoint(tmp_path / LAST)
+
+
 def test_a_stopped_run_closes_its_logs(tmp_path, monkeypatch):
     """Trackers may hold what they have not sent."""
     closed = []

@@ -144,7 +144,7 @@ def test_a_folder_of_other_images_is_refused(capsys, ckpt, tmp_path):
     for _ in range(2):
         sample.main([*map(str, flags), "--per_class", "2"])
     line = complain(capsys, sample.main, *flags, "--per_class", "1")
-    assert "holds 10 other images, such as 0000" in line
+    assert "holds 20 images of other settings: images 10 (was 20)" in line
 
 
 def test_raw_weights_of_an_export_are_refused(capsys, ckpt, tmp_path):

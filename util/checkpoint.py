@@ -75,7 +75,8 @@ class TrainState:
         content = self._content(config, args)
         if is_main():
             with replacing(path, size_of(content), durable=True) as beside:
-                torch.save(content, beside)
+                with open(beside, "wb") as file:  # torch keeps one that it opened, if that fails
+                    torch.save(content, file)
                 if before:
                     before()
         barrier()
@@ -155,18 +156,18 @@ class TrainState:
         groups = self.optimizer.param_groups
         return [names[id(p)] for group in groups for p in group["params"]]
 
-    def resume_within(self, place, accum_iter):
+    def resume_within(self, place, accum_iter, steps):
         """Restore the `place` of a checkpoint; returns whether the same random draws go on.
 
-        With another number of images per step, no image is left out, and up to a step's are seen
-        twice.
+        steps: batches per epoch. With another number of images per step, no image is left out, and
+        up to a step's are seen twice.
         """
         self.batch = place["batch"]
         whole, states = self.batch % accum_iter == 0, place["draws"]
         if whole and place["images"] == self.batch_images and len(states) == world_size():
             self.draws = states[rank()]
             return True
-        done = self.batch * place["images"] // self.batch_images
+        done = min(self.batch * place["images"] // self.batch_images, steps)
         self.batch = done // accum_iter * accum_iter
         return False
 

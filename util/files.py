@@ -199,14 +199,15 @@ def _is_dead(path, pid, host):
         return quiet > QUIET and not _is_ours(path)
     if pid == os.getpid():
         return not _is_ours(path)
-    return quiet > STUCK or not _is_alive(pid)
+    return quiet > STUCK or not is_alive(pid)
 
 
 def _is_ours(path):
     return os.path.realpath(path) in _writing
 
 
-def _is_alive(pid):
+def is_alive(pid):
+    """Whether there is a process of this id here."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):

@@ -132,9 +132,12 @@ class Parser(argparse.ArgumentParser):
         return marked, given
 
 
-def run(main, argv=None):
-    """Run a script's main. What a user can change ends in one line, without a traceback."""
-    stop.listen()
+def run(main, argv=None, resumes=False):
+    """Run a script's main. What a user can change ends in one line, without a traceback.
+
+    resumes: whether the script, called again after a signal, goes on where it was stopped.
+    """
+    stop.listen(resumes)
     # torch, when it is loaded, then leaves out twenty lines of C++ for each lost connection
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

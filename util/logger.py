@@ -1,8 +1,10 @@
 """Logs of a run: TensorBoard, the same metrics as lines of JSON, trackers, and progress."""
 
 import math
+import os
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -10,12 +12,13 @@ from tqdm import tqdm
 
 from util import jsonl
 from util.dist import is_main, print0
-from util.files import replacing
+from util.files import check_room, free_bytes, in_bytes, replacing
 from util.run.tracker import warn
 
 SECONDS_BETWEEN_LINES = 20
 FILE = "log.jsonl"
 WHEN = ("step", "epoch")  # entries of a record that are no metrics
+ROOM = 1 << 20  # bytes; with fewer, nothing is logged
 EXACT = 10**8  # larger numbers are shown to three digits
 
 
@@ -31,8 +34,12 @@ class Logger:
 
     def __init__(self, folder, resumed=False, step=None, repeat=False, trackers=()):
         self.writer, self.path, self.trackers = None, Path(folder) / FILE, dict(trackers)
+        self.full = False
         if not is_main():
             return
+        check_room(self.path, ROOM)
+        if not resumed:
+            _keep_other(self.path)
         step = step if resumed else -1
         if step is None:
             self.writer = SummaryWriter(str(folder))
@@ -45,9 +52,10 @@ class Logger:
 
     def scalars(self, values, step, **more):
         """Log name -> number at an optimizer step; `more` goes into the JSON line only."""
-        if self.writer:
+        if self._has_room():
             self._show(values, step)
             jsonl.append(self.path, {"step": step, **more, **values})
+        if self.writer:
             self._track("scalars", values, step)
 
     def _show(self, values, step):
@@ -57,10 +65,21 @@ class Logger:
 
     def image(self, name, image, step):
         """Log an image, uint8 (H, W, C)."""
-        if self.writer:
+        if self._has_room():
             self.writer.add_image(name, image, step, dataformats="HWC")
             self.writer.flush()
+        if self.writer:
             self._track("image", name, image, step)
+
+    def _has_room(self):
+        """Whether to write. A full disk, said once, costs a run its logs and not its training."""
+        free = free_bytes(self.path.parent) if self.writer else 0
+        room = bool(self.writer) and (free is None or free > ROOM)
+        if self.writer and not room and not self.full:
+            left = in_bytes(free)
+            print0(f"WARNING: {self.path.parent}: {left} free; the run goes on without logs")
+        self.full = not room
+        return room
 
     def _track(self, verb, *values):
         for name, tracker in list(self.trackers.items()):
@@ -74,6 +93,16 @@ class Logger:
         if self.writer:
             self.writer.close()
             self._track("close")
+
+
+def _keep_other(path):
+    """Rename the log of another run."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    names = (path.with_name(f"{path.stem}-before{n}{path.suffix}") for n in count(1))
+    other = next(name for name in names if not name.exists())
+    os.replace(path, other)
+    print0(f"NOTE: {path} is of another run: it is now {other.name}")
 
 
 def _remove_after(step, path, repeat):

@@ -140,7 +140,10 @@ def write_safetensors(path, weights, metadata):
     metadata = {**metadata, "sha256": _digest_of_all(weights, metadata)}
     size = sum(value.nbytes for value in weights.values())
     with replacing(path, size, durable=True) as beside:
-        save_file(weights, beside, metadata)
+        with open(beside, "wb"):  # with the usual permissions, or an error that says why not
+            mode = os.stat(beside).st_mode
+        save_file(weights, beside, metadata)  # replaces it
+        os.chmod(beside, mode)
 
 
 def _digest_of_all(weights, metadata):

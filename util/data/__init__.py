@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 
-from util.settings import Settings, setting
 from util.table import Table
 
 # files beside the checkpoints of a run
@@ -99,13 +98,17 @@ def describe_paths():
     return ", or ".join(kind.path or name for name, kind in reversed(DATASETS.items()))
 
 
-@dataclass(frozen=True)
-class TrainingData(Settings):
-    """The data that a model is trained on."""
-
-    data_path: str = setting("./data/imagenet", describe_paths(), metavar="PATH")
-    use_cached: bool = setting(False, "train on latents cached by main_cache.py")
-    cached_path: str = setting("", "folder of these (default: none)", metavar="DIR")
+def add_data_flags(group):
+    """Flags for the training data."""
+    group.add_argument(
+        "--data_path", default="./data/imagenet", metavar="PATH", help=describe_paths()
+    )
+    group.add_argument(
+        "--use_cached", action="store_true", help="train on latents cached by main_cache.py"
+    )
+    group.add_argument(
+        "--cached_path", default="", metavar="DIR", help="folder of these (default: none)"
+    )
 
 
 def check_data_set(path):

@@ -53,9 +53,7 @@ def read_arrays(path, names=None):
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             return {name: _read_member(archive, members[name]) for name in names or members}
     except Exception as error:  # zipfile and numpy raise several types
-        raise ValueError(
-            f"{path}: not a cached latent ({error}); delete it and cache again"
-        ) from None
+        raise ValueError(f"{path}: not a cached latent ({error}); {AGAIN} to repair it") from None
 
 
 def _read_member(archive, info):
@@ -77,7 +75,7 @@ def read_moments(path, names=VIEWS, checksums=None):
         )
     for name, (array, _) in found.items():
         if not np.isfinite(array).all():
-            raise ValueError(f"{path}: {name} is not finite; delete it and cache again")
+            raise ValueError(f"{path}: {name} is not finite; delete it, and {AGAIN}")
     return {name: array for name, (array, _) in found.items()}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from util import dist
 from util.data import shard_writer, shards
 from util.data.cached import CachedFolder, FolderWriter, check_cache, read_moments
-from util.data.manifest import layout_of, read_manifest
+from util.data.manifest import AGAIN, layout_of, read_manifest
 from util.data.rounds import in_rounds
 from util.data.shards import ShardedCache
 from util.data.sources import UNKNOWN, Pictures, Recorded
@@ -51,7 +51,7 @@ def verify(folder, workers=4):
     bad = sorted(chain.from_iterable(all_gather(bad)))
     if bad:
         raise ValueError(
-            f"{folder}: {len(bad)} damaged files: {first_few(bad)}; delete them and cache again"
+            f"{folder}: {len(bad)} damaged files: {first_few(bad)}; {AGAIN} to repair them"
         )
     return layout, images
 

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from util.dist import local_world_size, rank, world_size
 from util.rng import drawing_from, epoch_seed
+from util.run import stop
 
 
 class Loader:
@@ -39,6 +40,7 @@ class Loader:
             drop_last=True,
             collate_fn=getattr(dataset, "collate", None),
             persistent_workers=workers > 0,
+            worker_init_fn=stop.in_worker,
             generator=torch.Generator(),  # of the workers' seeds, which nothing depends on
         )
         self.steps, self.images = len(self.batches), len(dataset)
@@ -113,12 +115,17 @@ def open_loader(dataset, batch_size, num_workers, seed, pin_memory=False):
 
 def plain_loader(dataset, batch_size, num_workers):
     """A loader of the whole data set once, in order."""
-    return DataLoader(dataset, batch_size, num_workers=_fitting(num_workers))
+    return _once(dataset, num_workers, batch_size=batch_size)
 
 
 def batch_loader(dataset, batches, num_workers):
     """A loader of the given batches, lists of indices, in order."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=_fitting(num_workers))
+    return _once(dataset, num_workers, batch_sampler=batches)
+
+
+def _once(dataset, num_workers, **batches):
+    workers = _fitting(num_workers)
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=stop.in_worker, **batches)
 
 
 def _fitting(num_workers):

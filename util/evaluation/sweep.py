@@ -68,7 +68,7 @@ def find_result(path, identity, names=()):
     found = None
     for record in filter(_is_whole, jsonl.read(path)):
         same = all(_equal(record.get(name), value) for name, value in identity.items())
-        if same and all(name in record for name in (*names, *COSTS)):
+        if same and all(name in record for name in names):
             found = record
     return found
 
@@ -96,7 +96,7 @@ def write_sweep(records, points, folder):
     """
     axes, folder = list(points[0]), Path(folder)
     names = [name for name in metrics.labels() if all(name in record for record in records)]
-    rows = [{name: record[name] for name in (*axes, *names, *COSTS)} for record in records]
+    rows = [{name: record.get(name) for name in (*axes, *names, *COSTS)} for record in records]
     files = [folder / "sweep.csv", folder / "sweep.md"]
     with replacing(files[0]) as beside, beside.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
@@ -116,6 +116,8 @@ def markdown(rows):
     """Rows, {name: value} each, as a table in Markdown."""
 
     def show(value):
+        if value is None:  # infinite, or not measured
+            return "–"
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
     lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]

@@ -6,13 +6,18 @@ process whose count moves is busy, one whose count stands still for the timeout 
 """
 
 import atexit
+import os
 import socket
 import threading
 import time
+from pathlib import Path
 from uuid import uuid4
+
+from util.files import is_alive
 
 SLOWEST = 10.0  # seconds between two beats, and between two looks at the others'
 SOONEST, LATEST = 0.001, 0.5  # seconds between two looks at whether all have come
+DEAD = 1.0  # seconds between two looks at whether processes of this machine are there
 LEAVING = 10.0  # seconds for which the process that holds the store waits for the others to end
 
 
@@ -60,6 +65,15 @@ def _missing(store, rank, name, others, answered):
     return missing
 
 
+def _machine():
+    """What only processes that see one another's ids have in common; "" where that is not known."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
 def patiently(function):
     """The result of a function that may block outside Python; signals are received meanwhile."""
     results = []
@@ -96,6 +110,7 @@ class Heartbeat:
         self.wake = threading.Condition()
         self._forget()
         store.set(f"host/{rank}", socket.gethostname())
+        store.set(f"process/{rank}", f"{_machine()} {os.getpid()}")
         self._count_up()  # there before anybody looks at it
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self.thread.start()
@@ -159,15 +174,19 @@ class Heartbeat:
     def _await_others(self):
         """Arrive, and look until all have; beat and watch the others' beats meanwhile."""
         key = f"wait/{self.arrived + 1}"
-        since = looked = time.monotonic()
+        since = looked = sought = time.monotonic()
         there = self.store.add(key, 1)
         while there < self.world and not self.closing:
             waited = time.monotonic() - since
             time.sleep(min(max(SOONEST, waited / 20), LATEST, self.beat))
-            if (passed := time.monotonic() - looked) >= self.beat:
+            now = time.monotonic()
+            if (passed := now - looked) >= self.beat:
                 self._count_up()
                 self._watch(passed)
                 looked = time.monotonic()
+            if now - sought >= DEAD:
+                self._seek_dead(key)
+                sought = time.monotonic()
             there = self.store.add(key, 0)
             self.answered += 1
         with self.wake:
@@ -187,13 +206,26 @@ class Heartbeat:
         self.beats = beats
         age = max(self.ages)
         if age > self.timeout:
-            self._lose(self.ages.index(age), age)
+            self._lose(self.ages.index(age), f"is silent for {age:.0f} s")
 
-    def _lose(self, rank, age):
+    def _seek_dead(self, key):
+        """Raises Lost if a process of this machine has ended: sooner than its silence tells.
+
+        key: that of the wait; who ended may have come to it before.
+        """
+        names = [
+            name for rank in range(self.world) if self.store.check([name := f"process/{rank}"])
+        ]
+        for name, found in zip(names, self.store.multi_get(names), strict=True):
+            machine, pid = found.decode().split(" ")
+            dead = machine and machine == _machine() and not is_alive(int(pid))
+            if dead and self.store.add(key, 0) < self.world:
+                self._lose(int(name.removeprefix("process/")), "has ended")
+
+    def _lose(self, rank, how):
         host = self.store.get(f"host/{rank}").decode()
         with self.wake:
-            text = f"process {rank} of {self.world}, on {host}, is silent for {age:.0f} s"
-            self.error = Lost(text)
+            self.error = Lost(f"process {rank} of {self.world}, on {host}, {how}")
         raise self.error
 
     def _leave(self):

@@ -27,7 +27,7 @@ class Stopped(Exception):
 class _Requests:
     def __init__(self):
         self.reason, self.since, self.deferring = None, 0.0, False
-        self.pid, self.terminated = os.getpid(), False
+        self.pid, self.terminated, self.resumes = os.getpid(), False, False
         # without a launcher, a parent may end first: a shell, after nohup
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
@@ -39,7 +39,8 @@ class _Requests:
         if not self.deferring:
             if name == "SIGINT":
                 raise KeyboardInterrupt
-            _end_at_once(f"stopped: {name}, before there was anything to save")
+            status = STATUS if self.resumes else 128 + number
+            _end_at_once(f"stopped: {name}, before there was anything to save", status)
         if self.reason is None:
             self.reason, self.since = name, time.monotonic()
             _say(1, f"{name}: stopping at the next step, to resume there")
@@ -47,8 +48,8 @@ class _Requests:
             raise KeyboardInterrupt
 
     def receive_in_worker(self, name):
-        """In a loader's process, which inherits the handler: its batches are still needed when a
-        scheduler signals all processes. The second SIGTERM ends it: its parent does not wait."""
+        """Its batches are still needed when a launcher signals all processes. The second SIGTERM
+        ends it: its parent does not wait."""
         if name == "SIGTERM" and self.terminated:
             os._exit(STATUS)
         self.terminated = self.terminated or name == "SIGTERM"
@@ -60,20 +61,33 @@ def _say(descriptor, text):
         os.write(descriptor, f"{text}\n".encode())
 
 
-def _end_at_once(text):
+def _end_at_once(text, status):
     try:
         _say(2, text)
         last_words.write(text)
     finally:
-        os._exit(STATUS)
+        os._exit(status)
 
 
 _requests = _Requests()
 
 
-def listen():
-    """Receive the signals from now on. For scripts; other threads receive none."""
-    _requests.pid = os.getpid()
+def in_worker(number):
+    """Let a loader's process outlive signals that all receive. Its `worker_init_fn`."""
+    _requests.pid = None
+    _receive()
+
+
+def listen(resumes=False):
+    """Receive the signals from now on. For scripts; other threads receive none.
+
+    resumes: whether the script, called again, goes on where it was stopped.
+    """
+    _requests.pid, _requests.resumes = os.getpid(), resumes
+    _receive()
+
+
+def _receive():
     main = threading.current_thread() is threading.main_thread()
     for name in SIGNALS:
         if main and hasattr(signal, name):  # Windows has no SIGUSR1

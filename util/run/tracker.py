@@ -106,7 +106,7 @@ def add_tracker_flag(group):
         nargs="*",
         choices=TRACKERS,
         type=checked(_check_installed),
-        default=(),
+        default=[],
         help="show the run at these services too; needs the extra of that name, such as "
         f"pip install 'mar-diffloss[{next(iter(TRACKERS))}]' (default: none)",
     )
