@@ -4,7 +4,7 @@ Flags become settings, settings become objects, and the engine does the work. To
 inside functions, so that a wrong flag is reported before torch is loaded.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -317,11 +317,12 @@ def train(this, model, checkpoint, path, evaluator):
     run_epoch = epoch_runner(this, model, state, recipe)
     counts = {"steps": steps, "accum_iter": recipe.accum_iter}
     saver = Saver(state, from_flags(Output, args), this.config, vars(args), resumed=path, **counts)
-    if args.dry_run:
-        try_out(this, saver, run_epoch, loader, recipe.epochs * steps)
-    else:
-        run_epoch = partial(run_epoch, loader=loader)
-        train_epochs(this, saver, run_epoch, recipe.epochs, evaluator, path)
+    with closing(loader) if hasattr(loader, "close") else nullcontext():
+        if args.dry_run:
+            try_out(this, saver, run_epoch, loader, recipe.epochs * steps)
+        else:
+            run_epoch = partial(run_epoch, loader=loader)
+            train_epochs(this, saver, run_epoch, recipe.epochs, evaluator, path)
 
 
 def epoch_runner(this, model, state, recipe):

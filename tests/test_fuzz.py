@@ -38,7 +38,7 @@ from util.evaluation.sweep import find_result, write_sweep
 from util.run.record import check_resumed
 
 FIXTURES = Path(__file__).parent / "fixtures"
-QUICK, MANY = 25, 1000
+QUICK, MANY = 10, 1000
 SHAPE = (8, 4, 4)  # of the moments of the fixtures
 SECONDS = 60  # for one file, on a machine that does much else
 
@@ -92,7 +92,7 @@ def read_checkpoint(path):
     state = new_state()
     state.load(content, path)
     if "place" in content:
-        state.resume_within(content["place"], 1)
+        state.resume_within(content["place"], 1, 4)
     math.isfinite(steps_done(content) + state.epoch)
     before = content["args"], content.get("record")
     list(check_resumed(path, ({**ARGS, "epochs": 10}, RUN), before, anyway=True))

@@ -53,6 +53,12 @@ class Loader:
         self.sampler.begin(n, start * self.batch_size)
         return self.batches
 
+    def close(self):
+        """End the loader's processes, which otherwise live as long as this object."""
+        iterator, self.batches._iterator = self.batches._iterator, None
+        if hasattr(iterator, "_shutdown_workers"):  # torch has no public way
+            iterator._shutdown_workers()
+
     def indices(self, n, batch):
         """Indices in the data set of the images of a batch of epoch n."""
         self.sampler.begin(n, batch * self.batch_size)

@@ -17,6 +17,7 @@ from util.run import last_words
 
 STATUS = 75  # EX_TEMPFAIL of sysexits.h: no failure, the same command is to be called again
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")  # Slurm and torchrun, Slurm's --signal, Ctrl-C
+LINGERING = 60  # seconds of a loader's process after SIGTERM
 AGAIN = 2  # seconds; torchrun passes a Ctrl-C on to processes that have received it already
 
 
@@ -48,11 +49,14 @@ class _Requests:
             raise KeyboardInterrupt
 
     def receive_in_worker(self, name):
-        """Its batches are still needed when a launcher signals all processes. The second SIGTERM
-        ends it: its parent does not wait."""
+        """Its batches are still needed when a launcher signals all processes. A second SIGTERM, or
+        some time, ends it: its parent does not wait."""
         if name == "SIGTERM" and self.terminated:
             os._exit(STATUS)
-        self.terminated = self.terminated or name == "SIGTERM"
+        if name == "SIGTERM":
+            self.terminated = True
+            if hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, LINGERING)
 
 
 def _say(descriptor, text):
