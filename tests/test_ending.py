@@ -304,6 +304,7 @@ def test_crashes_and_kills(tmp_path):
     assert re.fullmatch(STARTED % (1, 3) + "\n", words[1])
 
 
+@pytest.mark.slow
 def test_files_of_earlier_runs(tmp_path):
     """They are replaced; attempts that torchrun restarts are added to one another."""
     (tmp_path / "last_words.test.rank00007.txt").write_text("of a larger run")

@@ -80,6 +80,7 @@ def check_case(folder, case):
     return sharded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK)
 def test_sharded_training_is_the_same(quick, case):
     """Losses, gradient norms, weights, EMA, moments; networks to sample from hold whole weights."""

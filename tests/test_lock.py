@@ -81,6 +81,7 @@ def test_a_restart_knows_its_own(tmp_path, monkeypatch):
     assert found == [False, False, False, False, True, True, False]
 
 
+@pytest.mark.slow
 def test_one_run_after_the_other(tmp_path):
     """A process may hold a folder again, but not twice at once, nor let it go by asking."""
     for _ in range(2):

@@ -129,6 +129,7 @@ def test_the_plot_of_the_demo_takes_any_log(tmp_path):
 # ---- logs of a resumed run -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_step_twice_and_none_missing_after_kills(tmp_path):
     """Killed twice, beyond the step that it resumes at: scalars, images and lines."""
     killed(tmp_path, [10, 20, 30, 40])

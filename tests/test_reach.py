@@ -23,6 +23,7 @@ from models.settings import Model, Sampling
 from util.evaluation.settings import Evaluation
 from util.recipe import Recipe
 from util.run import fsdp
+from util.run.saver import Saver
 
 # values where none of GUESSES fits
 SAID = {
@@ -154,6 +155,7 @@ def trained(flags, folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(engine_mar, "train_one_epoch", spy)
         patch.setattr(main_mar, "after_epoch", lambda *args: None)
+        patch.setattr(Saver, "save", lambda saver: None)
         patch.setattr(
             torch.nn.Module,
             "compile",
