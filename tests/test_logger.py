@@ -303,6 +303,7 @@ def test_durations(seconds, text):
 # ---- a real run ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_stopped_while_it_samples_logs_each_step_once(tmp_path, monkeypatch):
     """Resumed, it repeats the grids of that epoch, which show once."""
     for folder in ("whole", "stopped"):

@@ -139,6 +139,7 @@ def test_only_missing_batches_are_sampled(ckpt, whole, tmp_path, stop_after, mon
     assert "26 of 27 images are there: resuming" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "npz"])
 def test_killed(kind, ckpt, whole, tmp_path):
     """By SIGKILL: what it was writing goes, what it had written is used."""
