@@ -33,14 +33,19 @@ def command(images, vae_path, folder, layout, *flags):
     return [*shlex.split(common), *map(str, flags)]
 
 
-@pytest.fixture(scope="module")
-def made(images, vae_path, tmp_path_factory):
-    """A folder with caches of eight images by this version, by earlier ones and the published."""
-    folder = tmp_path_factory.mktemp("made")
+def make_both(images, vae_path, folder):
+    """Caches of eight images in each layout, in three shards; returns the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shards, "SHARD_SIZE", 3)
         for layout in ("images", "shards"):
             main_cache.main(command(images, vae_path, folder / layout, layout))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(images, vae_path, tmp_path_factory):
+    """A folder with caches of eight images by this version, by earlier ones and the published."""
+    folder = make_both(images, vae_path, tmp_path_factory.mktemp("made"))
     shutil.copytree(folder / "images", folder / "published")
     for path in (folder / "published").glob("cache.*"):
         path.unlink()

@@ -15,7 +15,19 @@ import pytest
 import torch
 from cli import complain
 from PIL import Image
-from test_caches import bit, command, contents, cut, empty, exchanged, gone, latents, make_old, swap
+from test_caches import (
+    bit,
+    command,
+    contents,
+    cut,
+    empty,
+    exchanged,
+    gone,
+    latents,
+    make_both,
+    make_old,
+    swap,
+)
 
 import engine_mar
 import main_cache
@@ -40,12 +52,7 @@ def small_shards(monkeypatch):
 @pytest.fixture(scope="module")
 def made(images, vae_path, tmp_path_factory):
     """A folder with a cache of eight images in each layout."""
-    folder = tmp_path_factory.mktemp("made")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shards, "SHARD_SIZE", 3)
-        for layout in ("images", "shards"):
-            main_cache.main(command(images, vae_path, folder / layout, layout))
-    return folder
+    return make_both(images, vae_path, tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import os
 import re
-import socket
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from util.files import HOST, first_line
 from util.run.device import pick
 from util.run.heartbeat import Heartbeat, Lost, StoreGone, meet, patiently
 from util.run.launch import Launch, understand
@@ -130,13 +130,13 @@ def lost(error):
     if isinstance(error, Lost | dist.DistError) or (
         isinstance(error, RuntimeError) and world_size() > 1 and LOST.search(str(error))
     ):
-        where = f"process {rank()} of {world_size()}, on {socket.gethostname()}"
+        where = f"process {rank()} of {world_size()}, on {HOST}"
         return f"{where}: lost another process ({_first_line(error)})"
     return None
 
 
 def _first_line(error):
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = first_line(error)
     return re.sub(r"\[\S*/\S+:\d+\] ", "", line).split(". ")[0]
 
 

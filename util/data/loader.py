@@ -18,8 +18,8 @@ class Loader:
     batch_size: images per process. An incomplete last batch is dropped. A data set whose
     `__getitems__` returns complete batches has a `collate` that leaves them unchanged. What a data
     set draws at random from torch's default generator, such as flips, depends on (seed, epoch) and
-    the indices of the batch alone. Attributes: `steps`,
-    batches per epoch; `images`, the size of the data set; `dataset`.
+    the indices of the batch alone. Attributes: `steps`, batches per epoch; `images`, the size of
+    the data set; `dataset`.
     """
 
     def __init__(self, dataset, batch_size, num_workers, seed, pin_memory=False):

@@ -7,13 +7,12 @@ process whose count moves is busy, one whose count stands still for the timeout 
 
 import atexit
 import os
-import socket
 import threading
 import time
 from pathlib import Path
 from uuid import uuid4
 
-from util.files import is_alive
+from util.files import HOST, first_line, is_alive
 
 SLOWEST = 10.0  # seconds between two beats, and between two looks at the others'
 SOONEST, LATEST = 0.001, 0.5  # seconds between two looks at whether all have come
@@ -109,7 +108,7 @@ class Heartbeat:
         self.error, self.closing, self.answered = None, False, 0
         self.wake = threading.Condition()
         self._forget()
-        store.set(f"host/{rank}", socket.gethostname())
+        store.set(f"host/{rank}", HOST)
         store.set(f"process/{rank}", f"{_machine()} {os.getpid()}")
         self._count_up()  # there before anybody looks at it
         self.thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -155,7 +154,7 @@ class Heartbeat:
                 self._await_others() if self.arrived < self.waits else self._rest()
             self._leave()
         except Exception as error:  # the store is gone: an error only for who waits
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             with self.wake:
                 gone = StoreGone(f"the store where the processes met is gone ({reason})")
                 self.error = self.error or gone

@@ -5,11 +5,12 @@ Imports neither torch nor numpy.
 
 import os
 import re
-import socket
 import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+from util.files import HOST
 
 LOWEST_PORT, PORTS = 10_000, 20_000  # of addresses that are derived: below the ephemeral ones
 TORCHRUN = "torchrun --nproc_per_node={} {}"
@@ -69,7 +70,7 @@ def agent():
         start = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         start = ""
-    return f"{socket.gethostname()}:{parent}:{start}"
+    return f"{HOST}:{parent}:{start}"
 
 
 def _launcher(environ):

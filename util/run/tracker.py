@@ -9,7 +9,7 @@ import uuid
 from importlib.util import find_spec
 from pathlib import Path
 
-from util.files import replacing
+from util.files import first_line, replacing
 from util.flags import checked
 from util.table import Table
 
@@ -153,8 +153,7 @@ def warn(name, error):
     """Say in one line that the run goes on without a tracker."""
     from util.dist import print0
 
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    print0(f"WARNING: --tracker {name}: {reason}; the run goes on without it")
+    print0(f"WARNING: --tracker {name}: {first_line(error)}; the run goes on without it")
 
 
 def _run_id(path, resumed):
