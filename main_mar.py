@@ -4,7 +4,7 @@ Flags become settings, settings become objects, and the engine does the work. To
 inside functions, so that a wrong flag is reported before torch is loaded.
 """
 
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
 from util.data import CACHE_CHECKED, IMAGES_CHECKED, add_data_flags, check_data_set
+from util.data.settings import Reading
 from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
@@ -88,6 +89,7 @@ class Run:
     tokenizer: object
     device: object
     precision: str
+    data: object = None  # the data set to train on; None if nothing is trained
 
     def generation(self):
         """Arguments of `generate_images` that are the same for all samples."""
@@ -114,39 +116,26 @@ def main(argv=None):
         return
     check(args, given)
 
+    from models import checkpoint_config
     from util import dist
     from util.precision import pick_precision
-    from util.run.resume import load_resumed
+    from util.run.resume import hold_output, load_resumed
 
     device = dist.init(**machine(args))
     precision = pick_precision(args.precision, device)
     with nullcontext() if args.evaluate else hold_output(args):
         last_words.set_folder(args.output_dir, "evaluate" if args.evaluate else "main_mar")
         checkpoint, path = load_resumed(args, needed=args.evaluate)
-        config, sampling, tokenizer = configure(args, given, checkpoint, path)
-        this = Run(args, config, sampling, tokenizer.to(device), device, precision)
+        stored = checkpoint_config(checkpoint, path) if checkpoint else {}
+        data = None if args.evaluate else open_training_data(args, given, stored)
+        config, sampling, tokenizer = configure(args, given, stored, path, data)
+        this = Run(args, config, sampling, tokenizer.to(device), device, precision, data)
         model = build(this)
         evaluator = open_evaluation(this)
         if args.evaluate:
             evaluate_checkpoint(this, model.eval(), checkpoint, path, evaluator)
         else:
             train(this, model, checkpoint, path, evaluator)
-
-
-@contextmanager
-def hold_output(args):
-    """Hold --output_dir; a run that torchrun restarted resumes its own checkpoint there."""
-    from util import dist
-    from util.checkpoint import find_checkpoint
-    from util.files import remove_leftovers
-    from util.run import lock
-
-    with lock.folder(args.output_dir, "--output_dir") as last:
-        if dist.is_main():
-            remove_leftovers(args.output_dir, recursive=True)
-        if lock.is_own(last) and find_checkpoint(args.output_dir):
-            args.resume = args.output_dir
-        yield
 
 
 def check(args, given):
@@ -164,22 +153,38 @@ def check(args, given):
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def configure(args, given, checkpoint, source):
+def open_training_data(args, given, stored):
+    """The data set to train on: its images are listed, but not read before `check_data`.
+
+    stored: the configuration in the checkpoint that is resumed, or {}. Raises ValueError.
+    """
+    from util.data import open_data
+    from util.data.cached import open_cache
+
+    if args.use_cached:
+        record = Path(args.output_dir) / CACHE_CHECKED
+        return open_cache(args.cached_path, record=record, data_path=args.data_path)
+    size = stored["model"]["img_size"] if stored else args.img_size
+    return open_data(args.data_path, "train", size, from_flags(Reading, args))
+
+
+def configure(args, given, stored, source, data):
     """(configuration, Sampling, tokenizer) according to the flags.
 
-    When a checkpoint is resumed, architecture and tokenizer come from it; a flag that contradicts
-    its architecture is refused.
+    stored: the configuration in the checkpoint at `source` that is resumed, from which architecture
+    and tokenizer come, or {}; a flag that contradicts its architecture is refused. data: the data
+    set to train on, or None.
     """
-    from models import checkpoint_config
     from models.config import as_flags, fit_steps, open_tokenizer, resolve_model
+    from util.data import facts_of
     from util.dist import print0
 
-    stored = checkpoint_config(checkpoint, source) if checkpoint else {}
     tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source)
     sampling = from_flags(Sampling, args)
     requested = from_flags(
         Model,
         args,
+        class_num=args.class_num if "class_num" in given or not data else len(data.classes),
         order=sampling.order or "raster",  # the order that a causal model learns
         num_sampling_steps=sampling.num_sampling_steps,
         max_timestep=sampling.max_timestep,
@@ -193,6 +198,7 @@ def configure(args, given, checkpoint, source):
         "tokenizer": own,
         "sampling": sampling.asdict(),
         "latent_range": stored.get("latent_range", 0.0),
+        "data": facts_of(data) if data else stored.get("data"),
     }
     if stored and (note := presets.overridden(args, given, as_flags(config))):
         print0(f"NOTE: {note}")
@@ -233,11 +239,10 @@ def open_evaluation(this):
     )
 
 
-def open_training_data(this):
-    """The loader of images or, with --use_cached, of moments. Raises ValueError for bad data."""
-    from util.data import open_data
-    from util.data.cached import check_cache, open_cache
-    from util.data.loader import open_loader
+def check_data(this):
+    """Raises ValueError unless the training data are whole and fit the model and tokenizer."""
+    from util.data import check_classes, check_images
+    from util.data.cached import check_cache
     from util.weights import digest
 
     args, tokenizer = this.args, this.tokenizer
@@ -245,17 +250,19 @@ def open_training_data(this):
     if args.use_cached:
         side = size // tokenizer.stride
         check_cache(args.cached_path, digest(tokenizer.state_dict()), size)
-        shape, record = (
-            (tokenizer.moment_channels, side, side),
-            Path(args.output_dir) / CACHE_CHECKED,
-        )
-        dataset = open_cache(args.cached_path, shape, classes, record, args.data_path)
-    else:
-        how = {"flip": True, "workers": args.num_workers, "class_num": classes}
-        how["record"] = Path(args.output_dir) / IMAGES_CHECKED
-        dataset = open_data(args.data_path, "train", size, **how)
-    pin = args.pin_mem and this.device.type == "cuda"
-    return open_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
+        this.data.expect((tokenizer.moment_channels, side, side))
+    check_classes(this.data, classes, args.cached_path if args.use_cached else args.data_path)
+    if not args.use_cached:
+        check_images(this.data, args.num_workers, Path(args.output_dir) / IMAGES_CHECKED)
+
+
+def open_loader(this):
+    """The loader of images or, with --use_cached, of moments. Raises ValueError for bad data."""
+    from util.data import loader
+
+    check_data(this)
+    args, pin = this.args, this.args.pin_mem and this.device.type == "cuda"
+    return loader.open_loader(this.data, args.batch_size, args.num_workers, args.seed, pin)
 
 
 # ---- work ----------------------------------------------------------------------------------------
@@ -307,9 +314,9 @@ def train(this, model, checkpoint, path, evaluator):
     from util.run.saver import Saver
 
     args = this.args
-    loader = open_training_data(this)
+    loader = open_loader(this)
     recipe = from_flags(Recipe, args).resolved(dist.world_size())
-    steps = check_steps(recipe, loader)
+    steps = check_steps(recipe, loader, this.config)
     state = start_state(this, model, recipe, checkpoint, path, loader)
     if state.epoch >= recipe.epochs:
         print0(f"nothing to train: {state.epoch} epochs are done, --epochs is {recipe.epochs}")
@@ -408,15 +415,18 @@ def open_logger(args, saver):
     return Logger(folder, **place, trackers=trackers)
 
 
-def check_steps(recipe, loader):
+def check_steps(recipe, loader, config):
     """Optimizer steps per epoch; prints them and any misfits. Raises ValueError for none."""
     from util.dist import print0, world_size
 
     steps = loader.steps // recipe.accum_iter
     if not steps:
         raise ValueError(f"--accum_iter {recipe.accum_iter}: an epoch has {loader.steps} batches")
-    total = recipe.total_batch(world_size())
-    print0(f"{loader.images} images, {steps} steps of {total} per epoch, lr {recipe.lr:.2e}")
+    total, classes = recipe.total_batch(world_size()), config["model"]["class_num"]
+    print0(
+        f"{loader.images} images of {classes} classes, {steps} steps of {total} per epoch, "
+        f"lr {recipe.lr:.2e}"
+    )
     for line in recipe.misfits(steps):
         print0(f"NOTE: {line}")
     return steps

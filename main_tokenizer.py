@@ -16,6 +16,7 @@ from pathlib import Path
 
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
+from util.data.settings import Reading
 from util.evaluation.settings import NETWORK, Evaluation
 from util.files import make_folder, replacing
 from util.flags import (
@@ -74,6 +75,7 @@ def get_parser():
         metavar="N",
         help="evaluate N images, spread evenly over the data set (default: all)",
     )
+    add_flags(group, Reading)
     group.add_argument(
         "--batch_size", type=positive_int, default=64, help="images per batch and process"
     )
@@ -238,8 +240,10 @@ def open_split(args, split, flip):
     from util.data import open_data
 
     record = Path(args.output_dir) / f"data_checked_{split}.txt"
-    how = {"flip": flip, "workers": args.num_workers, "record": record}
-    return open_data(args.data_path, split, args.img_size, **how)
+    reading = from_flags(Reading, args)
+    reading = reading.but(flip=reading.flip and flip)
+    how = {"workers": args.num_workers, "record": record}
+    return open_data(args.data_path, split, args.img_size, reading, **how)
 
 
 # ---- training -------------------------------------------------------------------------------

@@ -97,7 +97,9 @@ class Model(Settings):
         fixed=True,
     )
     num_codes: int = setting(None, "number of codes of a discrete tokenizer", "", fixed=True)
-    class_num: int = setting(1000, "number of classes", type=positive_int, fixed=True)
+    class_num: int = setting(
+        1000, "number of classes; if not given, the data's", type=positive_int, fixed=True
+    )
     buffer_size: int = setting(
         64, "class tokens in front of MAR's encoder", type=positive_int, fixed=True
     )

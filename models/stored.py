@@ -30,7 +30,21 @@ def check_config(config, weights, path):
     _check_tokenizer(config["tokenizer"], config["model"].get("vae_embed_dim"), path)
     range_ = config.get("latent_range", 0.0)
     expect(is_number(range_) and range_ >= 0, path, "config's latent_range", range_, "a number")
+    _check_data(config.get("data") or {}, config["model"].get("class_num"), path)
     _check_sizes(config["model"], weights, path)
+
+
+def _check_data(data, class_num, path):
+    """Check what a configuration says of the training data, see util.data.facts_of."""
+    expect(isinstance(data, dict), path, "config's data", data, "values by name")
+    classes, counts = data.get("classes") or [], data.get("counts") or []
+    for entry, values, fits in (("classes", classes, _is_name), ("counts", counts, is_count)):
+        good = isinstance(values, list) and len(values) in (0, class_num) and all(map(fits, values))
+        expect(good, path, f"config's data {entry}", values, f"one for each of {class_num} classes")
+
+
+def _is_name(value):
+    return isinstance(value, str)
 
 
 def _check_settings(cls, values, path, part):

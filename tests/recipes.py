@@ -239,7 +239,7 @@ from torch.utils.data import TensorDataset
 CLASSES = ["rows", "columns", "diagonals"]
 
 
-def open_stripes(path, split, img_size, flip=False):
+def open_stripes(path, split, img_size, reading):
     if img_size not in (None, 8):
         raise ValueError(f"img_size {img_size}: the stripes are 8×8, expected 8")
     draw = torch.Generator().manual_seed(("train", "test").index(split))
@@ -281,7 +281,7 @@ class StreamLoader:
         return itertools.islice(batches, start, None)
 
 
-def open_stream(path, split, img_size, flip=False):
+def open_stream(path, split, img_size, reading):
     return described(Stream(), split)
 """
 DATA = "util/data/__init__.py"

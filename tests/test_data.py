@@ -25,6 +25,7 @@ from util.data.crop import center_crop_arr
 from util.data.digits import digits
 from util.data.folder import ImageFolder
 from util.data.loader import Loader, open_loader
+from util.data.settings import Reading
 
 
 def test_a_path_has_one_kind(images):
@@ -139,7 +140,7 @@ def test_a_cache_knows_its_tokenizer_and_size(tmp_path):
 
 def open_checked(root, img_size, class_num, record):
     """A folder's training images as main_mar.py opens them."""
-    return open_data(root, "train", img_size, flip=True, record=record, class_num=class_num)
+    return open_data(root, "train", img_size, Reading(), record=record, class_num=class_num)
 
 
 def copy(images, path):
@@ -245,7 +246,7 @@ def test_a_stream_is_a_row(monkeypatch, tmp_path, capsys):
     stream = Stream()
     row = Kind(
         claims=lambda path: path == "stream",
-        open=lambda path, split, img_size, flip=False: stream,
+        open=lambda path, split, img_size, reading: stream,
         channels=1,
         defaults={"img_size": 8, "class_num": 2, "tokenizer": "pixels", "patch_size": 2},
     )
@@ -255,7 +256,7 @@ def test_a_stream_is_a_row(monkeypatch, tmp_path, capsys):
     flags += " --batch_size 4 --warmup_epochs 1 --num_sampling_steps 4 --num_iter 2 --lr 1e-3"
     flags += f" --max_timestep 950 --save_last_freq 1 --device cpu --output_dir {tmp_path}"
     main_mar.main(shlex.split(f"{flags} --epochs 2"))
-    assert "16 images, 4 steps of 4 per epoch" in capsys.readouterr().out
+    assert "16 images of 2 classes, 4 steps of 4 per epoch" in capsys.readouterr().out
     checkpoint = load_checkpoint(tmp_path / LAST)
     assert checkpoint["epoch"] == 1 and checkpoint["config"]["model"]["vae_embed_dim"] == 1
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").open()]

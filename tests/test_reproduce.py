@@ -75,7 +75,7 @@ def built(monkeypatch):
 
     def built(*flags):
         args, given = presets.apply(main_mar.get_parser(), [str(flag) for flag in flags])
-        config, sampling, _ = main_mar.configure(args, given, None, None)
+        config, sampling, _ = main_mar.configure(args, given, {}, None, None)
         with torch.device("meta"):
             model = models.build_model(**config["model"])
         model.check(sampling)

@@ -15,6 +15,7 @@ import torch
 from cli import ROOT
 
 import main_mar
+import models
 from models import build_model, presets
 from models.config import compare_with
 from models.vae import AutoencoderKL
@@ -33,10 +34,17 @@ SAME = (*FLAGS, "diffloss", "fp32")  # values that the run has without a flag
 NAMES = ["cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"]
 
 
+def configured(args, given, checkpoint):
+    """(configuration, tokenizer) of a run that resumes a checkpoint, or of a new one."""
+    stored = models.checkpoint_config(checkpoint, "before.pth") if checkpoint else {}
+    config, _, tokenizer = main_mar.configure(args, given, stored, "before.pth", None)
+    return config, tokenizer
+
+
 def a_run(*flags, stored=None, **world):
     """(flags, configuration, record) of a run; `stored`: the checkpoint that it resumes."""
     args, given = presets.apply(main_mar.get_parser(), [*FLAGS, *flags])
-    config, _, tokenizer = main_mar.configure(args, given, stored, "before.pth")
+    config, tokenizer = configured(args, given, stored)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(record, "world_size", lambda: world.get("processes", 1))
         held = describe(
@@ -231,7 +239,7 @@ def test_the_same_run_says_nothing(before, flags):
 def test_flags_that_come_from_the_checkpoint_need_not_be_repeated(before):
     """The shortest command that resumes says no more than what it does change."""
     args, given = presets.apply(main_mar.get_parser(), ["--epochs", "30", "--device", "cpu"])
-    config = main_mar.configure(args, given, before, "before.pth")[0]
+    config, _ = configured(args, given, before)
     assert compare_with(before, "before.pth", vars(args), config, before["record"]) == []
 
 
@@ -242,7 +250,7 @@ def test_a_preset_says_what_its_flags_say(capsys):
 
     def run(*flags, stored=None):
         args, given = presets.apply(main_mar.get_parser(), flags)
-        return args, main_mar.configure(args, given, stored, "before.pth")[0]
+        return args, configured(args, given, stored)[0]
 
     args, config = run("--preset", "digits", "--diffloss_w", "32")
     stored = {"args": vars(args), "config": config, "model_ema": weights(config)}

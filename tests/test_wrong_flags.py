@@ -17,7 +17,11 @@ from util import dist
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--vae_path", "nowhere.ckpt"), "nowhere.ckpt: no such file"),
+        (
+            (*DIGITS, "--tokenizer", "kl16", "--vae_path", "nowhere.ckpt"),
+            "nowhere.ckpt: no such file",
+        ),
+        (("--data_path", "/no"), "/no/train: expected a folder of images for each class"),
         ((*DIGITS, "--model_kwargs", "norm_layer=x"), "--model_kwargs norm_layer=x: 'str' object"),
         ((*DIGITS, "--model_kwargs", "mlp_ratio=-1"), "--model_kwargs mlp_ratio=-1: "),
         ((*DIGITS, "--model_kwargs", "mlp_ratio=x"), "--model_kwargs mlp_ratio=x: "),
@@ -27,7 +31,7 @@ from util import dist
             "--head l2: dit_tiny has no",
         ),
         ((*DIGITS, "--class_num", "7"), "found 10 classes, --class_num is 7"),
-        ((*DIGITS, "--img_size", "9"), "img_size 9: expected a multiple"),
+        ((*DIGITS, "--patch_size", "3"), "img_size 8: expected a multiple"),
         ((*DIGITS, "--img_size", "16"), "the digits are 8×8"),
         ((*DIGITS, "--num_iter", "17"), "--num_iter 17: expected 1 to 16"),
         ((*DIGITS, "--num_sampling_steps", "2000"), "diffusion steps '2000'"),
@@ -120,7 +124,7 @@ def test_wrong_flags_of_sampling(capsys, tmp_path, ckpt, flags, message):
 
 def test_a_model_keeps_its_kind_of_tokenizer(capsys, tmp_path, ckpt):
     """Another is refused before it is made."""
-    flags = ("--device", "cpu", "--output_dir", tmp_path, "--resume", ckpt, "--tokenizer", "kl16")
+    flags = (*DIGITS, "--output_dir", tmp_path, "--resume", ckpt, "--tokenizer", "kl16")
     line = complain(capsys, main_mar.main, *flags)
     assert "--tokenizer kl16: " in line and "was trained with pixels; leave the flag out" in line
 

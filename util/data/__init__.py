@@ -21,11 +21,14 @@ and, if the kind supports them,
                                   row has held_out=None
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 
+from util.data.settings import PLAIN, Reading
+from util.settings import add_flags
 from util.table import Table
 
 # files beside the checkpoints of a run
@@ -37,7 +40,7 @@ CACHE_CHECKED = "cache_checked.npz"  # what was found whole of an older cache
 class Kind:
     """A kind of data that --data_path can name."""
 
-    open: str | Callable  # open(path, split, img_size, flip=False), or its "module:function"
+    open: str | Callable  # open(path, split, img_size, reading), or its "module:function"
     claims: Callable  # claims(path): whether a path is of this kind
     path: str = ""  # description of such a path; the name of the row if not given
     channels: int = 3  # of the images; known before reading any
@@ -109,6 +112,7 @@ def add_data_flags(group):
     group.add_argument(
         "--cached_path", default="", metavar="DIR", help="folder of these (default: none)"
     )
+    add_flags(group, Reading)
 
 
 def check_data_set(path):
@@ -126,19 +130,42 @@ def check_classes(dataset, class_num, source):
         )
 
 
-def open_data(path, split, img_size, flip=False, workers=4, record=None, class_num=None):
+def open_data(path, split, img_size, reading=PLAIN, workers=4, record=None, class_num=None):
     """Open a split of the data set at `path`. Raises ValueError.
 
-    flip: mirror images at random, if the kind supports it. class_num: expected number of classes;
-    None for any. record: file that records which images were found intact, so that a resumed run
-    does not read them all again; None: the images are not checked. workers: number of threads that
-    check them.
+    reading: a util.data.settings.Reading. class_num: expected number of classes; None for any.
+    record: file that records which images were found intact, so that a resumed run does not read
+    them all again; None: the images are not checked. workers: number of threads that check them.
     """
     kind = kind_or_folder(path)
     opener = resolve_name(kind.open) if isinstance(kind.open, str) else kind.open
-    dataset = opener(path, split, img_size, flip=flip)
+    dataset = opener(path, split, img_size, reading)
     if class_num is not None:
         check_classes(dataset, class_num, path)
-    if record is not None and hasattr(dataset, "check"):
-        dataset.check(workers, record)
+    if record is not None:
+        check_images(dataset, workers, record)
     return dataset
+
+
+def check_images(dataset, workers, record):
+    """Check the images of a data set that can. Raises ValueError for damaged ones."""
+    if hasattr(dataset, "check"):
+        dataset.check(workers, record)
+
+
+def facts_of(dataset):
+    """What a checkpoint keeps of its training data: name -> plain data.
+
+    classes: their names; counts: the number of images of each, if the data set knows.
+    """
+    facts = {"classes": [str(name) for name in dataset.classes]}
+    if labels := labels_of(dataset):
+        found = Counter(labels)
+        facts["counts"] = [found[i] for i in range(len(facts["classes"]))]
+    return facts
+
+
+def labels_of(dataset):
+    """The labels of all images, a list; None if unknown."""
+    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    return labels.tolist() if hasattr(labels, "tolist") else labels

@@ -110,11 +110,16 @@ class CachedFolder(datasets.DatasetFolder):
             raise ValueError(
                 f"--cached_path {str(root)!r}: expected one folder of latents per class ({error})"
             ) from None
-        self.shape = shape and tuple(shape)
+        self.shape = None
         self.checksums, self.sources = self._open_index(manifest)
         if shape:
-            for index in np.unique(self.targets, return_index=True)[1].tolist():
-                self._read(index, VIEWS)
+            self.expect(shape)
+
+    def expect(self, shape):
+        """Raises ValueError unless moments, of the first image of each class, have this shape."""
+        self.shape = tuple(shape)
+        for index in np.unique(self.targets, return_index=True)[1].tolist():
+            self._read(index, VIEWS)
 
     def __getitem__(self, index):
         name = "moments_flip" if torch.rand(()) < 0.5 else "moments"
@@ -317,12 +322,13 @@ class FolderWriter:
 # ---- either layout -------------------------------------------------------------------------------
 
 
-def open_cache(path, shape, class_num, record=None, data_path=None):
+def open_cache(path, shape=None, class_num=None, record=None, data_path=None):
     """The data set of (moments, label) of a cache in either layout. A collective call.
 
-    shape: expected shape (2C, h, w) of the moments. class_num: expected number of classes. record:
-    see ShardedCache. data_path: folder of the images, whose classes are compared, or None; a data
-    set with another number of classes is not that of these latents. Raises ValueError.
+    shape: expected shape (2C, h, w) of the moments, and class_num: expected number of classes; None
+    for any. record: see ShardedCache. data_path: folder of the images, whose classes are compared,
+    or None; a data set with another number of classes is not that of these latents. Raises
+    ValueError.
     """
     if read_manifest(path).get("layout") == "shards":
         dataset = ShardedCache(path, shape, record)
@@ -333,7 +339,8 @@ def open_cache(path, shape, class_num, record=None, data_path=None):
                 f"NOTE: {path} does not say whether it is complete, as an earlier version or the "
                 "published code made it: main_cache.py --verify --data_path compares it"
             )
-    check_classes(dataset, class_num, path)
+    if class_num is not None:
+        check_classes(dataset, class_num, path)
     _compare_classes(dataset.classes, path, data_path)
     return dataset
 

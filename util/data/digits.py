@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 DIGITS = "digits"  # as a --data_path
 
 
-def open_digits(path, split, img_size, flip=False):
+def open_digits(path, split, img_size, reading):
     """Open the digits, for a row of DATASETS; they are never flipped."""
     if img_size not in (None, 8):
         raise ValueError(f"img_size {img_size}: the digits are 8×8, expected 8")

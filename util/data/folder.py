@@ -15,9 +15,9 @@ from util.files import first_few, replacing
 from util.logger import Progress
 
 
-def open_folder(path, split, img_size, flip=False):
+def open_folder(path, split, img_size, reading):
     """Open the images of `path`/`split`, for a row of DATASETS."""
-    return ImageFolder(Path(path) / split, img_size, flip)
+    return ImageFolder(Path(path) / split, img_size, reading.flip)
 
 
 def read_image(path):

@@ -165,11 +165,8 @@ class ShardedCache(Dataset):
         self.folder = Path(folder)
         manifest = whole_manifest(self.folder)
         self.shape, self.classes = tuple(manifest["shape"]), manifest["classes"]
-        if shape is not None and self.shape != tuple(shape):
-            raise ValueError(
-                f"{folder}: moments of shape {self.shape}, expected {tuple(shape)} for this "
-                "tokenizer and --img_size"
-            )
+        if shape is not None:
+            self.expect(shape)
         self.shards, self.shard_size = manifest["shards"], manifest["shard_size"]
         self.labels = self._read("labels")
         if not (self.labels.min() >= 0 and self.labels.max() < len(self.classes)):
@@ -177,6 +174,14 @@ class ShardedCache(Dataset):
         self.dtype = np.dtype(manifest["dtype"])
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
         self.maps = [self._map(part) for part in ROWS]
+
+    def expect(self, shape):
+        """Raises ValueError unless moments have this shape."""
+        if self.shape != tuple(shape):
+            raise ValueError(
+                f"{self.folder}: moments of shape {self.shape}, expected {tuple(shape)} for this "
+                "tokenizer and --img_size"
+            )
 
     def __reduce__(self):  # spawned workers receive the names of the files, not the data
         return _reopen, (self.folder, self.shape, self.passed_on)

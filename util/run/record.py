@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from util.data import labels_of
 from util.dist import all_gather, is_main, world_size
 from util.files import HOST
 from util.weights import digest
@@ -81,12 +82,6 @@ def names_of(dataset):
         names = (path[start:].replace(os.sep, "/").lstrip("/") for path, _ in dataset.samples)
         return [name.removesuffix(".npz") for name in names]
     return dataset.names() if hasattr(dataset, "names") else None
-
-
-def labels_of(dataset):
-    """The labels of all images, a list; None if unknown."""
-    labels = getattr(dataset, "targets", getattr(dataset, "labels", None))
-    return labels.tolist() if hasattr(labels, "tolist") else labels
 
 
 def library_version():

@@ -5,6 +5,7 @@ Nodes need not share a disk: each process finds its own files, and then all comp
 
 import hashlib
 import zipfile
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
@@ -16,14 +17,26 @@ from util.checkpoint import (
     own_checkpoints,
     steps_done,
 )
-from util.dist import print0, world_size
-from util.files import check_zip
+from util.dist import is_main, print0, world_size
+from util.files import check_zip, remove_leftovers
+from util.run import lock
 from util.run.record import PLACES, agree, library_version
 from util.weights import digest
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 # Flags that may differ between processes: what is in such places is compared instead.
 LOCAL = (*PLACES, "data_path", "cached_path", "vae_path")
+
+
+@contextmanager
+def hold_output(args):
+    """Hold --output_dir; a run that torchrun restarted resumes its own checkpoint there."""
+    with lock.folder(args.output_dir, "--output_dir") as last:
+        if is_main():
+            remove_leftovers(args.output_dir, recursive=True)
+        if lock.is_own(last) and find_checkpoint(args.output_dir):
+            args.resume = args.output_dir
+        yield
 
 
 def load_resumed(args, needed=False):
