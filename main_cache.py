@@ -119,8 +119,8 @@ def cache_images(args, folder):
 
 def encode_images(args, folder, tokenizer, device):
     """Write the latents into a folder that is held. Returns (written, skipped) images."""
-    import engine_mar as engine
     from util import dist
+    from util.data import caching
     from util.data.cached import check_cache
 
     facts = describe(args, tokenizer)
@@ -133,8 +133,8 @@ def encode_images(args, folder, tokenizer, device):
     dist.print0(f"{len(dataset)} images of {classes} classes, {args.tokenizer} on {device}")
     how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": device}
     if args.layout == "shards":
-        return engine.cache_shards(tokenizer, dataset, folder, facts, **how)
-    return engine.cache_latents(tokenizer, dataset, folder, **how)
+        return caching.cache_shards(tokenizer, dataset, folder, facts, **how)
+    return caching.cache_latents(tokenizer, dataset, folder, **how)
 
 
 def open_tokenizer(args):

@@ -316,7 +316,7 @@ def train(this, model, checkpoint, path, evaluator):
     args = this.args
     loader = open_loader(this)
     recipe = from_flags(Recipe, args).resolved(dist.world_size())
-    steps = check_steps(recipe, loader, this.config)
+    steps = recipe.check_steps(loader, this.config["model"]["class_num"], dist.world_size())
     state = start_state(this, model, recipe, checkpoint, path, loader)
     if state.epoch >= recipe.epochs:
         print0(f"nothing to train: {state.epoch} epochs are done, --epochs is {recipe.epochs}")
@@ -371,6 +371,7 @@ def try_out(this, saver, run_epoch, loader, steps):
 
 def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
     """Train to the last epoch, and log. epochs: those of the run. resumed: a path, or None."""
+    import engine_mar as engine
     from util.checkpoint import keep_others
     from util.dist import print0
     from util.logger import Progress
@@ -384,25 +385,13 @@ def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
     follow = partial(after_epoch, this, saver.state, epochs, evaluator, logger)
     try:
         with stop.deferred():
-            run_epochs(saver, run_epoch, follow, epochs)
+            engine.run_epochs(saver, run_epoch, follow, epochs)
     except stop.Stopped:
         logger.close()  # trackers send what they still hold
         raise
     progress.close()
     logger.close()
     print0(f"done: {saver.last}, samples in {saver.folder / 'samples'}")
-
-
-def run_epochs(saver, run_epoch, follow, epochs):
-    """All epochs that are left, and after each, once it is saved, what follows it."""
-    state = saver.state
-    for epoch in range(state.epoch, epochs):
-        saver.note_range(run_epoch(epoch=epoch, start=state.batch, draws=state.draws))
-        saver.end_epoch(epochs)
-        try:
-            follow(saver.step)
-        except stop.Stopped as request:
-            saver.stop_within(request)
 
 
 def open_logger(args, saver):
@@ -413,23 +402,6 @@ def open_logger(args, saver):
     folder, place = args.log_dir or args.output_dir, saver.place_in_logs()
     trackers = open_trackers(args.tracker, folder, vars(args), resumed=place["resumed"])
     return Logger(folder, **place, trackers=trackers)
-
-
-def check_steps(recipe, loader, config):
-    """Optimizer steps per epoch; prints them and any misfits. Raises ValueError for none."""
-    from util.dist import print0, world_size
-
-    steps = loader.steps // recipe.accum_iter
-    if not steps:
-        raise ValueError(f"--accum_iter {recipe.accum_iter}: an epoch has {loader.steps} batches")
-    total, classes = recipe.total_batch(world_size()), config["model"]["class_num"]
-    print0(
-        f"{loader.images} images of {classes} classes, {steps} steps of {total} per epoch, "
-        f"lr {recipe.lr:.2e}"
-    )
-    for line in recipe.misfits(steps):
-        print0(f"NOTE: {line}")
-    return steps
 
 
 def start_state(this, model, recipe, checkpoint, path, loader):

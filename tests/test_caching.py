@@ -29,10 +29,9 @@ from test_caches import (
     swap,
 )
 
-import engine_mar
 import main_cache
 from util import files
-from util.data import cached, convert, manifest, shard_writer, shards
+from util.data import cached, caching, convert, manifest, shard_writer, shards
 from util.data.cached import read_moments
 from util.data.manifest import layout_of, read_manifest
 from util.data.shards import ShardedCache
@@ -228,7 +227,7 @@ def test_older_shards_are_read_once(made, tmp_path, monkeypatch):
 
 def stop_after(monkeypatch, batches):
     """Ask to stop when so many batches have been encoded; returns the list of those."""
-    encode, done = engine_mar.moments_and_flips, []
+    encode, done = caching.moments_and_flips, []
 
     def spy(tokenizer, images):
         done.append(len(images))
@@ -236,7 +235,7 @@ def stop_after(monkeypatch, batches):
             signal.raise_signal(signal.SIGTERM)
         return encode(tokenizer, images)
 
-    monkeypatch.setattr(engine_mar, "moments_and_flips", spy)
+    monkeypatch.setattr(caching, "moments_and_flips", spy)
     return done
 
 
@@ -434,6 +433,6 @@ def test_two_runs_in_one_folder(cache, vae_path, capsys):
 def test_a_cache_without_room_is_not_begun(cache, monkeypatch, layout):
     """One line with path, needed and free; nothing is encoded."""
     monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
-    monkeypatch.setattr(engine_mar, "moments_and_flips", None)
+    monkeypatch.setattr(caching, "moments_and_flips", None)
     with pytest.raises(ValueError, match=r"cache: .*kB needed, 1 kB free"):
         cache(layout)

@@ -12,15 +12,14 @@ import torch
 from cli import complain
 from conftest import write_images
 
-import engine_mar
 import main_cache
 import main_mar
-from engine_mar import cache_shards
 from models import build_tokenizer
 from models.vq import VQModel
 from util.checkpoint import LAST, load_checkpoint
-from util.data import cached, convert, shards
+from util.data import cached, caching, convert, shards
 from util.data.cached import CachedFolder, open_cache
+from util.data.caching import cache_shards
 from util.data.folder import ImageFolder
 from util.data.loader import open_loader
 from util.data.shards import ShardedCache, read_manifest
@@ -175,13 +174,13 @@ def test_a_run_resumes_where_it_was(images, vae_path, made, copied, part, capsys
 
     The record of one is in the manifest, too.
     """
-    encode, records = engine_mar.moments_and_flips, []
+    encode, records = caching.moments_and_flips, []
 
     def spy(*args):
         records.append((copied / "shard-00001.json").is_file())
         return encode(*args)
 
-    monkeypatch.setattr(engine_mar, "moments_and_flips", spy)
+    monkeypatch.setattr(caching, "moments_and_flips", spy)
     path = copied / "shard-00001.moments.npy"
     if part == "cut short":
         path.write_bytes(path.read_bytes()[:-10])

@@ -7,14 +7,13 @@ import os
 import sys
 import time
 
-import engine_mar
 import main_cache
 from util import dist
-from util.data import shards
+from util.data import caching, shards
 from util.flags import run
 
 shards.SHARD_SIZE = int(os.environ.get("SHARD", 3))
-encode, encoded = engine_mar.moments_and_flips, []
+encode, encoded = caching.moments_and_flips, []
 
 
 def slowly(tokenizer, images):
@@ -25,5 +24,5 @@ def slowly(tokenizer, images):
     return encode(tokenizer, images)
 
 
-engine_mar.moments_and_flips = slowly
+caching.moments_and_flips = slowly
 run(main_cache.main, sys.argv[1:])

@@ -63,6 +63,21 @@ class Recipe(Settings):
             schedule=self.lr_schedule,
         )
 
+    def check_steps(self, loader, class_num, processes):
+        """Optimizer steps per epoch; prints them and any misfits. Raises ValueError for none."""
+        from util.dist import print0
+
+        steps, total = loader.steps // self.accum_iter, self.total_batch(processes)
+        if not steps:
+            raise ValueError(f"--accum_iter {self.accum_iter}: an epoch has {loader.steps} batches")
+        print0(
+            f"{loader.images} images of {class_num} classes, {steps} steps of {total} per epoch, "
+            f"lr {self.lr:.2e}"
+        )
+        for line in self.misfits(steps):
+            print0(f"NOTE: {line}")
+        return steps
+
     def misfits(self, steps):
         """Sentences on settings that do not fit a run with `steps` per epoch, and what would."""
         if self.warmup_epochs >= self.epochs:

@@ -1,0 +1,92 @@
+"""Encoding of a data set's images into a cache of latents, in either layout."""
+
+import math
+from itertools import chain
+from multiprocessing.pool import ThreadPool
+
+import torch
+from torch.utils.data import Subset
+
+from util import dist
+from util.data import shard_writer
+from util.data.cached import FolderWriter
+from util.data.loader import batch_loader, plain_loader
+from util.data.rounds import in_rounds
+from util.data.sources import Pictures, Sourced
+from util.logger import Progress
+from util.run import stop
+
+
+def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device):
+    """Write the moments of each image of an ImageFolder, and of its mirror image, below `folder`.
+
+    One `class/name.ext.npz` per image, with float32 `moments` and `moments_flip` (2C, h, w). Images
+    whose file exists, is intact and of the same picture are skipped. Returns the numbers of images
+    (written, skipped) by all processes. Raises ValueError if the folder holds latents of other
+    images; Stopped as util.run.stop says.
+    """
+    side = dataset.img_size // tokenizer.stride
+    shape = (tokenizer.moment_channels, side, side)
+    names = [dataset.name(i) for i in range(len(dataset))]
+    writer = FolderWriter(folder, names, dataset.classes)
+    todo = missing(writer, shape, Pictures(dataset), num_workers)
+    writer.begin(len(todo), shape)
+    mine = todo[dist.rank() :: dist.world_size()]
+    common = math.ceil(len(todo) // dist.world_size() / batch_size)
+    loader = plain_loader(Subset(Sourced(dataset), mine), batch_size, num_workers)
+    progress = Progress(max(1, len(mine)), "caching", "img")
+    with stop.deferred():
+        for start, (images, sources) in enumerate(in_rounds(loader, common, folder)):
+            moments = moments_and_flips(tokenizer, images.to(device))
+            indices = mine[start * batch_size : (start + 1) * batch_size]
+            for index, *one in zip(indices, *moments, sources.numpy(), strict=True):
+                writer.write(index, *one)
+            progress.update(len(images))
+        progress.close()
+        dist.wait()
+        writer.finish()
+    return len(todo), len(dataset) - len(todo)
+
+
+def missing(writer, shape, pictures, workers):
+    """The indices of the images, of all processes, whose latents are not there or not of these."""
+    mine = range(dist.rank(), len(writer.names), dist.world_size())
+    progress = Progress(max(1, len(mine)), "checking what is there", "img")
+    with ThreadPool(max(1, workers)) as pool:
+        todo = []
+        for index, whole in zip(
+            mine, pool.imap(lambda i: writer.is_whole(i, shape, pictures), mine, 64), strict=True
+        ):
+            todo += [] if whole else [index]
+            progress.update()
+    progress.close()
+    dist.wait()
+    return sorted(chain.from_iterable(dist.all_gather(todo)))
+
+
+def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, device):
+    """Like `cache_latents`, but into a few large files, see util/data/shards.py.
+
+    facts: entries of the manifest that identify the latents.
+    """
+    side = dataset.img_size // tokenizer.stride
+    facts = {
+        **facts,
+        "shape": [tokenizer.moment_channels, side, side],
+        "dtype": "int32" if tokenizer.num_codes else "float16",  # too coarse for 16,384 codes
+        "classes": dataset.classes,
+    }
+
+    def read(batches):
+        for images, sources in batch_loader(Sourced(dataset), batches, num_workers):
+            yield *moments_and_flips(tokenizer, images.to(device)), sources.numpy()
+
+    names = [dataset.name(i) for i in range(len(dataset))]
+    pictures = Pictures(dataset)
+    return shard_writer.write(folder, facts, names, dataset.targets, read, batch_size, pictures)
+
+
+@torch.no_grad()
+def moments_and_flips(tokenizer, images):
+    """Moments of images (N, I, H, W) and of their mirror images, arrays (N, 2C, h, w), float32."""
+    return [tokenizer.encode(x).float().cpu().numpy() for x in (images, images.flip(-1))]
