@@ -4,6 +4,7 @@ from pathlib import Path
 
 from models.settings import Sampling
 from util.data import check_data_set
+from util.data.classes import find_labels, known_names
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
@@ -39,8 +40,8 @@ def add_image_flags(group):
     )
     group.add_argument(
         "--labels",
-        help="class indices and ranges such as 207,360,980-989; all; or none: no class "
-        "(default: the first ten)",
+        help="classes by name, as in goldfish,school_bus, or by index, as in 207,360,980-989; all; "
+        "or none: no class (default: the first ten)",
     )
     group.add_argument(
         "--per_class", type=positive_int, default=8, metavar="N", help="images per label"
@@ -95,7 +96,7 @@ def main(argv=None):
     model, tokenizer, config = open_checkpoint(args)
     last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
     sampling = pick_sampling(args, config, model, points)
-    labels = pick_labels(args, config["model"]["class_num"])
+    labels = pick_labels(args, config)
     precision = pick_precision(args.precision, device)  # also used for the features
     generation = {
         "seed": args.seed,
@@ -168,31 +169,14 @@ def pick_sampling(args, config, model, points):
     return sampling
 
 
-def pick_labels(args, class_num):
+def pick_labels(args, config):
     """A label per image, cycling through the classes, because splits of the Inception Score consist
     of consecutive images. Raises ValueError."""
+    class_num = config["model"]["class_num"]
     if args.labels is None:
         args.labels = f"0-{min(10, class_num) - 1}"
-    return parse_labels(args.labels, class_num) * args.per_class
-
-
-def parse_labels(text, class_num):
-    """Class indices denoted by "207,360,980-989", "all" or "none". Raises ValueError."""
-    if text == "none":
-        return [None]
-    if text == "all":
-        return list(range(class_num))
-    labels = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        if not (first.isdigit() and last.isdigit()):
-            raise ValueError(f"--labels {text!r}: expected numbers, ranges as 0-9, all or none")
-        labels += range(int(first), int(last) + 1)
-    wrong = [label for label in labels if label >= class_num]
-    if wrong or not labels:
-        raise ValueError(f"--labels {text!r}: expected classes from 0 to {class_num - 1}")
-    return labels
+        return list(range(min(10, class_num))) * args.per_class
+    return find_labels(args.labels, class_num, known_names(config)) * args.per_class
 
 
 def open_evaluation(args, config, num_images, device):

@@ -61,6 +61,8 @@ def checkpoint_config(checkpoint, source):
     from models.stored import check_config
 
     config = checkpoint["config"] or published_config(checkpoint, source)
+    if not config.get("data") and (names := (checkpoint.get("record") or {}).get("classes")):
+        config = {**config, "data": {"classes": list(names)}}  # of an earlier version
     check_config(config, checkpoint["model_ema"], source)
     if checkpoint["config"] and config["tokenizer"].get("scale") is not None:
         config["tokenizer"].setdefault("shift", 0.0)  # older files have a scale but no shift
