@@ -14,8 +14,11 @@ from safetensors.torch import save_file
 import main_mar
 import sample
 from models import build_tokenizer
+from models.autoencoder_files import _from_diffusers as from_diffusers
+from models.autoencoder_files import kl_variant
 from models.vae import AutoencoderKL
 from util.checkpoint import LAST, load_checkpoint
+from util.weights import check_fits
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -82,6 +85,19 @@ def test_folders_agree_with_diffusers(saved):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("sdxl", 83_653_863), ("sd3", 83_819_683)], ids=["sdxl", "sd3"]
+)
+def test_full_size(name, parameters):
+    """All names and shapes of the networks as published, FLUX.1's like Stable Diffusion 3's."""
+    with torch.device("meta"):
+        state = from_diffusers(theirs((128, 256, 512, 512), **NETWORKS[name][0]).state_dict())
+        ours = AutoencoderKL(**kl_variant(state))
+    check_fits(ours, state, "")
+    assert sum(p.numel() for p in ours.parameters()) == parameters
+    assert ours.stride == 8 and ours.config["quant_conv"] == (name == "sdxl")
+
+
 @pytest.mark.parametrize("kind", ["bin", "fp16", "renamed"])
 def test_other_files_of_a_folder(tmp_path, kind):
     """torch.save's, half precision, and a file of any name with the config.json beside it."""
@@ -125,7 +141,7 @@ def test_kl8_takes_the_scale_of_the_configuration(sdxl, tmp_path, capsys):
         ('{"_class_name": "UNet2DConditionModel"}', ""),
         ("{", ""),
         (
-            '{"_class_name": "AutoencoderKL", "latent_channels": 16}',
+            '{"_class_name": "AutoencoderKL", "latent_channels": 16, "scaling_factor": 9}',
             "NOTE: {}/config.json is not of a.safetensors, and not used: latent_channels 16, "
             "expected 4\n",
         ),
@@ -242,17 +258,16 @@ def test_a_whole_checkpoint_tells_its_kind(tmp_path, convs, other, expected):
 
 
 def test_a_run_with_a_folder(tmp_path, capsys):
-    """Its checkpoint holds scales and shifts by channel, and is resumed and sampled; that a random
-    network's latents have another std is said by each run once."""
+    """Its checkpoint holds scales and shifts by channel, and is sampled; that a random network's
+    latents have another std is said once."""
     arguments = NETWORKS["by channel"][0]
     theirs((32, 32), in_channels=1, out_channels=1, **arguments).save_pretrained(tmp_path / "vae")
     out = tmp_path / "run"
     flags = f"--preset digits --tokenizer kl --vae_path {tmp_path} --device cpu --batch_size 720"
-    flags += f" --num_sampling_steps 2 --num_iter 2 --eval_freq 9 --output_dir {out}"
-    for more in ("--epochs 1", f"--epochs 2 --resume {out}"):
-        main_mar.main(shlex.split(f"{flags} {more}"))
-        said = capsys.readouterr().out
-        assert said.count("NOTE: the latents of the first batch have std") == 1
+    flags += f" --num_sampling_steps 2 --num_iter 2 --epochs 1 --output_dir {out}"
+    main_mar.main(shlex.split(flags))
+    said = capsys.readouterr().out
+    assert said.count("NOTE: the latents of the first batch have std") == 1
     stored = load_checkpoint(out / LAST)["config"]["tokenizer"]
     assert (stored["scale"], stored["shift"]) == NETWORKS["by channel"][1:]
     image = tmp_path / "a.png"
