@@ -143,6 +143,7 @@ def train_one_epoch(
             with autocast(device, precision):
                 loss = model(latents, labels, source.generator, source.step_generator)
             if i == start:
+                tokenizer.check_first(latents)
                 dist.wait()  # for processes that compile, or read from a slow disk
             scaler.scale(loss / accum_iter).backward()
         meter.add(loss, latents)

@@ -17,7 +17,7 @@ def get_parser():
     parser = Parser(description=__doc__)
     add_image_flags(parser.add_argument_group("images"))
     group = parser.add_argument_group("tokenizer")
-    group.add_argument("--vae_path", metavar="FILE", help="weights (default: as in training)")
+    group.add_argument("--vae_path", metavar="PATH", help="weights (default: as in training)")
     add_latent_flags(group, "as in training")
     stored = {"unset": "the checkpoint's"}
     group = parser.add_argument_group("sampling")

@@ -41,10 +41,13 @@ def load_model(path, weights="ema", **overrides):
     """(model in evaluation mode, configuration) from one of our checkpoints or a published one.
 
     weights: "ema" or "raw". overrides: arguments of the model to replace, e.g. num_sampling_steps.
+    Raises ValueError for any other weights, and for a file that is no such checkpoint.
     """
     from util.checkpoint import load_checkpoint
     from util.weights import load_strictly
 
+    if weights not in ("ema", "raw"):
+        raise ValueError(f"weights {weights!r}: expected 'ema' or 'raw'")
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(checkpoint, path)
     arguments = {**config["model"], **{k: v for k, v in overrides.items() if v is not None}}

@@ -2,8 +2,9 @@
 
 import re
 
+from models.diffusers_files import weights_file
 from util.download import source_of
-from util.weights import read_weights
+from util.weights import A_MODEL, A_TOKENIZER, read_weights
 
 _CODEBOOK = "quantize.embedding.weight"  # only VQ autoencoders have it
 
@@ -14,12 +15,18 @@ def load_first_stage(path):
     Reads the published KL-16 and our own files (weights under `model`), LDM's training checkpoints
     (`state_dict`, without the losses and the EMA), whole latent diffusion checkpoints (only
     `first_stage_model.` is read) and files with the diffusers library's names, written as
-    `.safetensors` or by `torch.save`.
+    `.safetensors` or by `torch.save`. path: of a file, or of a folder of diffusers.
 
     Raises:
-        ValueError: the file is missing, damaged, or holds pickled objects that are refused.
+        ValueError: the file is missing, damaged, or holds pickled objects that are refused, or the
+            weights of a model.
     """
-    state = _first_stage(read_weights(path, missing=source_of(path)))
+    state = _first_stage(read_weights(weights_file(path), missing=source_of(path)))
+    if A_MODEL in state and A_TOKENIZER not in state:
+        raise ValueError(
+            f"{path}: a checkpoint of a model, expected the network of a tokenizer; --ckpt and "
+            "--resume take this file"
+        )
     if any(re.match(_DIFFUSERS, name) for name in state):
         state = _from_diffusers(state)
     return state
@@ -34,7 +41,7 @@ def kl_variant(state):
     variant = _shared_variant(state, "KL")
     if _CODEBOOK in state:
         raise ValueError(f"not the weights of a KL autoencoder: with {_CODEBOOK} it is a VQ one")
-    return variant
+    return variant | {name: f"{name}.weight" in state for name in ("quant_conv", "post_quant_conv")}
 
 
 def vq_variant(state):
@@ -51,13 +58,15 @@ def vq_variant(state):
 
 def _shared_variant(state, kind):
     """The keyword arguments that both kinds share. kind: "KL" or "VQ", for the ValueError."""
-    names = ("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight")
-    for name in (*names, "post_quant_conv.weight"):
+    for name in (A_TOKENIZER, "encoder.down.0.block.0.conv1.weight", "decoder.conv_in.weight"):
         if name not in state:
             raise ValueError(f"not the weights of a {kind} autoencoder: there is no {name}")
-    ch, in_channels = state["encoder.conv_in.weight"].shape[:2]
+    ch, in_channels = state[A_TOKENIZER].shape[:2]
+    first = (
+        "post_quant_conv.weight" if "post_quant_conv.weight" in state else "decoder.conv_in.weight"
+    )
     return {
-        "embed_dim": state["post_quant_conv.weight"].shape[1],
+        "embed_dim": state[first].shape[1],
         "ch_mult": tuple(width // ch for width in _level_widths(state)),
         "ch": ch,
         "encoder_attention": _lowest_level_attends(state, "encoder.down"),

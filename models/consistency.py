@@ -4,13 +4,8 @@ It decodes the latents of KL-8 in two steps of a consistency model instead of on
 The network and its two steps are those of the library; our code reads and checks the weights.
 """
 
-import json
-from pathlib import Path
-
+from models.diffusers_files import read_config, weights_file
 from util.weights import load_strictly, read_weights
-
-NAME = "ConsistencyDecoderVAE"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
 def load_consistency_decoder(path):
@@ -27,25 +22,9 @@ def load_consistency_decoder(path):
             "the tokenizer consistency needs the diffusers library "
             f"({error}): pip install 'mar-diffloss[consistency]'"
         ) from None
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in WEIGHTS if (path / name).is_file()]
-        path = found[0] if found else path / WEIGHTS[0]
-    state = read_weights(path, missing="Expected openai/consistency-decoder as diffusers saves it")
-    model = ConsistencyDecoderVAE.from_config(_config(path.parent / "config.json"))
-    load_strictly(model, state, path)
+    file = weights_file(path)
+    state = read_weights(file, missing="Expected openai/consistency-decoder as diffusers saves it")
+    config = read_config(path, ConsistencyDecoderVAE.__name__)
+    model = ConsistencyDecoderVAE.from_config(config)
+    load_strictly(model, state, file)
     return model
-
-
-def _config(path):
-    """The arguments in a config.json, or {} if there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-        name = config.get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a configuration of diffusers ({error})") from None
-    if name != NAME:
-        raise ValueError(f"{path}: the configuration of a {name}, expected a {NAME}")
-    return config

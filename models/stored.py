@@ -76,7 +76,7 @@ def _check_by_flag(convert, value, path, entry):
 
 def _check_tokenizer(own, channels, path):
     """Check the arguments of a tokenizer of latents with so many channels."""
-    from models.tokenizer import check_numbers
+    from models.scale import check_numbers
 
     name = own.get("name")
     known = isinstance(name, str) and name in TOKENIZERS

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from models.consistency import load_consistency_decoder
+from models.scale import check_numbers, scale_and_shift
 from models.vae import AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
-from util.weights import read_file
+from util.dist import all_gather, print0
 
 EXACT = 2**24  # up to here float32 represents every integer
+USUAL_STD = (0.8, 1.25)  # of the latents of a batch
 
 
 class Tokenizer(nn.Module):
@@ -47,6 +49,7 @@ class Tokenizer(nn.Module):
 
     num_codes = None
     gaussian = False  # whether moments are the means and log-variances of a Gaussian, M = 2C
+    normalized = True  # whether latents should have about std 1
 
     def __init__(self, channels, stride, patch_size, scale, shift, vae=None):
         super().__init__()
@@ -55,6 +58,7 @@ class Tokenizer(nn.Module):
         self._set("scale", check_numbers("scale", scale, channels, positive=True))
         self._set("shift", check_numbers("shift", shift, channels))
         self.vae = vae and vae.requires_grad_(False).eval()
+        self.checked = False  # by `check_first`
 
     def _set(self, name, value):
         setattr(self, name, value)
@@ -89,12 +93,30 @@ class Tokenizer(nn.Module):
         raw = latents / self._scale
         return raw + self._shift if self.shift else raw  # −0 + 0 would be +0
 
+    def check_first(self, latents):
+        """Say it if the first latents (N, C, h, w) of a run are far from std 1. Only once.
+
+        A collective call.
+        """
+        if self.checked or not self.normalized or self.num_codes:
+            return
+        self.checked = True
+        mean, std = mean_and_std(latents)
+        if USUAL_STD[0] <= std <= USUAL_STD[1] or not 0 < std < math.inf:
+            return
+        scales = self.scale if isinstance(self.scale, list) else [self.scale]
+        better = ",".join(f"{scale / std:.4g}" for scale in scales)
+        print0(
+            f"NOTE: the latents of the first batch have std {std:.3g} (mean {mean:.3g}), expected "
+            f"about 1: in a new run, --vae_scale {better} gives that"
+        )
+
 
 class AutoencoderTokenizer(Tokenizer):
     """Base class of tokenizers whose latents are those of an autoencoder in a file.
 
     Args:
-        vae_path: file of the network.
+        vae_path: file of the network, or folder of diffusers.
         scale, shift: see Tokenizer; if None, see `scale_and_shift`.
         published_scale, published_shift: those of the published network, if any.
         network: arguments of `autoencoder` that the file must match; others are read from it.
@@ -104,6 +126,7 @@ class AutoencoderTokenizer(Tokenizer):
     """
 
     autoencoder = None  # class of the network, AutoencoderKL or VQModel
+    config_has_scale = False  # whether configurations of diffusers do
 
     def __init__(
         self,
@@ -117,8 +140,9 @@ class AutoencoderTokenizer(Tokenizer):
     ):
         vae = self.autoencoder.from_file(vae_path, **network)
         published = published_scale, published_shift
+        described = vae.described if self.config_has_scale else None
         channels, given = vae.config["embed_dim"], (scale, shift)
-        scale, shift = scale_and_shift(vae_path, scale, shift, published)
+        scale, shift = scale_and_shift(vae_path, vae.config, described, scale, shift, published)
         if given[0] is None:
             check_numbers(f"{vae_path}: scale", scale, channels, positive=True)
         if given[1] is None:
@@ -131,6 +155,7 @@ class KLTokenizer(AutoencoderTokenizer):
 
     gaussian = True
     autoencoder = AutoencoderKL
+    config_has_scale = True
 
     def encode(self, images):
         return self.vae.encode(images).moments
@@ -142,7 +167,7 @@ class KLTokenizer(AutoencoderTokenizer):
 class VQLatentTokenizer(AutoencoderTokenizer):
     """The latents of a VQ autoencoder before quantization; `decode` quantizes them."""
 
-    autoencoder = VQModel
+    autoencoder = VQModel  # diffusers writes KL-8's scale into the configuration of any
 
     def encode(self, images):
         return self.vae.encode(images)
@@ -206,6 +231,8 @@ class ConsistencyTokenizer(Tokenizer):
 class PixelTokenizer(Tokenizer):
     """Pixels as latents, to be grouped into patches: lossless and deterministic."""
 
+    normalized = False  # images in [-1, 1] have a std of about 0.5
+
     def __init__(self, channels=3, scale=1.0, shift=0.0, patch_size=4):
         super().__init__(channels, 1, patch_size, scale, shift)
 
@@ -216,44 +243,18 @@ class PixelTokenizer(Tokenizer):
         return self.to_raw(latents)
 
 
-def scale_and_shift(path, scale=None, shift=None, published=(None, 0.0)):
-    """(scale, shift): each as given, else from the file at `path`, else the published value.
-
-    main_tokenizer.py writes `scale` and, unless it is 0, `shift` to the files of the networks that
-    it trains. Raises ValueError if there is no scale.
-    """
-    held = read_file(path) if scale is None or shift is None else {}
-    own = (held["scale"], held.get("shift", 0.0)) if "scale" in held else published
-    scale, shift = own[0] if scale is None else scale, own[1] if shift is None else shift
-    if scale is None:
-        raise ValueError(
-            f"{path}: holds no scale for its latents, and none is published; measure it with "
-            "main_tokenizer.py --vae_scale 1 (latent_scale), then pass it as --vae_scale"
-        )
-    return scale, shift
+def mean_and_std(latents):
+    """Mean and standard deviation of the elements of all processes' latents. A collective call."""
+    variance, mean = torch.var_mean(latents.float(), correction=0)
+    parts = all_gather((latents.numel(), mean.item(), (variance + mean**2).item()))
+    count = sum(n for n, _, _ in parts)
+    mean, square = (sum(part[0] * part[i] for part in parts) / count for i in (1, 2))
+    return mean, math.sqrt(max(0.0, square - mean**2))
 
 
-def check_numbers(name, value, channels, positive=False):
-    """The value as a float, a list of one float per channel, or None. Raises ValueError."""
-    if value is None:
-        return None
-    several = isinstance(value, list | tuple)
-    numbers, bound = value if several else [value], " above 0" if positive else ""
-    for number in numbers:
-        if type(number) not in (float, int) or not math.isfinite(number):
-            raise ValueError(f"{name} {number!s:.40}: expected a finite number{bound}")
-        if positive and not number > 0:
-            raise ValueError(f"{name} {number}: expected a number above 0")
-    if several and len(numbers) != channels:
-        raise ValueError(
-            f"{name} {','.join(map(str, numbers))}: expected one number, or {channels}, one per "
-            f"channel of the latents; got {len(numbers)}"
-        )
-    return [float(number) for number in numbers] if several else float(value)
-
-
-_KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4)}
-_KL8 = {"embed_dim": 4, "ch_mult": (1, 2, 4, 4)}
+_CONVS = {"quant_conv": True, "post_quant_conv": True}
+_KL16 = {"embed_dim": 16, "ch_mult": (1, 1, 2, 2, 4), **_CONVS}
+_KL8 = {"embed_dim": 4, "ch_mult": (1, 2, 4, 4), **_CONVS}
 _VQ16 = {"embed_dim": 8, "ch_mult": (1, 1, 2, 2, 4), "num_codes": 16384}
 
 kl16 = partial(KLTokenizer, published_scale=0.2325, **_KL16)

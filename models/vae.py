@@ -10,7 +10,8 @@ this network; they belong to the tokenizer.
 | --- | --- | --- |
 | KL-16, as published with MAR | the defaults | 16, 16 |
 | KL-16, as published with LDM | `decoder_attention=True` | 16, 16 |
-| KL-8 | `embed_dim=4, ch_mult=(1, 2, 4, 4), encoder_attention=False` | 8, 4 |
+| KL-8 (also SDXL) | `embed_dim=4, ch_mult=(1, 2, 4, 4), encoder_attention=False` | 8, 4 |
+| SD3, FLUX.1 | KL-8's, but `embed_dim=16, quant_conv=False, post_quant_conv=False` | 8, 16 |
 
 The VQ autoencoder, models/vq.py, shares the encoder and the decoder; models/autoencoder_files.py
 reads the files of both.
@@ -24,6 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.autoencoder_files import kl_variant, load_first_stage
+from models.diffusers_files import check_config, read_config
 from util.files import first_line
 from util.rng import randn
 from util.weights import check_fits, load_strictly
@@ -253,16 +255,21 @@ class Autoencoder(nn.Module):
     """Base class of the KL and the VQ autoencoder: loading, stride and checks of the inputs.
 
     A subclass sets `config`, the keyword arguments that rebuild it, and has `variant(state)`, the
-    keyword arguments that fit a state dict in LDM's names.
+    keyword arguments that fit a state dict in LDM's names, and `diffusers`, the name of its class
+    in that library. `described` is the config.json of diffusers that came with its file, if any.
     """
+
+    described = None
 
     @classmethod
     def from_file(cls, path, **expected):
-        """The network in the file at `path`.
+        """The network in the file at `path`, or in a folder of diffusers.
 
         expected: constructor arguments that are not read from the file; a file that holds another
-        variant raises a ValueError that names the first differences.
+        variant raises a ValueError that names the first differences. So does a config.json that
+        describes another network than ours, see `check_config`.
         """
+        config = read_config(path, cls.diffusers)
         state = load_first_stage(path)
         try:
             arguments = {**cls.variant(state), **expected}
@@ -270,10 +277,35 @@ class Autoencoder(nn.Module):
                 model = cls(**arguments)
         except (ValueError, ArithmeticError, IndexError, RuntimeError) as error:
             raise ValueError(f"{path}: {first_line(error)}") from None
+        fits = check_config(config, path, model)
         check_fits(model, state, path, model._variant_hint(state))
         model = cls(**arguments)
         model._load(state, path)
+        model.described = config if fits else None
         return model
+
+    def as_diffusers(self):
+        """The entries of diffusers' config.json that its weights show, name -> value."""
+        own = self.config
+        widths = [own["ch"] * m for m in own["ch_mult"]]
+        plain = len(widths) - 1
+        lowest = {side: "Attn" * own[f"{side}_attention"] for side in ("encoder", "decoder")}
+        up, down = "UpDecoderBlock2D", "DownEncoderBlock2D"
+        return {
+            "in_channels": own["in_channels"],
+            "out_channels": own["in_channels"],
+            "latent_channels": own["embed_dim"],
+            "block_out_channels": widths,
+            "layers_per_block": 2,
+            "down_block_types": [down] * plain + [lowest["encoder"] + down],
+            "up_block_types": [lowest["decoder"] + up] + [up] * plain,
+            "mid_block_add_attention": True,
+        }
+
+    def as_diffusers_hidden(self):
+        """The entries that its weights do not show."""
+        groups = {norm.num_groups for norm in self.modules() if isinstance(norm, nn.GroupNorm)}
+        return {"act_fn": "silu", "norm_num_groups": max(groups)}
 
     @property
     def stride(self):
@@ -314,6 +346,8 @@ class AutoencoderKL(Autoencoder):
         ch: base width.
         encoder_attention, decoder_attention: whether the lowest level has attention.
         in_channels: channels I of the images.
+        quant_conv, post_quant_conv: whether a 1×1 convolution follows the encoder, and precedes
+            the decoder.
 
     Raises:
         ValueError: the file is missing, unreadable or does not fit.
@@ -322,6 +356,7 @@ class AutoencoderKL(Autoencoder):
     """
 
     num_codes = None
+    diffusers = "AutoencoderKL"
 
     def __init__(
         self,
@@ -332,6 +367,8 @@ class AutoencoderKL(Autoencoder):
         encoder_attention=True,
         decoder_attention=False,
         in_channels=3,
+        quant_conv=True,
+        post_quant_conv=True,
     ):
         super().__init__()
         self.config = {
@@ -341,17 +378,24 @@ class AutoencoderKL(Autoencoder):
             "encoder_attention": encoder_attention,
             "decoder_attention": decoder_attention,
             "in_channels": in_channels,
+            "quant_conv": quant_conv,
+            "post_quant_conv": post_quant_conv,
         }
         self.encoder = Encoder(2 * embed_dim, ch, ch_mult, encoder_attention, in_channels)
         self.decoder = Decoder(embed_dim, ch, ch_mult, decoder_attention, in_channels)
-        self.quant_conv = nn.Conv2d(2 * embed_dim, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
+        moments, latents = 2 * embed_dim, embed_dim
+        self.quant_conv = nn.Conv2d(moments, moments, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latents, latents, 1) if post_quant_conv else nn.Identity()
         if ckpt_path is not None:
             self._load(load_first_stage(ckpt_path), ckpt_path)
 
     @staticmethod
     def variant(state):
         return kl_variant(state)
+
+    def as_diffusers(self):
+        convs = {f"use_{name}": self.config[name] for name in ("quant_conv", "post_quant_conv")}
+        return super().as_diffusers() | convs
 
     def encode(self, images):
         """Images (N,I,H,W) in [-1,1] -> `DiagonalGaussian` over latents (N,C,H/stride,W/stride).

@@ -65,6 +65,8 @@ class VQModel(Autoencoder):
     Attributes: `config`, these arguments.
     """
 
+    diffusers = "VQModel"
+
     def __init__(
         self,
         embed_dim=8,
@@ -94,6 +96,12 @@ class VQModel(Autoencoder):
     @staticmethod
     def variant(state):
         return vq_variant(state)
+
+    def as_diffusers(self):
+        return super().as_diffusers() | {"num_vq_embeddings": self.num_codes}
+
+    def as_diffusers_hidden(self):
+        return super().as_diffusers_hidden() | {"norm_type": "group"}
 
     @property
     def num_codes(self):

@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 from rule import GOLDEN
+from safetensors.torch import save_file
 
 from engine_mar import parameter_groups
 from models import build_model, checkpoint_config, export, load_model
 from models.mar import mar_tiny
 from util.checkpoint import LAST, TrainState, find_checkpoint, load_checkpoint
 from util.ema import EMA
+from util.weights import read_file, unwrapped
 
 PUBLISHED = GOLDEN / "checkpoint-published.pth"
 MODEL = {
@@ -166,6 +168,53 @@ def test_find_checkpoint(tmp_path):
     assert find_checkpoint(tmp_path) == find_checkpoint(tmp_path / LAST) == tmp_path / LAST
 
 
+@pytest.mark.parametrize("wrap", ["module.{}", "_orig_mod.{}", "module._orig_mod.{}", "inner"])
+@pytest.mark.parametrize("form", ["published", "ours", "safetensors"])
+def test_names_of_wrapped_models(tmp_path, wrap, form):
+    """With the prefixes of DDP and torch.compile, of the whole or of blocks, it is the same model,
+    and a checkpoint of one set of weights is still said to have only one."""
+    path = tmp_path / ("a.safetensors" if form == "safetensors" else LAST)
+    model, _ = save(tmp_path / LAST)
+    content = torch.load(tmp_path / LAST, weights_only=True)
+
+    def wrapped(state):
+        if wrap == "inner":
+            return {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in state.items()}
+        return {wrap.format(name): value for name, value in state.items()}
+
+    content |= {part: wrapped(content[part]) for part in ("model", "model_ema")}
+    assert content["model"].keys() != model.state_dict().keys()
+    if form == "published":
+        content = read_file(PUBLISHED)
+        content = {"model": wrapped(content["model"]), "args": content["args"]}
+    if form == "safetensors":
+        save_file(content["model"], path, {"config": json.dumps(CONFIG)})
+    else:
+        torch.save(content, path)
+    held = load_checkpoint(path)
+    assert held["model"].keys() == held["model_ema"].keys()
+    load_model(path)
+    if form == "ours":
+        raw, _ = load_model(path, weights="raw")
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in raw.state_dict().items())
+    else:
+        with pytest.raises(ValueError, match="holds one set of weights only"):
+            load_model(path, weights="raw")
+
+
+def test_two_names_that_would_become_one():
+    """Are left as they are, for strict loading to refuse."""
+    both = {"a.weight": torch.zeros(1), "module.a.weight": torch.ones(1)}
+    assert unwrapped(both) is both
+
+
+@pytest.mark.parametrize("name", ["EMA", "eam", "", None])
+def test_weights_are_ema_or_raw(tmp_path, name):
+    """Anything else is no other name of the raw ones."""
+    with pytest.raises(ValueError, match=f"weights {name!r}: expected 'ema' or 'raw'"):
+        load_model(PUBLISHED, weights=name)
+
+
 class Stranger:
     """A class that no checkpoint should hold."""
 
@@ -177,6 +226,7 @@ class Stranger:
         ({"model": {"a.weight": torch.zeros(2)}}, "not the weights of a MAR"),
         ({"model": {}, "args": Stranger()}, "refused, because it holds a pickled .*Stranger"),
         ([1, 2], "expected an entry 'model', found list"),
+        ({str(i): 0 for i in range(99)}, "found 0, 1, 2, 3, 4 and 94 more"),
     ],
 )
 def test_other_files_are_refused(tmp_path, content, message):

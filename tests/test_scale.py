@@ -15,7 +15,7 @@ import main_mar
 import main_tokenizer
 import sample
 from models import build_tokenizer, checkpoint_config
-from models.tokenizer import KLTokenizer
+from models.tokenizer import KLTokenizer, mean_and_std
 from models.vae import DiagonalGaussian
 from util.checkpoint import LAST, load_checkpoint
 from util.data.digits import digits
@@ -297,3 +297,62 @@ def test_old_caches_and_files_train_as_ever(tmp_path):
     for layout in ("images", "shards"):
         held = train(FIXTURES / f"cache-{layout}", KL, tmp_path / layout)["tokenizer"]
         assert (held["scale"], held["shift"]) == (OLD_SCALE, 0.0)
+
+
+# The first batch of a run
+
+
+def latents_of(tokenizer, std):
+    """Latents of which the raw ones have this std."""
+    values = rule_input("latents", (2, 4, 8, 8))
+    return tokenizer.to_latents(values * std / values.std(correction=0))
+
+
+@pytest.mark.parametrize(
+    ("scale", "std", "better"),
+    [(0.18215, 7.7, "0.1299"), (1.0, 0.79, "1.266"), (0.5, 2.4, None), (0.5, 1.62, None)],
+)
+def test_latents_far_from_std_1_are_said(capsys, scale, std, better):
+    """SDXL's under Stable Diffusion's scale, with the scale that gives 1; 0.8 to 1.25 is usual."""
+    tokenizer = build_tokenizer("kl", KL, scale)
+    latents = latents_of(tokenizer, std)
+    before = torch.get_rng_state()
+    for _ in range(2):
+        tokenizer.check_first(latents)
+    said = capsys.readouterr().out
+    assert said.count("NOTE") == (better is not None)
+    if better:
+        assert f"have std {scale * std:.2g}" in said and f" --vae_scale {better} gives" in said
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_scales_per_channel_are_said(capsys):
+    """As the flag takes them."""
+    tokenizer = build_tokenizer("kl", KL, SCALE)
+    tokenizer.check_first(2 * rule_input("latents", (64, 4, 8, 8)))
+    found = capsys.readouterr().out.split("--vae_scale ")[1].split()[0]
+    assert [float(x) for x in found.split(",")] == pytest.approx([x / 2 for x in SCALE], rel=0.05)
+
+
+def test_all_processes_are_measured(monkeypatch):
+    """Mean and standard deviation are those of the latents of all, each with a mean of its own."""
+    parts = [rule_input("a", (3, 4, 2, 2)) + 3, rule_input("b", (2, 4, 2, 2)) * 2 - 1]
+    held = []
+    monkeypatch.setattr("models.tokenizer.all_gather", lambda own: held.append(own) or held)
+    found = [mean_and_std(part) for part in parts][-1]
+    whole = torch.cat(parts)
+    assert found == pytest.approx((whole.mean().item(), whole.std(correction=0).item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("latents", [torch.zeros(2, 4, 2, 2), torch.full((2, 4, 2, 2), torch.nan)])
+def test_latents_without_a_std(capsys, latents):
+    """Constant ones have no scale; those that are not finite are said with their images, later."""
+    build_tokenizer("kl", KL).check_first(latents)
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "path"), [("vq", VQ), ("pixels", None)])
+def test_codes_and_pixels_have_no_such_std(capsys, name, path):
+    """Of code indices it means nothing, and that of pixels is not 1."""
+    build_tokenizer(name, path).check_first(rule_input("latents", (2, 1, 8, 8)) * 9)
+    assert not capsys.readouterr().out

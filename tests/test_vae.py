@@ -25,6 +25,7 @@ VARIANTS = {
     "no attention": {"encoder_attention": False},
     "decoder only": {"encoder_attention": False, "decoder_attention": True},
     "kl8-like": {"embed_dim": 4, "ch_mult": (1, 2, 4, 4), "encoder_attention": False},
+    "as SD3": {"embed_dim": 4, "quant_conv": False, "post_quant_conv": False},
     "grey, stride 2": {"in_channels": 1, "ch_mult": (1, 2), "encoder_attention": False},
 }
 
@@ -314,6 +315,21 @@ def test_variant_is_read_from_the_weights(changes):
     model = AutoencoderKL(**{**TINY, **changes})
     assert kl_variant(model.state_dict()) == model.config
     assert kl_variant(AutoencoderKL(**model.config).state_dict()) == model.config
+
+
+@pytest.mark.parametrize("wrap", ["module.", "_orig_mod.", "_orig_mod.module.", "inner"])
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_names_of_wrapped_networks(save, wrap, diffusers):
+    """Saved inside DDP or torch.compile, whole or in part, and inside a whole checkpoint."""
+    model = tiny()
+    state = to_diffusers(model.state_dict(), 3, old=False) if diffusers else model.state_dict()
+    if wrap == "inner":
+        state = {k.replace("encoder.", "encoder._orig_mod."): v for k, v in state.items()}
+    else:
+        state = {wrap + k: v for k, v in state.items()}
+    assert_same_state(AutoencoderKL.from_file(save(state)).state_dict(), model.state_dict())
+    whole = {f"module.first_stage_model.{k}": v for k, v in state.items()}
+    assert_same_state(load_first_stage(save({"state_dict": whole})), model.state_dict())
 
 
 # What does not fit, and what is refused

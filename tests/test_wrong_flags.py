@@ -7,6 +7,7 @@ import pytest
 import torch
 from cli import DIGITS, ROOT, complain
 from rule import GOLDEN
+from safetensors.torch import save_file
 
 import main_mar
 import sample
@@ -140,6 +141,32 @@ def test_processes_that_do_not_meet(monkeypatch):
 def test_missing_checkpoint(capsys):
     """A path that is not there is named."""
     assert "none.pth: no such file" in complain(capsys, sample.main, "--ckpt", "none.pth")
+
+
+FIXTURES = ROOT / "tests" / "fixtures"
+
+
+@pytest.mark.parametrize("name", ["kl.ckpt", "vq.ckpt", "flat.safetensors", "flat.ckpt"])
+def test_a_tokenizer_is_no_model(capsys, tmp_path, name):
+    """Its file is named as what it is, with the flag that takes it."""
+    path = FIXTURES / name
+    if name.startswith("flat"):
+        path, state = tmp_path / name, {"module.encoder.conv_in.weight": torch.zeros(1)}
+        (save_file if path.suffix == ".safetensors" else torch.save)(state, path)
+    said = f"{path}: the network of a tokenizer, expected a checkpoint of a model; --vae_path takes"
+    assert said in complain(capsys, sample.main, "--ckpt", path, "--device", "cpu")
+    flags = (*DIGITS, "--output_dir", tmp_path / "run", "--resume", path)
+    assert said in complain(capsys, main_mar.main, *flags)
+
+
+def test_a_model_is_no_tokenizer(capsys, tmp_path, ckpt):
+    """Nor is its export; and the other way round."""
+    out = tmp_path / "ema.safetensors"
+    export.main([str(ckpt), str(out)])
+    for path in (ckpt, out, GOLDEN / "checkpoint-published.pth"):
+        flags = (*DIGITS, "--output_dir", tmp_path / "run", "--tokenizer", "kl", "--vae_path", path)
+        line = complain(capsys, main_mar.main, *flags)
+        assert f"{path}: a checkpoint of a model, expected the network of a tokenizer" in line
 
 
 def test_a_folder_of_other_images_is_refused(capsys, ckpt, tmp_path):

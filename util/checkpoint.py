@@ -31,7 +31,15 @@ from util.dist import (
 )
 from util.files import first_few, replacing
 from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
-from util.weights import load_strictly, read_file, read_metadata, write_safetensors
+from util.weights import (
+    A_TOKENIZER,
+    load_strictly,
+    read_file,
+    read_metadata,
+    read_weights,
+    unwrapped,
+    write_safetensors,
+)
 
 LAST = "checkpoint-last.pth"
 OWN_NAME = re.compile(r"checkpoint-(last|step\d+|epoch\d+)\.pth")
@@ -256,8 +264,10 @@ def load_checkpoint(path):
     if Path(path).suffix == ".safetensors":
         return _load_export(path)
     content = read_file(path)
+    _refuse_tokenizer(content, path)
     if not isinstance(content, dict) or "model" not in content:
-        held = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        names = list(map(str, content)) if isinstance(content, dict) else [type(content).__name__]
+        held = first_few(names, 5)
         raise ValueError(f"{path}: no MAR checkpoint: expected an entry 'model', found {held}")
     found = content.get("format", 0)
     expect(is_count(found), path, "format", found, "an integer")
@@ -269,7 +279,25 @@ def load_checkpoint(path):
     for number in range(found, FORMAT):
         content = MIGRATIONS[number](content)
     check_checkpoint(content, path)
-    return content
+    return content | _unwrapped(content)
+
+
+def _refuse_tokenizer(content, path):
+    """Raises ValueError for the file of a tokenizer's network."""
+    parts = [content, *content.values()] if isinstance(content, dict) else []
+    names = [str(name) for part in parts if isinstance(part, dict) for name in part]
+    if any(f".{name}".endswith(f".{A_TOKENIZER}") for name in names):
+        raise ValueError(
+            f"{path}: the network of a tokenizer, expected a checkpoint of a model; --vae_path "
+            "takes this file"
+        )
+
+
+def _unwrapped(content):
+    """The weights of a checkpoint under the names of a model; the same dict twice stays so."""
+    model = unwrapped(content["model"])
+    same = content["model_ema"] is content["model"]
+    return {"model": model, "model_ema": model if same else unwrapped(content["model_ema"])}
 
 
 def export_ema(source, path, config):
@@ -278,7 +306,8 @@ def export_ema(source, path, config):
 
 
 def _load_export(path):
-    weights, metadata = read_file(path), read_metadata(path)
+    weights, metadata = read_weights(path), read_metadata(path)
+    _refuse_tokenizer(weights, path)
     if "sha256" not in metadata:
         print0(f"NOTE: {path}: without a sha256, by which damage would be found; export it again")
     try:

@@ -167,9 +167,9 @@ def add_tokenizer_flags(parser, tokenizers):
     group.add_argument(
         "--vae_path",
         default="pretrained_models/vae/kl16.ckpt",
-        metavar="FILE",
-        help="weights of the tokenizer: published, from LDM, Stable Diffusion or diffusers, or "
-        "trained by main_tokenizer.py; for consistency, a folder in diffusers' layout",
+        metavar="PATH",
+        help="weights of the tokenizer: published, from LDM or Stable Diffusion, trained by "
+        "main_tokenizer.py, or a folder of diffusers (docs/tokenizers.md has the flags for each)",
     )
     group.add_argument(
         "--vae_embed_dim",
@@ -178,7 +178,7 @@ def add_tokenizer_flags(parser, tokenizers):
         help="channels of a latent (default: the tokenizer's; for pixels, those of the data)",
     )
     add_latent_flags(
-        group, "from the file, if main_tokenizer.py trained it, else the tokenizer's default"
+        group, "from the file or the config.json beside it, else the tokenizer's default"
     )
 
 

@@ -20,6 +20,9 @@ from safetensors.torch import load, load_file, save_file
 from util.files import check_zip, replacing
 from util.stored import check_tensors
 
+# A weight that every one has
+A_MODEL, A_TOKENIZER = "class_emb.weight", "encoder.conv_in.weight"
+_WRAPPERS = {"module", "_orig_mod"}  # what DDP and torch.compile put into names
 _SHOWN = 3  # differences of each kind that a message lists
 # Files are memory-mapped, so that the processes of a node share one copy; not on Windows, where a
 # mapped file cannot be replaced: the first save of a resumed run would fail.
@@ -54,7 +57,7 @@ _HARMLESS = [
 
 
 def read_weights(path, entries=("model", "state_dict"), missing=""):
-    """The state dict (name -> tensor, on the CPU) that the file at `path` holds.
+    """The state dict (name -> tensor, on the CPU) that the file at `path` holds, `unwrapped`.
 
     Args:
         path: a `.safetensors` file, or one that `torch.save` wrote.
@@ -68,15 +71,28 @@ def read_weights(path, entries=("model", "state_dict"), missing=""):
     content = read_file(path, missing)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a dict of weights")
-    for entry in entries:
-        if isinstance(content.get(entry), dict):
-            content = content[entry]
-            break
+    content = entry_of(content, entries)
     weights = {k: v for k, v in content.items() if isinstance(v, torch.Tensor) and type(k) is str}
     if not weights:
         names = ", ".join(str(name) for name in list(content)[:5]) or "nothing at all"
         raise ValueError(f"{path}: holds no weights; what it holds: {names}")
-    return weights
+    return unwrapped(weights)
+
+
+def entry_of(content, entries=("model", "state_dict")):
+    """The first of the entries of a dict that is a dict itself, else the whole."""
+    return next((content[key] for key in entries if isinstance(content.get(key), dict)), content)
+
+
+def unwrapped(state):
+    """A state dict under the names that a network has without DDP and torch.compile.
+
+    The same dict if it has these; and if two names would become one.
+    """
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state]
+    if names == list(state) or len(set(names)) < len(names):
+        return state
+    return dict(zip(names, state.values(), strict=True))
 
 
 def read_file(path, missing=""):
