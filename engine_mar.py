@@ -384,12 +384,13 @@ def open_images(paths, model, tokenizer, labels, sampling, *, weights, columns=N
     weights: name of the weights, "ema" or "raw". columns: columns of a grid. kwargs: arguments of
     `generate_images`.
     """
-    side = model.seq_h * model.patch_size * tokenizer.stride
+    scale = model.patch_size * tokenizer.stride
+    size = model.seq_h * scale, model.seq_w * scale
 
     def settings():
         return {"weights": weights, **origin(model, tokenizer, labels, sampling, **kwargs)}
 
-    return open_outputs(paths, labels, side, settings, kwargs["device"], columns)
+    return open_outputs(paths, labels, size, settings, kwargs["device"], columns)
 
 
 def origin(model, tokenizer, labels, sampling, *, seed, batch_size, precision="fp32", **rest):

@@ -20,6 +20,7 @@ from util.flags import (
     positive_int,
     run,
 )
+from util.sizes import shown, sides
 
 CROP = "center_crop_arr (ADM)"
 
@@ -148,10 +149,10 @@ def open_tokenizer(args):
         raise ValueError(
             f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
         )
-    if args.img_size % tokenizer.stride:
+    if any(side % tokenizer.stride for side in sides(args.img_size)):
         raise ValueError(
-            f"--img_size {args.img_size}: expected a multiple of {tokenizer.stride}, the stride of "
-            f"{args.tokenizer}"
+            f"--img_size {shown(args.img_size)}: expected a multiple of {tokenizer.stride}, the "
+            f"stride of {args.tokenizer}"
         )
     return tokenizer
 

@@ -243,14 +243,14 @@ def check_data(this):
     """Raises ValueError unless the training data are whole and fit the model and tokenizer."""
     from util.data import check_classes, check_images
     from util.data.cached import check_cache
+    from util.sizes import sides
     from util.weights import digest
 
     args, tokenizer = this.args, this.tokenizer
     size, classes = this.config["model"]["img_size"], this.config["model"]["class_num"]
     if args.use_cached:
-        side = size // tokenizer.stride
         check_cache(args.cached_path, digest(tokenizer.state_dict()), size)
-        this.data.expect((tokenizer.moment_channels, side, side))
+        this.data.expect((tokenizer.moment_channels, *sides(size, tokenizer.stride)))
     check_classes(this.data, classes, args.cached_path if args.use_cached else args.data_path)
     if not args.use_cached:
         check_images(this.data, args.num_workers, Path(args.output_dir) / IMAGES_CHECKED)

@@ -32,6 +32,7 @@ from util.flags import (
 from util.run import last_words
 from util.run.tracker import add_tracker_flag
 from util.settings import Settings, add_flags, from_flags, setting
+from util.sizes import plain, shown, sides
 
 TRAINABLE = ("kl", "vq", "vq_latent")
 EMBED_DIM = 4  # of trained networks, unless --vae_embed_dim is given
@@ -116,13 +117,13 @@ def main(argv=None):
     make_folder(args.output_dir, "--output_dir")
     last_words.set_folder(args.output_dir, "main_tokenizer")
     dataset = get_images(args)
-    channels, _, side = dataset[0][0].shape
+    channels, *size = dataset[0][0].shape
     tokenizer = None if training.epochs else get_tokenizer(args, channels)
     name = pick_extractor(args.extractor, args.data_path)
-    extractor = Extractor(name, args.inception_weights, device, side)
+    extractor = Extractor(name, args.inception_weights, device, size)
     if not tokenizer:
         args.vae_path = Path(args.output_dir) / "tokenizer.ckpt"
-        train(args, training, channels, side, device, precision)
+        train(args, training, channels, plain(size), device, precision)
         tokenizer = get_tokenizer(args, channels)
     measure(args, training, tokenizer.to(device), dataset, extractor, device)
 
@@ -205,7 +206,7 @@ def stated(args, training, tokenizer, dataset, extractor):
     from util.weights import digest
 
     settings = {"images": len(dataset), "data_path": args.data_path, "split": args.split}
-    settings |= {"img_size": dataset[0][0].shape[-1], "tokenizer": args.tokenizer}
+    settings |= {"img_size": plain(dataset[0][0].shape[1:]), "tokenizer": args.tokenizer}
     settings |= {"scale_used": tokenizer.scale}
     settings |= {"shift_used": tokenizer.shift} if tokenizer.shift else {}
     settings |= {"weights_sha256": digest(tokenizer.state_dict()), "seed": args.seed}
@@ -249,8 +250,8 @@ def open_split(args, split, flip):
 # ---- training -------------------------------------------------------------------------------
 
 
-def train(args, training, channels, side, device, precision):
-    """Train a network on images (channels, side, side) and write it to args.vae_path."""
+def train(args, training, channels, img_size, device, precision):
+    """Train a network on images of these channels and this size, and write it to args.vae_path."""
     import torch
 
     import engine_tokenizer as engine
@@ -261,10 +262,10 @@ def train(args, training, channels, side, device, precision):
     dataset = open_split(args, "train", flip=True)
     torch.manual_seed(args.seed)  # initial weights, the same on every process
     network = new_network(args, training, channels).to(device)
-    if side % network.stride:
+    if any(side % network.stride for side in sides(img_size)):
         raise ValueError(
-            f"--ch_mult {training.ch_mult}: images of {side} pixels, expected a multiple of the "
-            f"stride {network.stride}"
+            f"--ch_mult {training.ch_mult}: images of {shown(img_size)} pixels, expected a "
+            f"multiple of the stride {network.stride}"
         )
     trackers = open_trackers(args.tracker, args.output_dir, vars(args))
     logger = Logger(args.output_dir, trackers=trackers)
@@ -284,7 +285,7 @@ def train(args, training, channels, side, device, precision):
         network, dataset, **loading(args, device), per_channel=args.per_channel
     )
     if dist.is_main():
-        save(args, training, network, side, scale, shift)
+        save(args, training, network, img_size, scale, shift)
     dist.barrier()
 
 
@@ -341,14 +342,14 @@ def parse_ch_mult(text):
     return tuple(int(part) for part in parts)
 
 
-def save(args, training, network, side, scale, shift):
+def save(args, training, network, img_size, scale, shift):
     """Write a trained network to args.vae_path, for `build_tokenizer`."""
     import torch
 
     from util.checkpoint import size_of
     from util.dist import print0
 
-    config = {"network": network.config, "data_path": args.data_path, "img_size": side}
+    config = {"network": network.config, "data_path": args.data_path, "img_size": img_size}
     config |= {"epochs": training.epochs, "lr": training.lr}
     config |= {"batch_size": args.batch_size, "seed": args.seed}
     content = {"model": network.state_dict(), "scale": scale, "config": config}

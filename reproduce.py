@@ -26,11 +26,13 @@ from util.files import replacing
 from util.flags import (
     Parser,
     add_device_flag,
+    add_size_flag,
     nonnegative_int,
     positive_int,
     run,
 )
 from util.settings import add_flags
+from util.sizes import sides
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 
@@ -121,9 +123,7 @@ def get_parser():
         metavar="DIR",
         help=describe_paths(),
     )
-    parser.add_argument(
-        "--img_size", type=positive_int, default=8, metavar="N", help="side of an image"
-    )
+    add_size_flag(parser, "side of the images in pixels, or their height and width", 8)
     parser.add_argument("--class_num", type=positive_int, default=10, metavar="N", help="classes")
     parser.add_argument(
         "--ch_mult", default="1,2", help="levels of the tokenizers: their stride is 2^(levels − 1)"
@@ -202,7 +202,7 @@ def train(args, name, seed):
         kind = flags["tokenizer"].removesuffix("_latent")
         flags["vae_path"] = Path(args.output_dir) / f"tokenizer-{kind}" / "tokenizer.ckpt"
     else:
-        flags["patch_size"] = math.isqrt(args.img_size**2 // tokens(args))
+        flags["patch_size"] = math.isqrt(math.prod(sides(args.img_size)) // tokens(args))
     flags |= {"class_num": args.class_num, "num_workers": workers(args), "seed": seed}
     flags |= {"eval_freq": args.epochs, "output_dir": folder}
     used = {key: str(value) for key, value in flags.items()}
@@ -242,7 +242,7 @@ def evaluate(args, row, seed, sweep):
 def tokens(args):
     """The number of tokens per image, in every run."""
     levels = len(args.ch_mult.split(","))
-    return (args.img_size // 2 ** (levels - 1)) ** 2
+    return math.prod(sides(args.img_size, 2 ** (levels - 1)))
 
 
 def table(args):
@@ -396,7 +396,8 @@ def workers(args):
 
 def call(main, flags, *more):
     """Call a script with flags, a dict; flags that are None are omitted."""
-    argv = [str(part) for k, v in flags.items() if v is not None for part in (f"--{k}", v)]
+    lists = {k: v if isinstance(v, list) else [v] for k, v in flags.items() if v is not None}
+    argv = [str(part) for name, values in lists.items() for part in (f"--{name}", *values)]
     from util.dist import print0
 
     print0(f"\n$ {main.__module__}.py {' '.join([*argv, *more])}")

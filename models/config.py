@@ -1,5 +1,6 @@
 """The arguments of a model, resolved from the flags, the tokenizer and a checkpoint."""
 
+import math
 from inspect import signature
 
 import models
@@ -11,6 +12,7 @@ from util.data import kind_or_folder
 from util.dist import print0
 from util.run.record import check_resumed
 from util.settings import destination
+from util.sizes import sides
 
 FLAGS = {field.name: field.metadata["flag"] or field.name for field in Model.fields()}
 
@@ -137,13 +139,17 @@ def _keep_stored(found, stored, given, extra, source):
         requested, value = name in given or name in extra, of_weights.get(name)
         if requested and found[name] != value:
             raise ValueError(
-                f"--{FLAGS.get(name, name)} {found[name]}: {source} holds {value}; leave the flag "
-                "out to take it from there"
+                f"--{FLAGS.get(name, name)} {_text(found[name])}: {source} holds {_text(value)}; "
+                "leave the flag out to take it from there"
             )
         found[name] = value
     if found.get("max_timestep") is None and "max_timestep" in found:
         found["max_timestep"] = stored.get("max_timestep")
     return found
+
+
+def _text(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def check_same_latents(name, stored, source):
@@ -162,7 +168,7 @@ def fit_steps(sampling, model, given):
 
     model: name and arguments of the model. given: whether the user set num_iter.
     """
-    length = (model["img_size"] // model["vae_stride"] // model["patch_size"]) ** 2
+    length = math.prod(sides(model["img_size"], model["vae_stride"] * model["patch_size"]))
     one_at_a_time = MODELS[model["name"]].func.one_at_a_time
     num_iter = sampling.num_iter
     if not given:

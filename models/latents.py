@@ -5,13 +5,15 @@ from torch import nn
 
 from models.fast.linear import speed_up
 from util.rng import rand
+from util.sizes import shown, sides
 
 
 class LatentModel(nn.Module):
     """Latents as a sequence of tokens, each a patch of p×p latents, and a class per image.
 
-    num_codes: number of codes of a discrete tokenizer, whose latents are code indices (N, 1, h, w),
-    stored as floats; None for continuous latents. Raises ValueError for sizes that do not fit.
+    img_size: side of the images, or (height, width). num_codes: number of codes of a discrete
+    tokenizer, whose latents are code indices (N, 1, h, w), stored as floats; None for continuous
+    latents. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -26,9 +28,10 @@ class LatentModel(nn.Module):
         num_codes=None,
     ):
         super().__init__()
-        if img_size % (vae_stride * patch_size):
+        stride = vae_stride * patch_size
+        if any(side % stride for side in sides(img_size)):
             raise ValueError(
-                f"img_size {img_size}: expected a multiple of vae_stride × patch_size, "
+                f"img_size {shown(img_size)}: expected a multiple of vae_stride × patch_size, "
                 f"{vae_stride} × {patch_size}"
             )
         if num_codes and (vae_embed_dim, patch_size) != (1, 1):
@@ -39,7 +42,7 @@ class LatentModel(nn.Module):
         self.patch_size = patch_size
         self.vae_embed_dim = vae_embed_dim
         self.num_codes = num_codes
-        self.seq_h = self.seq_w = img_size // vae_stride // patch_size
+        self.seq_h, self.seq_w = sides(img_size, stride)
         self.seq_len = self.seq_h * self.seq_w
         self.token_embed_dim = vae_embed_dim * patch_size**2
         self.class_num = class_num

@@ -21,14 +21,15 @@ BUCKET = 8  # of known tokens: 11 lengths for mask ratios from 0.7 to 1 with 256
 class MAR(Autoregressive):
     """An encoder of the known tokens and a decoder that predicts the others, as in MAE.
 
-    Images are img_size wide; their latents have vae_embed_dim channels at stride vae_stride, and
-    patches of patch_size × patch_size latents are tokens. buffer_size copies of the class embedding
-    precede the encoder's tokens. In training, a fraction of tokens between mask_ratio_min and 1 is
-    masked, and a fraction label_drop_prob of the labels is dropped. head: a row of
-    models.settings.HEADS; if not given, Diffusion Loss for continuous latents and cross-entropy for
-    num_codes codes. options: those of the head (diffloss_d=3, diffloss_w=1024,
-    num_sampling_steps="100", diffusion_batch_mul=4, …, see `DiffLoss`) and of the blocks
-    (mlp_ratio=4.0, norm_layer=nn.LayerNorm, attn_dropout=0.1, proj_dropout=0.1, see `Block`).
+    img_size is the side of the images, or (height, width); their latents have vae_embed_dim
+    channels at stride vae_stride, and patches of patch_size × patch_size latents are tokens.
+    buffer_size copies of the class embedding precede the encoder's tokens. In training, a fraction
+    of tokens between mask_ratio_min and 1 is masked, and a fraction label_drop_prob of the labels
+    is dropped. head: a row of models.settings.HEADS; if not given, Diffusion Loss for continuous
+    latents and cross-entropy for num_codes codes. options: those of the head (diffloss_d=3,
+    diffloss_w=1024, num_sampling_steps="100", diffusion_batch_mul=4, …, see `DiffLoss`) and of the
+    blocks (mlp_ratio=4.0, norm_layer=nn.LayerNorm, attn_dropout=0.1, proj_dropout=0.1, see
+    `Block`).
     """
 
     def __init__(

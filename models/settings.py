@@ -71,7 +71,9 @@ class Model(Settings):
     """
 
     name: str = setting("mar_large", "backbone and size", "model", choices=MODELS, fixed=True)
-    img_size: int = setting(256, "side of an image in pixels", type=positive_int, fixed=True)
+    img_size: int | tuple = setting(  # (height, width) unless square
+        256, "side of the images in pixels, or height and width", type=positive_int, fixed=True
+    )
     vae_stride: int = setting(
         None,
         "pixels per latent, along each side",

@@ -5,12 +5,14 @@ It names sizes, and a size that is no size of these weights could take all memor
 
 from argparse import ArgumentTypeError
 from inspect import signature
+from typing import get_args
 
 from models.settings import MODELS, TOKENIZERS, Model, Sampling
 from util.files import first_line
 from util.stored import expect, is_count, is_number
 
 PARTS = ("model", "tokenizer", "sampling")
+KINDS = {int: (int,), float: (int, float), tuple: (list, tuple)}  # field -> stored values
 DEPTHS = ("diffloss_d", "depth", "encoder_depth", "decoder_depth")
 
 
@@ -54,12 +56,12 @@ def _check_settings(cls, values, path, part):
         if value is None:
             continue
         entry, details = f"config's {part} {field.name}", field.metadata
-        kinds = {int: (int,), float: (int, float), tuple: (list, tuple)}.get(
-            field.type, (field.type,)
-        )
+        types = get_args(field.type) or (field.type,)
+        kinds = [kind for each in types for kind in KINDS.get(each, (each,))]
         if field.name == "num_sampling_steps":
             kinds = (str, int)
-        expect(type(value) in kinds, path, entry, value, f"a value of type {field.type.__name__}")
+        expected = " or ".join(each.__name__ for each in types)
+        expect(type(value) in kinds, path, entry, value, f"a value of type {expected}")
         if "choices" in details:
             expect(value in details["choices"], path, entry, value, "a known name")
         for each in value if isinstance(value, list | tuple) else [value]:
@@ -109,9 +111,10 @@ def _check_sizes(arguments, weights, path):
     expect(known, path, "config's model", name, "the name of a model")
     largest = max(1024, sum(value.numel() for value in weights.values()))
     for key, value in arguments.items():
-        if type(value) is int:
-            most = len(weights) if key in DEPTHS else largest
-            expect(-1 <= value <= most, path, f"config's model {key}", value, f"at most {most}")
+        for each in value if isinstance(value, list | tuple) else [value]:
+            if type(each) is int:
+                most = len(weights) if key in DEPTHS else largest
+                expect(-1 <= each <= most, path, f"config's model {key}", each, f"at most {most}")
     try:
         with torch.device("meta"):
             model = MODELS[name](**arguments)

@@ -177,7 +177,7 @@ def test_small_images(images, tmp_path, capsys):
     """Images smaller than asked are enlarged, and that is reported once."""
     dataset = open_checked(images, 64, 2, tmp_path / "record.txt")
     assert dataset[0][0].shape == (3, 64, 64)
-    assert "8 of 8 images are smaller than --img_size 64 (the smallest is 40×36)" in (
+    assert "8 of 8 images are smaller than --img_size 64 (the smallest is 36×40, height first)" in (
         capsys.readouterr().out
     )
 

@@ -9,6 +9,7 @@ import os
 from ast import literal_eval
 
 from util.run import ending, last_words, stop
+from util.sizes import plain
 
 PRECISIONS = ("bf16", "fp16", "tf32", "fp32")
 _UNSET = object()
@@ -157,13 +158,7 @@ def add_tokenizer_flags(parser, tokenizers):
         default="kl16",
         help="tokenizer of the images; kl, vq and vq_latent accept any network of their kind",
     )
-    group.add_argument(
-        "--img_size",
-        type=positive_int,
-        default=256,
-        metavar="N",
-        help="side of an image, in pixels",
-    )
+    add_size_flag(group, "side of the images in pixels, or their height and width", 256)
     group.add_argument(
         "--vae_path",
         default="pretrained_models/vae/kl16.ckpt",
@@ -179,6 +174,29 @@ def add_tokenizer_flags(parser, tokenizers):
     )
     add_latent_flags(
         group, "from the file or the config.json beside it, else the tokenizer's default"
+    )
+
+
+class _Size(argparse.Action):
+    """Keeps one number, or the two of images that are not square, as util.sizes stores them."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if len(values) > 2:
+            given = " ".join(map(str, values))
+            raise argparse.ArgumentError(self, f"{given}: expected one side, or height and width")
+        setattr(namespace, self.dest, plain(values if len(values) == 2 else values[0]))
+
+
+def add_size_flag(group, help, default=None):
+    """Add --img_size N, or --img_size H W for images that are not square."""
+    group.add_argument(
+        "--img_size",
+        nargs="+",
+        action=_Size,
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help=help,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from util.files import replacing
+from util.sizes import sides
 
 MAX_GRID = 1024  # images
 GAP = (80, 110, 170)  # color between the images of a grid: neither black nor white
@@ -30,7 +31,7 @@ def grid(images, columns=None, padding=2, min_side=0):
     columns: number of columns; if not given, the grid is nearly square. min_side: smaller images
     are enlarged by an integer factor, so that 8×8 ones can be seen.
     """
-    zoom = max(1, -(-min_side // images.shape[1]))
+    zoom = max(1, -(-min_side // min(images.shape[1:3])))
     images = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -56,7 +57,7 @@ def read_png(path, img_size):
         with Image.open(path, formats=["PNG"]) as image:
             image.verify()  # all checksums
         with Image.open(path, formats=["PNG"]) as image:
-            fits = image.size == (img_size, img_size) and image.mode == "RGB"
+            fits = image.size == sides(img_size)[::-1] and image.mode == "RGB"
             return np.asarray(image) if fits else None
     except Exception:  # PIL can raise nearly anything for a damaged file
         return None
@@ -92,7 +93,7 @@ class NpzWriter:
 
     def __init__(self, path, count, img_size):
         self.path, self.count, self.file = path, count, None
-        self.bytes = 3 * count * img_size**2
+        self.bytes = 3 * count * math.prod(sides(img_size))
 
     def add(self, indices, images):
         if self.file is None:

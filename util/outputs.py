@@ -7,6 +7,7 @@ of one: the rest of a batch, sampled alone, would be rounded differently.
 """
 
 import json
+import math
 import shutil
 import time
 from contextlib import ExitStack, contextmanager
@@ -29,6 +30,7 @@ from util.files import (
 from util.images import MAX_GRID, GridWriter, NpzWriter, read_png, save_image
 from util.run import lock
 from util.run.stop import Stopped
+from util.sizes import sides
 
 RECORD = "sampling.json"
 
@@ -101,7 +103,7 @@ class BatchFolder:
                 images = file["images"]
         except Exception:  # a damaged file can raise nearly anything
             return None
-        shape = len(indices), self.img_size, self.img_size, 3
+        shape = len(indices), *sides(self.img_size), 3
         return images if (images.shape, images.dtype) == (shape, np.uint8) else None
 
     def count(self):
@@ -350,5 +352,5 @@ def _make_room(outputs, folder, there):
     for path in {folder.path, *(writer.path.parent for writer in outputs.files)}:
         remove_leftovers(path)
     if folder.hidden:
-        missing = (outputs.num_images - there) * 3 * folder.img_size**2
+        missing = (outputs.num_images - there) * 3 * math.prod(sides(folder.img_size))
         check_room(folder.path, missing + sum(writer.bytes for writer in outputs.files))

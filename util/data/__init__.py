@@ -5,7 +5,7 @@ A kind of data is a row of DATASETS. Its `open` gives a torch Dataset of (image 
 
     classes      names of the classes
     channels     C
-    img_size     H and W
+    img_size     H if it is W, else [H, W]
     description  text that identifies the images, computed on access
 
 and, if the kind supports them,

@@ -15,6 +15,7 @@ from util.data.rounds import in_rounds
 from util.data.sources import Pictures, Sourced
 from util.logger import Progress
 from util.run import stop
+from util.sizes import sides
 
 
 def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device):
@@ -25,8 +26,7 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     (written, skipped) by all processes. Raises ValueError if the folder holds latents of other
     images; Stopped as util.run.stop says.
     """
-    side = dataset.img_size // tokenizer.stride
-    shape = (tokenizer.moment_channels, side, side)
+    shape = (tokenizer.moment_channels, *sides(dataset.img_size, tokenizer.stride))
     names = [dataset.name(i) for i in range(len(dataset))]
     writer = FolderWriter(folder, names, dataset.classes)
     todo = missing(writer, shape, Pictures(dataset), num_workers)
@@ -69,10 +69,9 @@ def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, 
 
     facts: entries of the manifest that identify the latents.
     """
-    side = dataset.img_size // tokenizer.stride
     facts = {
         **facts,
-        "shape": [tokenizer.moment_channels, side, side],
+        "shape": [tokenizer.moment_channels, *sides(dataset.img_size, tokenizer.stride)],
         "dtype": "int32" if tokenizer.num_codes else "float16",  # too coarse for 16,384 codes
         "classes": dataset.classes,
     }

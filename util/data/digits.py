@@ -4,13 +4,15 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
+from util.sizes import shown
+
 DIGITS = "digits"  # as a --data_path
 
 
 def open_digits(path, split, img_size, reading):
     """Open the digits, for a row of DATASETS; they are never flipped."""
-    if img_size not in (None, 8):
-        raise ValueError(f"img_size {img_size}: the digits are 8×8, expected 8")
+    if img_size is not None and shown(img_size) != "8":
+        raise ValueError(f"img_size {shown(img_size)}: the digits are 8×8, expected 8")
     return digits(split)
 
 

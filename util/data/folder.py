@@ -13,6 +13,7 @@ from util.data.crop import center_crop_arr
 from util.dist import all_gather, broadcast, is_main, print0, rank, world_size
 from util.files import first_few, replacing
 from util.logger import Progress
+from util.sizes import plain, shown, sides
 
 
 def open_folder(path, split, img_size, reading):
@@ -51,7 +52,7 @@ class ImageFolder(datasets.ImageFolder):
             raise ValueError(
                 f"{root}: expected a folder of images for each class. {error}"
             ) from None
-        self.img_size = img_size
+        self.img_size = plain(img_size)
 
     def name(self, index):
         """The path of an image below the root, class/name.ext."""
@@ -65,7 +66,7 @@ class ImageFolder(datasets.ImageFolder):
     def description(self):
         """A hash of the files with their sizes and times, and the crop. A collective call."""
         listed = broadcast(listing(self) if is_main() else None)
-        return f"{listed} ADM centre crop {self.img_size}"
+        return f"{listed} ADM centre crop {shown(self.img_size)}"
 
     def check(self, workers, record):
         """Read every image once; see `check_images`."""
@@ -90,10 +91,11 @@ def check_images(dataset, workers=4, record=None):
             "repair or delete them"
         )
     if small:
-        smallest = "×".join(map(str, min(small, key=min)))
+        width, height = min(small, key=min)
         print0(
             f"{dataset.root}: {len(small)} of {len(dataset)} images are smaller than "
-            f"--img_size {dataset.img_size} (the smallest is {smallest}) and will be enlarged"
+            f"--img_size {shown(dataset.img_size)} (the smallest is {height}×{width}, height "
+            "first) and will be enlarged"
         )
     if digest:
         with replacing(record) as beside:
@@ -103,12 +105,13 @@ def check_images(dataset, workers=4, record=None):
 def _read_all(dataset, workers):
     """(messages about damaged images, sizes of images below img_size), from all processes."""
     paths = [path for path, _ in dataset.samples[rank() :: world_size()]]
+    height, width = sides(dataset.img_size)
     progress, damaged, small = Progress(len(paths), "checking images", "img"), [], []
     with ThreadPool(max(1, workers)) as pool:
         for path, size, problem in pool.imap_unordered(_probe, paths, chunksize=16):
             if problem:
                 damaged.append(f"{path} ({problem})")
-            elif min(size) < dataset.img_size:
+            elif size[0] < width or size[1] < height:
                 small.append(size)
             progress.update()
     progress.close()

@@ -6,7 +6,7 @@ IMAGES is a folder of images or an .npz; REFERENCE is either, an .npz of statist
 
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
-from util.flags import Parser, add_device_flag, positive_int, run
+from util.flags import Parser, add_device_flag, add_size_flag, run
 from util.run import last_words
 from util.settings import add_flags, from_flags
 
@@ -22,11 +22,8 @@ def get_parser():
         metavar="DIR",
         help="append the metrics to results.jsonl in this folder (default: print only)",
     )
-    parser.add_argument(
-        "--img_size",
-        type=positive_int,
-        metavar="N",
-        help="required side of the images (default: that of the first)",
+    add_size_flag(
+        parser, "required side of the images, or height and width (default: those of the first)"
     )
     add_device_flag(parser)
     add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
@@ -47,7 +44,7 @@ def main(argv=None):
     images = open_images(args.images, args.img_size)
     evaluator = open_evaluator(
         from_flags(Evaluation, args),
-        img_size=images[0][0].shape[0],
+        img_size=images[0][0].shape[:2],
         num_images=len(images),
         device=device,
     )

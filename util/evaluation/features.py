@@ -16,6 +16,7 @@ from util.classifier import fit_classifier
 from util.data import kind_of
 from util.data.digits import digits
 from util.evaluation.metrics import INCEPTION
+from util.sizes import sides
 from util.table import Table
 from util.weights import digest, never_unpickling, read_weights
 
@@ -35,8 +36,9 @@ class Extractor:
     """Images uint8 (N, H, W, 3) to features (N, D) and, where the network has them, logits (N, K).
 
     name: in EXTRACTORS or in torch-fidelity's registry. weights: a file for Inception; without it,
-    torch-fidelity downloads them. img_size: side of the images, which determines the number of
-    features of grey-pixels. Raises ValueError for an unknown name, or unavailable weights.
+    torch-fidelity downloads them. img_size: side of the images, or (height, width), which
+    determines the number of features of grey-pixels. Raises ValueError for an unknown name, or
+    unavailable weights.
 
     Attributes: `width` is D, `classes` K or None, `sha256` the hash of the weights. Features and
     logits are on `device`.
@@ -47,7 +49,7 @@ class Extractor:
         network = EXTRACTORS[name]() if name in EXTRACTORS else _published(name, weights)
         self.network = network.to(device)
         self.sha256 = digest(self.network.state_dict())
-        features, logits = self(torch.zeros(1, img_size, img_size, 3, dtype=torch.uint8))
+        features, logits = self(torch.zeros(1, *sides(img_size), 3, dtype=torch.uint8))
         self.width, self.classes = features.shape[1], None if logits is None else logits.shape[1]
 
     @torch.no_grad()
@@ -140,7 +142,7 @@ class DigitsClassifier(nn.Module):
         """Images uint8 (N, 3, 8, 8) to features (N, 64) and logits (N, 10)."""
         if images.shape[-2:] != (8, 8):
             raise ValueError(
-                f"images of {images.shape[-1]}×{images.shape[-2]} pixels: the digits-classifier "
+                f"images of {images.shape[-2]}×{images.shape[-1]} pixels: the digits-classifier "
                 "expects 8×8, pass another --extractor"
             )
         features = self.classifier.features(images[:, :1].float() / 127.5 - 1)

@@ -15,6 +15,7 @@ from util.data import open_data
 from util.data.folder import read_image
 from util.files import check_zip, first_line
 from util.images import to_uint8
+from util.sizes import sides
 
 
 class RealImages(Dataset):
@@ -45,17 +46,17 @@ class Folder(Dataset):
         self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not self.paths:
             raise ValueError(f"{path}: expected images there, found none")
-        self.img_size = img_size or read_image(self.paths[0]).size[0]
+        self.sides = sides(img_size or read_image(self.paths[0]).size[::-1])
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
         image = read_image(self.paths[index])
-        if image.size != (self.img_size, self.img_size):
+        if (image.height, image.width) != self.sides:
             raise ValueError(
-                f"{self.paths[index]}: {image.width}×{image.height} pixels, expected "
-                f"{self.img_size}×{self.img_size}: all images of one size"
+                f"{self.paths[index]}: {image.height}×{image.width} pixels, expected "
+                f"{self.sides[0]}×{self.sides[1]} (height×width): all images of one size"
             )
         return np.array(image), -1
 
@@ -66,11 +67,11 @@ class Array(Dataset):
     def __init__(self, path, img_size):
         self.images = _mapped(path, "arr_0")
         shape = self.images.shape
-        side = img_size or (shape[1] if len(shape) == 4 else "side")
-        if shape[1:] != (side, side, 3) or self.images.dtype != np.uint8:
+        height, width = sides(img_size) if img_size else (*shape[1:], "H", "W")[:2]
+        if shape[1:] != (height, width, 3) or self.images.dtype != np.uint8:
             raise ValueError(
                 f"{path}: arr_0 is {self.images.dtype} {shape}, expected uint8 "
-                f"(N, {side}, {side}, 3)"
+                f"(N, {height}, {width}, 3)"
             )
         if not len(self.images):
             raise ValueError(f"{path}: arr_0 holds no images")

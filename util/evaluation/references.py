@@ -14,6 +14,7 @@ from util.dist import print0
 from util.evaluation.accumulator import WORKERS, Accumulator, summarize
 from util.evaluation.image_sets import RealImages, open_images, open_npz
 from util.files import replacing
+from util.sizes import shown
 
 MANIFOLD_IMAGES = 10_000  # of a data set, for precision and recall, as in ADM's reference
 
@@ -34,7 +35,7 @@ class Reference:
 def find_reference(source, data_path, img_size):
     """The reference denoted by --reference: its path, a data set, or None."""
     if source == "auto":
-        published = Path("fid_stats") / f"adm_in{img_size}_stats.npz"
+        published = Path("fid_stats") / f"adm_in{shown(img_size)}_stats.npz"
         kind = kind_of(data_path)
         if published.is_file() and not (kind and kind.extractor):
             return str(published)
