@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from models import build_model, checkpoint_config
 from models.config import FLAGS, as_flags, check_same_latents, takes
 from models.settings import Model
-from util.data.classes import are_imagenet
+from util.data.classes import known_names, same_classes
 from util.dist import print0
 from util.files import first_few
 from util.run.resume import load_start
@@ -195,14 +195,8 @@ def resize(table, before, after, fresh):
 
 def class_names(checkpoint, config):
     """Names of a checkpoint's classes, a list; None if not known."""
-    names = (config.get("data") or {}).get("classes")
-    names = names or (checkpoint.get("record") or {}).get("classes")
-    count = config["model"]["class_num"]
-    if not names and not checkpoint["config"] and count == 1000:  # published, of ImageNet
-        from timm.data import ImageNetInfo
-
-        names = ImageNetInfo().label_names()
-    return names if names and len(names) == count else None
+    names = known_names(config) or (checkpoint.get("record") or {}).get("classes")
+    return names if names and len(names) == config["model"]["class_num"] else None
 
 
 def rows_for(names, old, count):
@@ -213,24 +207,7 @@ def rows_for(names, old, count):
     """
     if names == old or (not old and len(names) == count):
         return None
-    known = {name: i for i, name in enumerate(old or [])}
-    words = (
-        {word: known[name] for word, name in words_of_imagenet().items()}
-        if (old and are_imagenet(old))
-        else {}
-    )
-    return [known.get(name, words.get(name.lower().replace("_", " "))) for name in names]
-
-
-def words_of_imagenet():
-    """Word -> WordNet id, for each word that stands for one class of ImageNet-1k only."""
-    from timm.data import ImageNetInfo
-
-    info, found = ImageNetInfo(), {}
-    for i, name in enumerate(info.label_names()):
-        for word in info.index_to_description(i).lower().split(", "):
-            found.setdefault(word, set()).add(name)
-    return {word: names.pop() for word, names in found.items() if len(names) == 1}
+    return same_classes(names, old or [])
 
 
 def describe_rows(rows, names, old):
