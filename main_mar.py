@@ -90,6 +90,7 @@ class Run:
     device: object
     precision: str
     data: object = None  # the data set to train on; None if nothing is trained
+    start: object = None  # see models.transfer; None for new weights
 
     def generation(self):
         """Arguments of `generate_images` that are the same for all samples."""
@@ -117,6 +118,7 @@ def main(argv=None):
     check(args, given)
 
     from models import checkpoint_config
+    from models.transfer import open_start
     from util import dist
     from util.precision import pick_precision
     from util.run.resume import hold_output, load_resumed
@@ -127,9 +129,10 @@ def main(argv=None):
         last_words.set_folder(args.output_dir, "evaluate" if args.evaluate else "main_mar")
         checkpoint, path = load_resumed(args, needed=args.evaluate)
         stored = checkpoint_config(checkpoint, path) if checkpoint else {}
+        start = open_start(args, given, path)
         data = None if args.evaluate else open_training_data(args, given, stored)
         config, sampling, tokenizer = configure(args, given, stored, path, data)
-        this = Run(args, config, sampling, tokenizer.to(device), device, precision, data)
+        this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         model = build(this)
         evaluator = open_evaluation(this)
         if args.evaluate:
@@ -145,6 +148,8 @@ def check(args, given):
         make_folder(args.log_dir, "--log_dir")
     if args.out and not args.evaluate:
         raise ValueError(f"--out {args.out[0]}: saves the images of --evaluate, which is not given")
+    if args.init_from and args.evaluate:
+        raise ValueError(f"--init_from {args.init_from}: begins training; --evaluate has --resume")
     measures = (args.evaluate or args.online_eval) and args.reference == "auto"
     if measures and "data_path" in given:
         check_data_set(args.data_path)
@@ -200,7 +205,9 @@ def configure(args, given, stored, source, data):
         "latent_range": stored.get("latent_range", 0.0),
         "data": facts_of(data) if data else stored.get("data"),
     }
-    if stored and (note := presets.overridden(args, given, as_flags(config))):
+    if "init_from" in stored:
+        config["init_from"] = stored["init_from"]
+    if (stored or args.init_from) and (note := presets.overridden(args, given, as_flags(config))):
         print0(f"NOTE: {note}")
     return config, sampling, tokenizer
 
@@ -221,6 +228,8 @@ def build(this):
     size = sum(p.numel() for p in model.parameters()) / 1e6
     name = this.config["model"]["name"]
     print0(f"{name}: {size:.1f}M parameters, {this.precision} on {this.device}")
+    if this.start:
+        this.start.load(model, this.config, this.tokenizer)
     return model
 
 

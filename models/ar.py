@@ -133,6 +133,11 @@ class AR(Autoregressive):
             x = x + following.repeat(repeats, 1, 1)
         return self.norm(self.blocks(self.z_proj_ln(x), cache=cache))
 
+    def position_tables(self):
+        """Name of each table of positions -> its rows before those of tokens; see LatentModel."""
+        following = {"target_pos_embed_learned": 0} if self.varies else {}
+        return {"pos_embed_learned": 1, **following}
+
     def check_orders(self, orders, name):
         """Raises ValueError for an order other than the learned one, unless it varied in training.
 

@@ -103,6 +103,10 @@ class Autoregressive(LatentModel):
         """What to try if samples diverge: a sentence."""
         return self.head.advice(sampling)
 
+    def token_modules(self):
+        """Names of the modules whose shapes depend on what a token is."""
+        return "z_proj", self.head_name
+
     def to_compile(self):
         """(module, dynamic) for each module to compile for training. Parameter names stay."""
         self.compiled = True

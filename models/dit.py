@@ -80,6 +80,14 @@ class DiT(Diffused, LatentModel):
         t = t.expand(tokens.shape[:2])  # one for all tokens of an image
         return self.losses(lambda x, t: self.net(x, t, classes), tokens, t, generator).mean()
 
+    def position_tables(self):
+        """Name of the table of positions -> its rows before those of tokens; see LatentModel."""
+        return {"pos_embed_learned": 0}
+
+    def token_modules(self):
+        """Names of the modules whose shapes depend on what a token is."""
+        return "z_proj", "final_layer"
+
     def to_compile(self):
         """(module, dynamic) for each module to compile for training."""
         return [(block, False) for block in self.blocks]

@@ -50,6 +50,14 @@ class LatentModel(nn.Module):
         self.class_emb = nn.Embedding(class_num, width)
         self.fake_latent = nn.Parameter(torch.zeros(1, width))  # the class embedding of no class
 
+    def position_tables(self):
+        """Name of each table of positions (1, n + L, D) -> n, its rows before those of tokens."""
+        raise NotImplementedError
+
+    def token_modules(self):
+        """Names of the modules whose shapes depend on what a token is."""
+        raise NotImplementedError
+
     def patchify(self, latents):
         """(N, C, h, w) to (N, L, C·p²), in raster order. Raises ValueError for another shape."""
         p, h, w = self.patch_size, self.seq_h, self.seq_w

@@ -168,6 +168,11 @@ class MAR(Autoregressive):
         """A table of position embeddings, split into class tokens (B, D) and tokens (L, D)."""
         return table[0].split([self.buffer_size, self.seq_len])
 
+    def position_tables(self):
+        """Name of each table of positions -> its rows before those of tokens; see LatentModel."""
+        both = "encoder_pos_embed_learned", "decoder_pos_embed_learned"
+        return {**dict.fromkeys(both, self.buffer_size), "diffusion_pos_embed_learned": 0}
+
     # ---- faster, same result -------------------------------------------------------------------
 
     def _predict_in_buckets(self, tokens, orders, masked, classes):

@@ -33,6 +33,9 @@ def check_config(config, weights, path):
     range_ = config.get("latent_range", 0.0)
     expect(is_number(range_) and range_ >= 0, path, "config's latent_range", range_, "a number")
     _check_data(config.get("data") or {}, config["model"].get("class_num"), path)
+    origin = config.get("init_from") or {}
+    fits = isinstance(origin, dict) and all(map(_is_name, [*origin, *origin.values()]))
+    expect(fits, path, "config's init_from", origin, "texts by name")
     _check_sizes(config["model"], weights, path)
 
 

@@ -111,6 +111,12 @@ class Output(Settings):
         "folder without one starts a new run (default: a new run)",
         metavar="PATH",
     )
+    init_from: str = setting(
+        "",
+        "begin a new run with the EMA weights of this checkpoint, as far as they fit: other "
+        "classes, another size or head (default: new weights)",
+        metavar="PATH",
+    )
     resume_anyway: bool = setting(
         False, "resume although tokenizer or classes are not those of the checkpoint"
     )

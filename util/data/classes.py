@@ -40,6 +40,20 @@ def known_names(config):
     return names or None
 
 
+def same_classes(names, others):
+    """For each of the names, the index of its class among the others, or None.
+
+    The same name is the same class. So is a word that ImageNet has for the WordNet id of one class
+    among the others only.
+    """
+    indices, lemmas, words = {name: i for i, name in enumerate(others)}, _lemmas(others), {}
+    for name in others:
+        for word in lemmas.get(name, "").split(", "):
+            words.setdefault(_plain(word), []).append(indices[name])
+    named = {word: found[0] for word, found in words.items() if len(found) == 1}
+    return [indices.get(name, named.get(_plain(name))) for name in names]
+
+
 def find_labels(text, class_num, names=None):
     """The class indices that a text such as "207,360,980-989" denotes; [None] for "none".
 

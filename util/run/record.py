@@ -28,7 +28,7 @@ PLACES = (
 # Flags that a resumed run does not follow, or that stand for others.
 NO_SETTINGS = (
     *("preset", "list_presets"),  # the flags that a preset sets are compared
-    *("start_epoch", "resume_anyway", "dry_run"),
+    *("init_from", "start_epoch", "resume_anyway", "dry_run"),
     *("evaluate", "out"),  # nothing is trained
     "model_kwargs",  # refused where the weights are of other ones
 )

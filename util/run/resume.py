@@ -6,6 +6,7 @@ Nodes need not share a disk: each process finds its own files, and then all comp
 import hashlib
 import zipfile
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from util.weights import digest
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 # Flags that may differ between processes: what is in such places is compared instead.
-LOCAL = (*PLACES, "data_path", "cached_path", "vae_path")
+LOCAL = (*PLACES, "data_path", "cached_path", "vae_path", "init_from")
 
 
 @contextmanager
@@ -47,17 +48,39 @@ def load_resumed(args, needed=False):
     """
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in LOCAL}
     agree({"version of this library": _version(), **flags})
+    content, path = _load_alike("--resume", partial(_load, args.resume, needed))
+    if args.resume and not path:
+        print0(f"--resume {args.resume}: no {LAST} there, starting a new run")
+    return content, path
+
+
+def load_start(path):
+    """(content, path) of the checkpoint that --init_from names, or (None, None) if it is "".
+
+    A collective call.
+    Raises ValueError, on all processes, if it cannot be read, and if they have different ones.
+    """
+    return _load_alike("--init_from", partial(_find_and_load, path))
+
+
+def _find_and_load(path):
+    found = find_checkpoint(path) if path else None
+    if path and not found:
+        raise ValueError(f"--init_from {path!r}: expected a checkpoint, found none")
+    return (load_checkpoint(found), found) if found else (None, None)
+
+
+def _load_alike(flag, load):
+    """The result of `load`, (content, path), of which all processes must have the same."""
     content = path = problem = None
     try:
-        content, path = _load(args.resume, needed) if args.resume or needed else (None, None)
+        content, path = load()
     except (ValueError, OSError) as error:
         problem = str(error)
     key, text = (problem, problem) if problem else _identity(content, path)
-    agree({"--resume": key}, {"--resume": text})
+    agree({flag: key}, {flag: text})
     if problem:
         raise ValueError(problem)
-    if args.resume and not path:
-        print0(f"--resume {args.resume}: no {LAST} there, starting a new run")
     return content, path
 
 
