@@ -64,8 +64,10 @@ def checkpoint_config(checkpoint, source):
     from models.stored import check_config
 
     config = checkpoint["config"] or published_config(checkpoint, source)
-    if not config.get("data") and (names := (checkpoint.get("record") or {}).get("classes")):
-        config = {**config, "data": {"classes": list(names)}}  # of an earlier version
+    record = checkpoint.get("record")
+    names = record.get("classes") if isinstance(record, dict) else None
+    if isinstance(names, list) and not config.get("data"):  # an earlier version's
+        config = {**config, "data": {"classes": names}}
     check_config(config, checkpoint["model_ema"], source)
     if checkpoint["config"] and config["tokenizer"].get("scale") is not None:
         config["tokenizer"].setdefault("shift", 0.0)  # older files have a scale but no shift
