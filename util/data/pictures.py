@@ -12,8 +12,10 @@ import re
 import stat
 import threading
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 
 import numpy as np
@@ -21,6 +23,7 @@ from PIL import Image, ImageColor, PngImagePlugin
 from torchvision.transforms import functional
 
 from util.data.classes import are_imagenet
+from util.dist import all_gather, rank, world_size
 from util.files import first_line
 
 LARGEST = 200_000_000  # pixels: those of the largest cameras, 0.8 GB while they are read
@@ -67,6 +70,8 @@ TURNS = {  # by the orientation; 1 is upright
     **{6: _T.ROTATE_270, 7: _T.TRANSVERSE, 8: _T.ROTATE_90},
 }
 SIDEWAYS = [TURNS[5], TURNS[6], TURNS[7], TURNS[8]]  # width and height change places
+
+CHANGED = ("turned", "transparent", "deep")  # those that earlier versions read otherwise
 
 Probe = namedtuple("Probe", "size problem kinds")  # kinds: of KINDS
 _now = threading.local()  # its name: the picture that this thread reads
@@ -296,11 +301,33 @@ def all_grey(sources, background="white", workers=16):
     return True in seen
 
 
-def sentences(counts, total, reading):
+def count_kinds(sources, reading, workers=16):
+    """A Counter of the KINDS of pictures, found by reading all of them. A collective call."""
+    mine = sources[rank() :: world_size()]
+    with ThreadPool(max(1, workers)) as pool:
+        found = pool.imap_unordered(partial(probe, reading=reading), mine, 16)
+        kinds = [kind for each in found for kind in each.kinds]
+    return Counter(chain.from_iterable(all_gather(kinds)))
+
+
+def sentences(counts, total, reading, kinds=KINDS):
     """What a Counter of KINDS says of a data set of `total` pictures, a line for each kind."""
-    for kind, words in KINDS.items():
+    for kind in kinds:
         if counts[kind]:
-            yield words.format(f"{counts[kind]} of {total}", background=reading.background)
+            yield KINDS[kind].format(f"{counts[kind]} of {total}", background=reading.background)
+
+
+def pixel_settings(reading):
+    """What of a resolved Reading changes pixels: name of the flag -> value."""
+    colour = "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(reading.background))
+    return {"orientation": reading.orientation, "background": colour, "channels": reading.channels}
+
+
+def described(reading):
+    """A resolved Reading as text; "" for what earlier versions did."""
+    before = {"orientation": "stored", "background": "#ffffff", "channels": 3}
+    found = pixel_settings(reading).items()
+    return "".join(f" {name} {value}" for name, value in found if value != before[name])
 
 
 @contextmanager
