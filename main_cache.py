@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from models.settings import TOKENIZERS
-from util.data import DATASETS, kind_or_folder
+from util.data import DATASETS
+from util.data.settings import Reading
 from util.files import make_folder, remove_leftovers
 from util.flags import (
     Parser,
@@ -20,6 +21,7 @@ from util.flags import (
     positive_int,
     run,
 )
+from util.settings import add_flags, from_flags
 from util.sizes import shown, sides
 
 CROP = "center_crop_arr (ADM)"
@@ -57,6 +59,7 @@ def get_parser():
         metavar="DIR",
         help="convert the latents from this cache in the other layout (default: encode images)",
     )
+    add_flags(group, Reading, [name for name in Reading.names() if name != "flip"])
     add_tokenizer_flags(parser, TOKENIZERS)
     add_machine_flags(parser, num_workers=10, precision=False)
     return parser
@@ -113,23 +116,25 @@ def cache_images(args, folder):
     from util import dist
 
     device = dist.init(**machine(args))
-    tokenizer = open_tokenizer(args).to(device)
+    dataset = open_images(args)
+    tokenizer = open_tokenizer(args, dataset).to(device)
     with held(args, folder):
-        return encode_images(args, folder, tokenizer, device)
+        return encode_images(args, folder, tokenizer, dataset, device)
 
 
-def encode_images(args, folder, tokenizer, device):
+def encode_images(args, folder, tokenizer, dataset, device):
     """Write the latents into a folder that is held. Returns (written, skipped) images."""
     from util import dist
-    from util.data import caching
+    from util.data import caching, check_images
     from util.data.cached import check_cache
 
     facts = describe(args, tokenizer)
+    facts |= caching.note_reading(dataset, folder, args.num_workers)
     if args.layout == "images" and dist.is_main():
         check_cache(folder, write=True, **facts, finished=False)
     dist.barrier()
     check_cache(folder, facts["tokenizer"], facts["img_size"])
-    dataset = open_images(args, folder / "data_checked.txt")
+    check_images(dataset, args.num_workers, folder / "data_checked.txt")
     classes = len(dataset.classes)
     dist.print0(f"{len(dataset)} images of {classes} classes, {args.tokenizer} on {device}")
     how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": device}
@@ -138,13 +143,15 @@ def encode_images(args, folder, tokenizer, device):
     return caching.cache_latents(tokenizer, dataset, folder, **how)
 
 
-def open_tokenizer(args):
-    """The tokenizer. Raises ValueError if flags do not fit it."""
+def open_tokenizer(args, dataset):
+    """The tokenizer of the images. Raises ValueError if flags or images do not fit it."""
     from models import arguments_of_tokenizer, build_tokenizer
+    from util.data import match_channels
 
-    channels = kind_or_folder(args.data_path).channels
+    channels = dataset.channels
     own = arguments_of_tokenizer(args.tokenizer, channels=channels, vae_path=args.vae_path)
     tokenizer = build_tokenizer(args.tokenizer, **own, scale=args.vae_scale, shift=args.vae_shift)
+    match_channels(dataset, tokenizer, args.channels)
     if args.vae_embed_dim not in (None, tokenizer.channels):
         raise ValueError(
             f"--vae_embed_dim {args.vae_embed_dim}: {args.tokenizer} has {tokenizer.channels}"
@@ -191,12 +198,12 @@ def held(args, folder):
         yield
 
 
-def open_images(args, record):
-    """The images to cache, checked. Raises ValueError, also if they have no names."""
+def open_images(args):
+    """The images to cache, not yet read. Raises ValueError, also if they have no names."""
     from util.data import open_data
 
-    workers = args.num_workers
-    dataset = open_data(args.data_path, "train", args.img_size, workers=workers, record=record)
+    reading = from_flags(Reading, args, flip=False)
+    dataset = open_data(args.data_path, "train", args.img_size, reading)
     if not hasattr(dataset, "name"):
         raise ValueError(
             f"--data_path {args.data_path}: its images have no names for files of latents; "

@@ -184,7 +184,7 @@ def configure(args, given, stored, source, data):
     from util.data import facts_of
     from util.dist import print0
 
-    tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source)
+    tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source, data)
     sampling = from_flags(Sampling, args)
     requested = from_flags(
         Model,

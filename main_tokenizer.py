@@ -109,6 +109,7 @@ def main(argv=None):
         args.img_size = kind_or_folder(args.data_path).defaults.get("img_size", args.img_size)
 
     from util import dist
+    from util.data import match_channels
     from util.evaluation.features import Extractor, pick_extractor
     from util.precision import pick_precision
 
@@ -123,8 +124,9 @@ def main(argv=None):
     extractor = Extractor(name, args.inception_weights, device, size)
     if not tokenizer:
         args.vae_path = Path(args.output_dir) / "tokenizer.ckpt"
-        train(args, training, channels, plain(size), device, precision)
+        train(args, training, plain(size), device, precision)
         tokenizer = get_tokenizer(args, channels)
+    match_channels(dataset.dataset, tokenizer, args.channels)
     measure(args, training, tokenizer.to(device), dataset, extractor, device)
 
 
@@ -250,8 +252,8 @@ def open_split(args, split, flip):
 # ---- training -------------------------------------------------------------------------------
 
 
-def train(args, training, channels, img_size, device, precision):
-    """Train a network on images of these channels and this size, and write it to args.vae_path."""
+def train(args, training, img_size, device, precision):
+    """Train a network on images of this size, and write it to args.vae_path."""
     import torch
 
     import engine_tokenizer as engine
@@ -261,7 +263,7 @@ def train(args, training, channels, img_size, device, precision):
 
     dataset = open_split(args, "train", flip=True)
     torch.manual_seed(args.seed)  # initial weights, the same on every process
-    network = new_network(args, training, channels).to(device)
+    network = new_network(args, training, dataset.channels).to(device)
     if any(side % network.stride for side in sides(img_size)):
         raise ValueError(
             f"--ch_mult {training.ch_mult}: images of {shown(img_size)} pixels, expected a "

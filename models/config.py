@@ -8,7 +8,7 @@ from models import arguments_of_tokenizer
 from models.autoregressive import HEAD_DEFAULTS
 from models.options import options_of
 from models.settings import HEADS, MODELS, Model, Sampling
-from util.data import kind_or_folder
+from util.data import kind_or_folder, match_channels
 from util.dist import print0
 from util.run.record import check_resumed
 from util.settings import destination
@@ -183,11 +183,12 @@ def fit_steps(sampling, model, given):
     return sampling.but(num_iter=num_iter)
 
 
-def open_tokenizer(args, given, stored, source):
+def open_tokenizer(args, given, stored, source, data=None):
     """The tokenizer, and its name and arguments for the checkpoint. Raises ValueError.
 
     args: all flags. given: the names of those on the command line. stored: name and arguments in
-    the checkpoint that is resumed, at `source`, or None.
+    the checkpoint that is resumed, at `source`, or None. data: the data set to train on, whose
+    images are then read with as many channels as the tokenizer takes.
     """
     chosen = {"name": "tokenizer", "vae_path": "vae_path"}
     chosen |= {"scale": "vae_scale", "shift": "vae_shift"}
@@ -196,9 +197,11 @@ def open_tokenizer(args, given, stored, source):
         own = {**stored, **passed}
         check_same_latents(own["name"], stored["name"], source)
     else:
-        channels = kind_or_folder(args.data_path).channels
+        channels = getattr(data, "channels", None) or kind_or_folder(args.data_path).channels
         fitting = arguments_of_tokenizer(args.tokenizer, vae_path=args.vae_path, channels=channels)
         own = {"name": args.tokenizer, **fitting, "scale": args.vae_scale, "shift": args.vae_shift}
     tokenizer = models.build_tokenizer(**own)
+    if data is not None:
+        match_channels(data, tokenizer, args.channels, follow=bool(stored))
     own |= {"scale": tokenizer.scale, "shift": tokenizer.shift}  # as used, should the file change
     return tokenizer, own

@@ -44,10 +44,12 @@ class Tokenizer(nn.Module):
     Raises:
         ValueError: scale or shift is not finite or not one per channel, or scale is not above 0.
 
-    Attributes: the arguments; `num_codes`, None unless discrete; `moment_channels`, M above.
+    Attributes: the arguments; `num_codes`, None unless discrete; `moment_channels`, M above;
+    `image_channels`.
     """
 
     num_codes = None
+    image_channels = None  # I above; None for any
     gaussian = False  # whether moments are the means and log-variances of a Gaussian, M = 2C
     normalized = True  # whether latents should have about std 1
 
@@ -148,6 +150,7 @@ class AutoencoderTokenizer(Tokenizer):
         if given[1] is None:
             check_numbers(f"{vae_path}: shift", shift, channels)
         super().__init__(channels, vae.stride, patch_size, scale, shift, vae)
+        self.image_channels = vae.config["in_channels"]
 
 
 class KLTokenizer(AutoencoderTokenizer):
@@ -191,7 +194,7 @@ class VQTokenizer(Tokenizer):
         if vae.num_codes > EXACT:
             raise ValueError(f"{vae_path}: {vae.num_codes} codes, expected at most {EXACT}")
         super().__init__(1, vae.stride, patch_size, None, None, vae)
-        self.num_codes = vae.num_codes
+        self.num_codes, self.image_channels = vae.num_codes, vae.config["in_channels"]
 
     def encode(self, images):
         return self.vae.quantize(self.vae.encode(images)).unsqueeze(1).float()
@@ -211,7 +214,7 @@ class ConsistencyTokenizer(Tokenizer):
     Raises ValueError if the file is missing or does not fit, or diffusers is not installed.
     """
 
-    gaussian = True
+    gaussian, image_channels = True, 3
 
     def __init__(self, vae_path, scale=0.18215, shift=0.0, patch_size=2):
         vae = load_consistency_decoder(vae_path)
@@ -235,6 +238,7 @@ class PixelTokenizer(Tokenizer):
 
     def __init__(self, channels=3, scale=1.0, shift=0.0, patch_size=4):
         super().__init__(channels, 1, patch_size, scale, shift)
+        self.image_channels = channels
 
     def encode(self, images):
         return images

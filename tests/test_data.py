@@ -25,6 +25,7 @@ from util.data.crop import center_crop_arr
 from util.data.digits import digits
 from util.data.folder import ImageFolder
 from util.data.loader import Loader, open_loader
+from util.data.pictures import Probe
 from util.data.settings import Reading
 
 
@@ -72,7 +73,9 @@ def test_descriptions_tell_data_apart(images, tmp_path):
     """Kept statistics of real images depend on them: on the files, their split and the size."""
     root = copy(images, tmp_path / "data")
     one, larger = open_data(root, "train", 32), open_data(root, "train", 64)
-    assert one.description == f"{folders.listing(one)} ADM centre crop 32"  # keys of kept files
+    stored = open_data(root, "train", 32, Reading(orientation="stored"))
+    assert stored.description == f"{folders.listing(one)} ADM centre crop 32"  # keys of kept files
+    assert one.description == f"{stored.description} orientation exif"
     assert open_data("digits", "test", 8).description == "digits test"
     (root / "train/cat/0.jpg").unlink()
     fewer = open_data(root, "train", 32)
@@ -154,7 +157,7 @@ def test_truncated_and_foreign_files(images, tmp_path):
     whole = root / "train/cat/0.jpg"
     whole.write_bytes(whole.read_bytes()[:-300])
     (root / "train/dog/notes.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"2 unreadable or truncated .*0.jpg .*notes.png") as error:
+    with pytest.raises(ValueError, match=r"2 unreadable or truncated .*0.jpg.*notes.png") as error:
         open_checked(root, 32, 2, tmp_path / "record.txt")
     assert "\n" not in str(error.value)
 
@@ -274,7 +277,7 @@ def test_data_without_names_is_not_cached(tmp_path):
     flags = f"--data_path digits --img_size 8 --cached_path {tmp_path}"
     args = main_cache.get_parser().parse_args(shlex.split(flags))
     with pytest.raises(ValueError, match="digits: its images have no names"):
-        main_cache.open_images(args, tmp_path / "record.txt")
+        main_cache.open_images(args)
 
 
 def test_the_size_of_a_kind_is_its_own(tmp_path):
@@ -291,7 +294,8 @@ def test_images_are_read_once_to_check_them(images, tmp_path, monkeypatch):
     """The record spares a second run the reading; other files are read again."""
     record = tmp_path / "out" / "data_checked.txt"
     open_checked(images, 32, 2, record)
-    monkeypatch.setattr(folders, "_probe", lambda path: (path, None, "read again"))
+    again = Probe(None, "read again", [])
+    monkeypatch.setattr(folders, "probe", lambda path, reading: again)
     open_checked(images, 32, 2, record)
     open_data(images, "train", 64)  # without a record they are not checked
     more = write_images(tmp_path / "more", count=5)

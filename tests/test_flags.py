@@ -200,7 +200,8 @@ TABLES = {
     "tracker": TRACKERS,
     "what": (*reproduce.TABLES, "figures"),
 }
-PLAIN = {"layout", "weights"}  # choose between two of the script's own
+# choose between a few of the script's own
+PLAIN = {"layout", "weights", "orientation", "channels"}
 CHOICES = [
     pytest.param(action, id=f"{name}-{action.dest}")
     for name, script in PARSERS.items()

@@ -4,7 +4,7 @@ A kind of data is a row of DATASETS. Its `open` gives a torch Dataset of (image 
 [-1, 1], label) with the attributes
 
     classes      names of the classes
-    channels     C
+    channels     C; with `take_channels(C)` images are read with 1 or 3
     img_size     H if it is W, else [H, W]
     description  text that identifies the images, computed on access
 
@@ -43,7 +43,7 @@ class Kind:
     open: str | Callable  # open(path, split, img_size, reading), or its "module:function"
     claims: Callable  # claims(path): whether a path is of this kind
     path: str = ""  # description of such a path; the name of the row if not given
-    channels: int = 3  # of the images; known before reading any
+    channels: int = 3  # of the images, if the data set does not say
     defaults: dict = field(default_factory=dict)  # default flags for such data: name -> value
     # split that generated images are compared with; None for streaming data
     held_out: str | None = "train"
@@ -151,6 +151,26 @@ def check_images(dataset, workers, record):
     """Check the images of a data set that can. Raises ValueError for damaged ones."""
     if hasattr(dataset, "check"):
         dataset.check(workers, record)
+
+
+def match_channels(dataset, tokenizer, flag, follow=False):
+    """Read a data set's images with as many channels as the tokenizer takes.
+
+    flag: the value of --channels, or None. follow: whether colour may be dropped for it, as in the
+    run that is resumed. Raises ValueError if the images do not fit.
+    """
+    wanted, found = tokenizer.image_channels, getattr(dataset, "channels", None)
+    if None in (wanted, found) or wanted == found:
+        return
+    if flag:
+        raise ValueError(f"--channels {flag}: the tokenizer takes images with channels: {wanted}")
+    if not hasattr(dataset, "take_channels"):
+        raise ValueError(f"the images have channels: {found}, the tokenizer takes {wanted}")
+    if wanted < found and not follow:
+        raise ValueError(
+            "the tokenizer takes grey images, these are in colour: pass --channels 1 to drop it"
+        )
+    dataset.take_channels(wanted)
 
 
 def facts_of(dataset):

@@ -341,6 +341,7 @@ def open_cache(path, shape=None, class_num=None, record=None, data_path=None):
             )
     if class_num is not None:
         check_classes(dataset, class_num, path)
+    dataset.channels = read_manifest(path).get("reading", {}).get("channels")  # of the images
     _compare_classes(dataset.classes, path, data_path)
     return dataset
 

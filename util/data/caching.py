@@ -11,6 +11,8 @@ from util import dist
 from util.data import shard_writer
 from util.data.cached import FolderWriter
 from util.data.loader import batch_loader, plain_loader
+from util.data.manifest import layout_of, read_manifest, write_manifest
+from util.data.pictures import CHANGED, count_kinds, pixel_settings, sentences
 from util.data.rounds import in_rounds
 from util.data.sources import Pictures, Sourced
 from util.logger import Progress
@@ -46,6 +48,38 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
         dist.wait()
         writer.finish()
     return len(todo), len(dataset) - len(todo)
+
+
+def note_reading(dataset, folder, workers):
+    """Note in the manifest of `folder`'s cache what of a Reading changes pixels; returns it.
+
+    It is an entry of manifests. A collective call. Raises ValueError if the folder has latents of
+    pictures that were read otherwise; an earlier version did so where one is turned, transparent
+    or of 16 bits.
+    """
+    if not hasattr(dataset, "reading"):
+        return {}
+    ours = pixel_settings(dataset.reading)
+    found = dist.broadcast((layout_of(folder), read_manifest(folder)) if dist.is_main() else None)
+    theirs = found[1].get("reading")
+    if theirs is None and found[0]:
+        paths = [dataset.path(i) for i in range(len(dataset))]
+        counts = count_kinds(paths, dataset.reading, workers)
+        if changed := [*sentences(counts, len(paths), dataset.reading, CHANGED)]:
+            raise ValueError(
+                f"{folder}: latents by an earlier version, which read otherwise: {changed[0]}; "
+                "pass another --cached_path"
+            )
+    for name, value in (theirs or {}).items():
+        if value != ours.get(name):
+            raise ValueError(
+                f"{folder}: latents of pictures read with --{name} {value}, here it is "
+                f"{ours.get(name)}; pass --{name} {value}, or another --cached_path"
+            )
+    if found[1] and theirs is None and dist.is_main():
+        write_manifest(folder, {**found[1], "reading": ours})
+    dist.barrier()
+    return {"reading": ours}
 
 
 def missing(writer, shape, pictures, workers):

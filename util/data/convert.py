@@ -26,7 +26,7 @@ FACTS = (
     "scale",
     "crop",
 )  # manifest entries of both layouts
-OPTIONAL = ("shift",)  # likewise, if present: only shifts other than 0 are
+OPTIONAL = ("shift", "reading")  # likewise, if present: older caches have neither, nor a shift of 0
 BATCH = 64  # images read at once
 AT_ONCE = 1024  # images converted between two looks at requests to stop
 

@@ -1,15 +1,25 @@
 """Image folders, one folder per class. Damaged images are detected before training."""
 
 import hashlib
+from collections import Counter
 from functools import cached_property, partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from PIL import Image
 from torchvision import datasets, transforms
 
 from util.data.crop import center_crop_arr
+from util.data.pictures import (
+    described,
+    probe,
+    read_picture,
+    resolved,
+    sentences,
+    to_tensor,
+    warned,
+)
+from util.data.settings import PLAIN
 from util.dist import all_gather, broadcast, is_main, print0, rank, world_size
 from util.files import first_few, replacing
 from util.logger import Progress
@@ -18,41 +28,38 @@ from util.sizes import plain, shown, sides
 
 def open_folder(path, split, img_size, reading):
     """Open the images of `path`/`split`, for a row of DATASETS."""
-    return ImageFolder(Path(path) / split, img_size, reading.flip)
-
-
-def read_image(path):
-    """The image at `path` in RGB, a PIL image. Raises ValueError that names the path."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # PIL can raise nearly anything for a damaged file
-        raise ValueError(f"{path}: not a readable image ({error})") from error
-
-
-def to_tensor(image):
-    """A PIL image as a tensor (3, H, W) in [-1, 1]."""
-    return transforms.functional.to_tensor(image) * 2 - 1
+    return ImageFolder(Path(path) / split, img_size, reading.flip, reading)
 
 
 class ImageFolder(datasets.ImageFolder):
     """Images of `root`/class/name, center-cropped to img_size and, with `flip`, flipped at random.
 
-    Raises ValueError if there is no such folder or a class has no image.
+    reading: how pictures are read; the attribute is the one that is resolved. Raises ValueError if
+    there is no such folder or a class has no image.
     """
 
-    channels = 3
-
-    def __init__(self, root, img_size, flip=True):
+    def __init__(self, root, img_size, flip=True, reading=PLAIN):
         steps = [partial(center_crop_arr, size=img_size)]
         steps += [transforms.RandomHorizontalFlip()] if flip else []
         try:
-            super().__init__(str(root), transforms.Compose([*steps, to_tensor]), loader=read_image)
+            super().__init__(str(root), transforms.Compose([*steps, to_tensor]), loader=self._read)
         except FileNotFoundError as error:
             raise ValueError(
                 f"{root}: expected a folder of images for each class. {error}"
             ) from None
         self.img_size = plain(img_size)
+        self.reading = resolved(reading, self.classes, [path for path, _ in self.samples])
+
+    def _read(self, path):
+        return read_picture(path, self.reading)
+
+    @property
+    def channels(self):
+        return self.reading.channels
+
+    def take_channels(self, channels):
+        """Read pictures with so many channels, 1 or 3."""
+        self.reading = self.reading.but(channels=channels)
 
     def name(self, index):
         """The path of an image below the root, class/name.ext."""
@@ -66,7 +73,8 @@ class ImageFolder(datasets.ImageFolder):
     def description(self):
         """A hash of the files with their sizes and times, and the crop. A collective call."""
         listed = broadcast(listing(self) if is_main() else None)
-        return f"{listed} ADM centre crop {shown(self.img_size)}"
+        crop = f"ADM centre crop {shown(self.img_size)}"
+        return f"{listed} {crop}{described(self.reading)}"
 
     def check(self, workers, record):
         """Read every image once; see `check_images`."""
@@ -80,16 +88,20 @@ def check_images(dataset, workers=4, record=None):
     none. Images smaller than img_size are enlarged by the crop, as in the published code; this is
     reported once.
     """
-    digest = listing(dataset, workers) if record and is_main() else ""
+    digest = listing(dataset, workers) + described(dataset.reading) if record and is_main() else ""
     known = bool(digest) and Path(record).is_file() and Path(record).read_text() == digest
     if any(all_gather(known)):
         return
-    damaged, small = _read_all(dataset, workers)
+    damaged, small, counts, warnings = _read_all(dataset, workers)
     if damaged:
         raise ValueError(
             f"{dataset.root}: {len(damaged)} unreadable or truncated images: {first_few(damaged)}; "
             "repair or delete them"
         )
+    for line in sentences(counts, len(dataset), dataset.reading):
+        print0(f"{dataset.root}: {line}")
+    if warnings:
+        print0(f"{dataset.root}: warnings about {len(warnings)} pictures: {first_few(warnings)}")
     if small:
         width, height = min(small, key=min)
         print0(
@@ -103,20 +115,24 @@ def check_images(dataset, workers=4, record=None):
 
 
 def _read_all(dataset, workers):
-    """(messages about damaged images, sizes of images below img_size), from all processes."""
+    """(messages about damaged images, sizes of images below img_size, a Counter of
+    util.data.pictures.KINDS, warnings), from all processes."""
     paths = [path for path, _ in dataset.samples[rank() :: world_size()]]
     height, width = sides(dataset.img_size)
     progress, damaged, small = Progress(len(paths), "checking images", "img"), [], []
-    with ThreadPool(max(1, workers)) as pool:
-        for path, size, problem in pool.imap_unordered(_probe, paths, chunksize=16):
-            if problem:
-                damaged.append(f"{path} ({problem})")
-            elif size[0] < width or size[1] < height:
-                small.append(size)
+    look, kinds = partial(probe, reading=dataset.reading), []
+    with ThreadPool(max(1, workers)) as pool, warned() as warnings:
+        for found in pool.imap_unordered(look, paths, chunksize=16):
+            if found.problem:
+                damaged.append(found.problem)
+            elif found.size[0] < width or found.size[1] < height:
+                small.append(found.size)
+            kinds += found.kinds
             progress.update()
     progress.close()
-    damaged, small = (list(chain.from_iterable(all_gather(x))) for x in (damaged, small))
-    return sorted(damaged), small
+    lists = (damaged, small, kinds, warnings)
+    damaged, small, kinds, warnings = (list(chain.from_iterable(all_gather(x))) for x in lists)
+    return sorted(damaged), small, Counter(kinds), sorted(warnings)
 
 
 def listing(dataset, workers=4):
@@ -132,15 +148,3 @@ def listing(dataset, workers=4):
     with ThreadPool(max(1, workers)) as pool:
         lines = "\n".join(pool.imap(line, dataset.samples, chunksize=256))
     return hashlib.sha256(f"{dataset.img_size}\n{lines}".encode()).hexdigest()
-
-
-def _probe(path):
-    """(path, size, problem or None). JPEGs are decoded at 1/8, which still detects truncation."""
-    try:
-        with Image.open(path) as image:
-            size = image.size
-            image.draft("RGB", (1, 1))
-            image.load()
-        return path, size, None
-    except Exception as error:
-        return path, None, str(error).replace(f" {path!r}", "").splitlines()[0]

@@ -105,6 +105,7 @@ _CHECKS = {
     "shards": _are_shards,
     "finished": lambda value: isinstance(value, bool),
     "parts": lambda value: _is_map(value, str),
+    "reading": lambda value: _is_map(value, str | int),
 }
 
 

@@ -2,7 +2,22 @@
 
 from dataclasses import dataclass
 
+from util.flags import checked
 from util.settings import Settings, setting
+
+
+def check_colour(text):
+    """Raises ValueError for a text that is no colour: a name, or #rrggbb."""
+    if text == "white":
+        return
+    from PIL import ImageColor
+
+    try:
+        opaque = len(ImageColor.getrgb(text)) == 3
+    except ValueError:
+        opaque = False
+    if not opaque:
+        raise ValueError(f"{text!r}: expected the name of a colour, or #rrggbb")
 
 
 @dataclass(frozen=True)
@@ -14,6 +29,25 @@ class Reading(Settings):
         "never mirror images, as for letters, digits, or left and right in medicine (default: half "
         "the images of a training batch)",
         "no_flip",
+    )
+    orientation: str = setting(
+        "auto",
+        "exif: turn pictures as their EXIF orientation says; stored: leave them as they are "
+        "stored; auto: stored for ImageNet, as in the published code, else exif",
+        choices=("auto", "exif", "stored"),
+    )
+    background: str = setting(
+        "white",
+        "what partly transparent pictures are shown over: the name of a colour, or #rrggbb",
+        type=checked(check_colour),
+        metavar="COLOUR",
+    )
+    channels: int = setting(
+        None,
+        "channels of the images: 1 for grey ones, 3 for colour",
+        type=int,
+        choices=(1, 3),
+        otherwise="1 if all pictures are grey and the tokenizer takes 1, else 3",
     )
 
 

@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data import open_data
-from util.data.folder import read_image
+from util.data.pictures import read_picture
+from util.data.settings import PLAIN
 from util.files import check_zip, first_line
 from util.images import to_uint8
 from util.sizes import sides
@@ -46,13 +47,13 @@ class Folder(Dataset):
         self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
         if not self.paths:
             raise ValueError(f"{path}: expected images there, found none")
-        self.sides = sides(img_size or read_image(self.paths[0]).size[::-1])
+        self.sides = sides(img_size or read_picture(self.paths[0], PLAIN).size[::-1])
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_image(self.paths[index])
+        image = read_picture(self.paths[index], PLAIN)
         if (image.height, image.width) != self.sides:
             raise ValueError(
                 f"{self.paths[index]}: {image.height}×{image.width} pixels, expected "
