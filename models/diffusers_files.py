@@ -40,11 +40,11 @@ def read_config(path, kind):
         config = json.loads(source.read_text("utf-8"))
         found = config.get("_class_name")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        config, found = {}, f"file that is not diffusers' ({first_line(error)})"
+        config, found = {}, f"unknown ({first_line(error)})"
     if found == kind:
         return config
     if _is_named_by_diffusers(path):
-        raise ValueError(f"{source}: the configuration of a {found!s:.80}, expected a {kind}")
+        raise ValueError(f"{source}: the configuration of class {found!s:.80}, expected {kind}")
     return {}
 
 

@@ -162,7 +162,7 @@ def test_a_configuration_of_another_file(sdxl, tmp_path, capsys, text, said):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"_class_name": "AutoencoderTiny"}, "of a AutoencoderTiny, expected a AutoencoderKL"),
+        ({"_class_name": "AutoencoderTiny"}, "of class AutoencoderTiny, expected AutoencoderKL"),
         ({"act_fn": "gelu"}, "act_fn gelu, expected silu"),
         ({"norm_num_groups": 16}, "norm_num_groups 16, expected 32"),
         ({"layers_per_block": 3}, "layers_per_block 3, expected 2"),
@@ -210,7 +210,7 @@ def test_vq_folders(tmp_path):
     assert torch.equal(tokenizer.encode(images).flatten().long(), expected)
     with pytest.raises(ValueError, match="holds no scale"):
         build_tokenizer("vq_latent", tmp_path)
-    with pytest.raises(ValueError, match="of a VQModel, expected a AutoencoderKL"):
+    with pytest.raises(ValueError, match="of class VQModel, expected AutoencoderKL"):
         build_tokenizer("kl", tmp_path)
 
 

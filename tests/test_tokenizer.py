@@ -280,7 +280,7 @@ def test_consistency_files(consistency_path, vae_path, tmp_path):
         build_tokenizer("consistency", tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    with pytest.raises(ValueError, match="config.json: the configuration of a AutoencoderKL"):
+    with pytest.raises(ValueError, match="config.json: the configuration of class AutoencoderKL"):
         build_tokenizer("consistency", tmp_path)
     (tmp_path / "config.json").write_text((consistency_path / "config.json").read_text())
     with pytest.raises(ValueError, match="does not fit .* x: in the file, not in this model"):
