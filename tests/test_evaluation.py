@@ -63,7 +63,7 @@ def test_rows_drive_everything(tmp_path, data, kernel_row, capsys):
         found = opened.report(summaries, settings, tmp_path, logger)
     assert found["kernel_distance"] > 0
     assert opened.baseline[0]["kernel_distance"] == pytest.approx(0, abs=1e-6)
-    assert "kernel_distance" in capsys.readouterr().out.split("images ")[0]
+    assert "kernel_distance" in capsys.readouterr().out.split("\nimages ")[0]
     assert "eval_ema/kernel_distance" in logger.scalars.call_args.args[0]
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert records[1]["kernel_distance"] == found["kernel_distance"]
