@@ -34,7 +34,7 @@ def draw_labels(count, class_num, data, seed, names=None):
     ends = torch.tensor(counts if known else [1] * class_num).cumsum(0)
     places = torch.randint(int(ends[-1]), (count,), generator=torch.Generator().manual_seed(seed))
     labels = torch.searchsorted(ends, places, right=True).tolist()
-    odds = "as in the data" if known else "as often each, since the data's counts are not known"
+    odds = "as in the data" if known else "all classes equally likely (the data's are not known)"
     return labels, _entries(labels, f"{odds}, drawn at random (seed {seed})", names)
 
 
