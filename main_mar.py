@@ -12,7 +12,8 @@ from pathlib import Path
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
 from util.data import CACHE_CHECKED, IMAGES_CHECKED, add_data_flags, check_data_set
-from util.data.settings import Reading
+from util.data.classes import known_names
+from util.data.settings import Reading, plain_reading
 from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
@@ -23,6 +24,7 @@ from util.flags import (
     machine,
     run,
 )
+from util.labels import cycle_labels, draw_labels
 from util.recipe import Output, Recipe
 from util.run import last_words, stop
 from util.run.tracker import add_tracker_flag
@@ -103,10 +105,12 @@ class Run:
         }
 
     def labels(self):
-        """Labels of --num_images samples, cycling through the classes, because splits of the
-        Inception Score consist of consecutive images."""
-        classes = self.config["model"]["class_num"]
-        return [i % classes for i in range(self.args.num_images)]
+        """(labels of --num_images samples, entries of reports on them)."""
+        count, classes = self.args.num_images, self.config["model"]["class_num"]
+        names = known_names(self.config)
+        if self.args.labels == "random":
+            return draw_labels(count, classes, self.config["data"], self.args.seed, names)
+        return cycle_labels(range(classes), count, classes, names)
 
 
 def main(argv=None):
@@ -203,10 +207,14 @@ def configure(args, given, stored, source, data):
         "tokenizer": own,
         "sampling": sampling.asdict(),
         "latent_range": stored.get("latent_range", 0.0),
-        "data": facts_of(data) if data else stored.get("data"),
+        "data": facts_of(data) if data else dict(stored.get("data") or {}),
     }
     if "init_from" in stored:
         config["init_from"] = stored["init_from"]
+    said = {field.name for field in Reading.fields() if data or destination(field) in given}
+    reading = from_flags(Reading, args).asdict()  # which evaluation reads real images by, too
+    reading = {name: reading[name] for name in reading if name in said}
+    config["data"]["reading"] = config["data"].get("reading", {}) | reading
     if (stored or args.init_from) and (note := presets.overridden(args, given, as_flags(config))):
         print0(f"NOTE: {note}")
     return config, sampling, tokenizer
@@ -245,6 +253,8 @@ def open_evaluation(this):
         img_size=this.config["model"]["img_size"],
         num_images=this.args.num_images,
         device=this.device,
+        classes=known_names(this.config),
+        reading=plain_reading(this.config["data"], {}),
     )
 
 
@@ -286,7 +296,7 @@ def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
 
     load_strictly(model, checkpoint["model_ema"], path)
     logger = Logger(this.args.log_dir or this.args.output_dir, resumed=True)
-    drawn = model, this.tokenizer, this.labels(), this.sampling
+    drawn = model, this.tokenizer, this.labels()[0], this.sampling
     how = {"weights": "ema", **this.generation()}
     with engine.open_images(this.args.out, *drawn, **how) as outputs, stop.deferred():
         evaluate(this, model, "ema", evaluator, logger, steps_done(checkpoint), outputs)
@@ -294,18 +304,18 @@ def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
 
 
 def evaluate(this, model, weights, evaluator, logger, step, outputs=None):
-    """Evaluate --num_images samples, equally many per class. weights: "ema" or "raw"."""
+    """Evaluate --num_images samples. weights: "ema" or "raw"."""
     import engine_mar as engine
 
-    config = this.config["model"]
-    settings = {"weights": weights, "seed": this.args.seed, "dtype": this.precision}
+    config, (labels, balance) = this.config["model"], this.labels()
+    settings = {"weights": weights, **balance, "seed": this.args.seed, "dtype": this.precision}
     settings |= {"model": config["name"], "head": config.get("head")}
     settings |= {"max_timestep": config.get("max_timestep")}
     report = {"output_dir": this.args.output_dir, "logger": logger, "step": step}
     engine.evaluate(
         model,
         this.tokenizer,
-        this.labels(),
+        labels,
         this.sampling,
         evaluator,
         settings=settings,

@@ -5,9 +5,11 @@ from pathlib import Path
 from models.settings import Sampling
 from util.data import check_data_set
 from util.data.classes import find_labels, known_names
+from util.data.settings import PLAIN_NAMES, Reading, plain_reading
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
+from util.labels import cycle_labels, draw_labels
 from util.run import last_words, stop
 from util.settings import add_flags, from_flags, said_flags
 
@@ -41,10 +43,17 @@ def add_image_flags(group):
     group.add_argument(
         "--labels",
         help="classes by name, as in goldfish,school_bus, or by index, as in 207,360,980-989; all; "
-        "or none: no class (default: the first ten)",
+        "none: no class; or random: drawn, each as often as in the training data (default: the "
+        "first ten)",
     )
     group.add_argument(
-        "--per_class", type=positive_int, default=8, metavar="N", help="images per label"
+        "--per_class", type=positive_int, metavar="N", help="images per label (default: 8)"
+    )
+    group.add_argument(
+        "--num_images",
+        type=positive_int,
+        metavar="N",
+        help="images in all, cycling through the labels (default: --per_class of each)",
     )
     group.add_argument(
         "--out",
@@ -78,6 +87,7 @@ def add_sweep_flags(group):
         metavar="PATH",
         help="a data set whose real images are evaluated for comparison (default: none)",
     )
+    add_flags(group, Reading, PLAIN_NAMES, unset="as in training")
 
 
 def main(argv=None):
@@ -96,7 +106,7 @@ def main(argv=None):
     model, tokenizer, config = open_checkpoint(args)
     last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
     sampling = pick_sampling(args, config, model, points)
-    labels = pick_labels(args, config)
+    labels, balance = pick_labels(args, config)
     precision = pick_precision(args.precision, device)  # also used for the features
     generation = {
         "seed": args.seed,
@@ -107,14 +117,14 @@ def main(argv=None):
         "progress": "sampling",
     }
     drawn = model.to(device), tokenizer.to(device), labels
-    how = {"weights": args.weights, "columns": args.per_class if args.per_class > 1 else None}
+    how = {"weights": args.weights, "columns": args.per_class if args.per_class != 1 else None}
     with engine.open_images(args.out, *drawn, sampling, **how, **generation) as outputs:
         evaluator = open_evaluation(args, config, len(labels), device)
         shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
         print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {shown}, seed {args.seed}")
         with stop.deferred():
             if evaluator:
-                measure(args, points, drawn, sampling, evaluator, outputs, generation)
+                measure(args, points, drawn, sampling, evaluator, outputs, generation, balance)
             else:
                 batches = engine.generate_images(*drawn, sampling, known=outputs.read, **generation)
                 for batch in batches:
@@ -133,6 +143,12 @@ def check(args):
         check_data_set(args.data_path)
     if args.output_dir:
         make_folder(args.output_dir, "--output_dir")
+    if args.per_class and args.num_images:
+        raise ValueError(f"--num_images {args.num_images}: expected no --per_class beside it")
+    if args.labels == "random" and not args.num_images:
+        raise ValueError("--labels random: expected --num_images, how many are drawn")
+    if not args.num_images:
+        args.per_class = args.per_class or 8
     if args.sweep and args.out:
         raise ValueError("--sweep keeps no images: expected no --out")
     if args.out is None:
@@ -170,13 +186,21 @@ def pick_sampling(args, config, model, points):
 
 
 def pick_labels(args, config):
-    """A label per image, cycling through the classes, because splits of the Inception Score consist
-    of consecutive images. Raises ValueError."""
-    class_num = config["model"]["class_num"]
-    if args.labels is None:
-        args.labels = f"0-{min(10, class_num) - 1}"
-        return list(range(min(10, class_num))) * args.per_class
-    return find_labels(args.labels, class_num, known_names(config)) * args.per_class
+    """(a label per image, entries of reports on them). Raises ValueError.
+
+    Images cycle through the labels, because splits of the Inception Score consist of consecutive
+    ones.
+    """
+    class_num, names = config["model"]["class_num"], known_names(config)
+    if args.labels == "random":
+        return draw_labels(args.num_images, class_num, config.get("data"), args.seed, names)
+    chosen = range(min(10, class_num))
+    if args.labels is not None:
+        chosen = find_labels(args.labels, class_num, names)
+    args.labels = args.labels or f"0-{len(chosen) - 1}"
+    count = args.num_images or len(chosen) * args.per_class
+    text = None if args.labels == "all" else args.labels
+    return cycle_labels(chosen, count, class_num, names, text)
 
 
 def open_evaluation(args, config, num_images, device):
@@ -191,13 +215,15 @@ def open_evaluation(args, config, num_images, device):
         img_size=config["model"]["img_size"],
         num_images=num_images,
         device=device,
+        classes=known_names(config),
+        reading=plain_reading(config.get("data"), said_flags(Reading, args)),
     )
 
 
-def measure(args, points, drawn, sampling, evaluator, outputs, generation):
+def measure(args, points, drawn, sampling, evaluator, outputs, generation, balance):
     """Evaluate the model at each of the points; {} means the settings unchanged.
 
-    drawn: model, tokenizer and labels.
+    drawn: model, tokenizer and labels. balance: entries of reports on the labels.
     """
     import engine_mar as engine
     from util import dist
@@ -214,9 +240,9 @@ def measure(args, points, drawn, sampling, evaluator, outputs, generation):
         names = [*evaluator.promised, "seconds_per_image"]  # unless all images were there
         return find_result(folder / "results.jsonl", wanted, names)
 
-    named = ("ckpt", "weights", "labels", "per_class")
-    settings = {**{name: getattr(args, name) for name in named}, "seed": args.seed}
-    settings = {"checkpoint": settings.pop("ckpt"), **settings, "dtype": generation["precision"]}
+    settings = {"checkpoint": args.ckpt, "weights": args.weights, **balance}
+    settings |= {"per_class": args.per_class} if args.per_class else {}
+    settings |= {"seed": args.seed, "dtype": generation["precision"]}
 
     def evaluate(point):
         if point and any(dist.all_gather(bool(found(point)))):

@@ -8,6 +8,7 @@ from inspect import signature
 from typing import get_args
 
 from models.settings import MODELS, TOKENIZERS, Model, Sampling
+from util.data.settings import Reading
 from util.files import first_line
 from util.stored import expect, is_count, is_number
 
@@ -46,6 +47,9 @@ def _check_data(data, class_num, path):
     for entry, values, fits in (("classes", classes, _is_name), ("counts", counts, is_count)):
         good = isinstance(values, list) and len(values) in (0, class_num) and all(map(fits, values))
         expect(good, path, f"config's data {entry}", values, f"one for each of {class_num} classes")
+    reading = data.get("reading", {})
+    expect(isinstance(reading, dict), path, "config's data reading", reading, "values by name")
+    _check_settings(Reading, reading, path, "data reading")
 
 
 def _is_name(value):

@@ -11,11 +11,13 @@ import pytest
 import torch
 from test_metrics import data_set, folder, npz, open_tiny, pictures
 
+from util.data.settings import Reading
 from util.evaluation import __main__ as door
-from util.evaluation import baseline, evaluator, metrics
+from util.evaluation import baseline, evaluator, image_sets, metrics
 from util.evaluation.evaluator import open_evaluator
 from util.evaluation.features import EXTRACTORS, Extractor
 from util.evaluation.metrics import METRICS, Metric
+from util.evaluation.references import find_reference
 from util.evaluation.settings import Evaluation
 from util.evaluation.sweep import find_result, write_sweep
 from util.flags import Parser, run
@@ -63,7 +65,7 @@ def test_rows_drive_everything(tmp_path, data, kernel_row, capsys):
         found = opened.report(summaries, settings, tmp_path, logger)
     assert found["kernel_distance"] > 0
     assert opened.baseline[0]["kernel_distance"] == pytest.approx(0, abs=1e-6)
-    assert "kernel_distance" in capsys.readouterr().out.split("images ")[0]
+    assert "kernel_distance" in capsys.readouterr().out.split("\nimages ")[0]
     assert "eval_ema/kernel_distance" in logger.scalars.call_args.args[0]
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert records[1]["kernel_distance"] == found["kernel_distance"]
@@ -255,6 +257,63 @@ def test_a_sweep_shows_what_all_its_points_have(tmp_path):
     write_sweep([{**records[0], "pixel_distance": 1.0}, records[1]], points, tmp_path)
     header = (tmp_path / "sweep.csv").read_text().splitlines()[0]
     assert header == "cfg,fid,seconds_per_image,images"
+
+
+WORDNET = [f"n{i:08}" for i in range(1000)]  # names as ImageNet's
+
+
+@pytest.mark.parametrize(
+    ("path", "classes", "trained", "file", "expected"),
+    [
+        ("data", ["a", "b"], WORDNET, True, ("data", "the data are not known to be ImageNet")),
+        ("data", WORDNET, None, True, ("file", "the data are ImageNet")),
+        ("data", WORDNET, None, False, ("data", "there is no fid_stats/adm_in24_stats.npz")),
+        ("none", None, WORDNET, True, ("file", "the data are ImageNet")),
+        ("none", None, ["a", "b"], True, (None, "the data are not known to be ImageNet")),
+        ("none", None, None, True, (None, "the data are not known to be ImageNet")),
+        ("digits", None, None, True, ("digits", "ADM's statistics are of Inception's features")),
+    ],
+)
+def test_statistics_of_imagenet_are_for_imagenet(
+    path, classes, trained, file, expected, tmp_path, monkeypatch
+):
+    """Other data of this size are compared with their own images, though the file is there."""
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    if file:
+        (tmp_path / "fid_stats").mkdir()
+        (tmp_path / "fid_stats" / "adm_in24_stats.npz").touch()
+    opened = mock.Mock(return_value=mock.Mock(classes=classes))
+    source, why = find_reference(Evaluation(), path, 24, opened, trained)
+    assert source == {"file": "fid_stats/adm_in24_stats.npz"}.get(expected[0], expected[0])
+    assert why.startswith(expected[1])
+
+
+@pytest.mark.parametrize("asked", ["auto", "none", "digits"])
+def test_the_reference_is_said(asked, tmp_path, data, capsys):
+    """In one line, and why, if it was chosen."""
+    settings = {"reference": asked, "extractor": "grey-pixels", "stats_dir": tmp_path}
+    path, side = (data, 24) if asked == "auto" else ("digits", 8)
+    open_evaluator(Evaluation(**settings), path, img_size=side, num_images=20)
+    line = {
+        "auto": f"reference: {data}, train images (--reference auto: ADM's statistics are of "
+        "Inception's features)",
+        "none": "no reference: only metrics that need none",
+        "digits": "reference: digits, test images",
+    }
+    assert capsys.readouterr().out.splitlines()[0] == line[asked]
+
+
+def test_real_pictures_are_read_as_in_training(tmp_path, data, monkeypatch):
+    """By every field of Reading, but never mirrored; for the reference and for the baseline."""
+
+    opened = mock.Mock(side_effect=image_sets.open_data)
+    monkeypatch.setattr(image_sets, "open_data", opened)
+    settings = Evaluation(extractor="grey-pixels", reference=str(data), stats_dir=tmp_path)
+    reading = Reading(background="black")
+    open_evaluator(settings, "digits", img_size=8, num_images=20, reading=reading)
+    read = [(call.args[0], call.args[3]) for call in opened.call_args_list]
+    assert read == [(path, reading.but(flip=False)) for path in ("digits", str(data))]
 
 
 def loaded(*modules):

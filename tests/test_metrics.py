@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,10 @@ from test_train import torchrun
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
+from util.data.crop import center_crop_arr
 from util.data.digits import digits
 from util.evaluation import __main__ as door
-from util.evaluation import references
+from util.evaluation import image_sets, references
 from util.evaluation.accumulator import (
     Accumulator,
     RunningInceptionScore,
@@ -281,6 +283,13 @@ def test_statistics_of_a_data_set_are_kept_by_what_they_depend_on(tmp_path, monk
     again = load_reference(str(data), Extractor("tiny"), 24, cache, workers=0)
     assert not counted.called
     np.testing.assert_array_equal(first.statistics["sigma"], again.statistics["sigma"])
+    moved = data.rename(tmp_path / "moved")
+    kept = references.kept_path(cache, moved, "x", "y", "npz")
+    assert kept.name.startswith("moved-x-")
+    kept.with_name(kept.name.replace("moved", "data")).touch()
+    assert references.kept_path(cache, moved, "x", "y", "npz").name.startswith("data-x-")
+    next(cache.glob("*-x-*")).unlink()
+    data = moved.rename(data)
     load_reference(str(data), Extractor("tiny"), 16, cache, workers=0)
     other = Extractor("tiny")
     other.sha256 = "0" * 64
@@ -315,7 +324,6 @@ def test_real_images_are_the_baseline(tmp_path):
         (lambda p: npz(p, mu=np.zeros(64), sigma=np.eye(64)), "64 features, .* have 12"),
         (lambda p: npz(p, mu=np.zeros(12), sigma=np.eye(12), sha256="ff"), "other weights"),
         (lambda p: npz(p, arr_0=pictures(9, 0, side=32)), r"\(9, 32, 32, 3\), expected uint8"),
-        (lambda p: folder(p / "size", pictures(9, 0, side=32)), "32×32 pixels, expected 24×24"),
         (lambda p: damaged(p), "0003.png: not a readable image"),
         (lambda p: truncated(p), "not a readable .npz"),
         (lambda p: flipped(p), "not a readable .npz .*the checksum of arr_0.npy"),
@@ -338,6 +346,52 @@ def test_images_of_an_npz_stay_on_the_disk(tmp_path, save):
     assert isinstance(opened.images, np.memmap) == (save is np.savez)
     assert len(opened) == 7
     assert all(np.array_equal(opened[i][0], images[i]) for i in range(7))
+
+
+def test_a_worker_is_sent_a_place_not_images(tmp_path, monkeypatch):
+    """An .npz has up to 10 GB, and its checksum is not verified again; a compressed one is in
+    memory, and is read without workers."""
+    images = pictures(70, 3)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    opened = open_images(tmp_path / "a.npz")
+    monkeypatch.setattr(image_sets, "check_zip", None)
+    sent = pickle.dumps(torch.utils.data.Subset(opened, range(70)))
+    assert len(sent) < 1000 < images.nbytes
+    again = pickle.loads(sent).dataset
+    assert isinstance(again.images, np.memmap) and np.array_equal(again.images, images)
+    monkeypatch.undo()
+    np.savez_compressed(tmp_path / "b.npz", arr_0=images)
+    with mock.patch("util.evaluation.accumulator.plain_loader", return_value=[]) as loader:
+        for name in ("a", "b"):
+            summarize(open_images(tmp_path / f"{name}.npz"), mock.Mock(), None, workers=2)
+    assert [call.args[2] for call in loader.call_args_list] == [2, 0]
+
+
+def test_what_is_hidden_is_no_image_of_a_folder(tmp_path):
+    """What macOS and editors leave beside images, at any depth; the folder itself may be hidden."""
+    root = folder(tmp_path / ".hidden" / "a", pictures(3, 0))
+    for name in ("._0000.png", ".cache/x.png", "__MACOSX/x.png", "b/._0000.PNG"):
+        (root.parent / name).parent.mkdir(exist_ok=True)
+        (root.parent / name).write_bytes(b"no image")
+    found = open_images(root.parent)
+    assert [path.name for path in found.paths] == ["0000.png", "0001.png", "0002.png"]
+
+
+def test_photos_of_any_size_are_cropped_like_the_data(tmp_path, capsys):
+    """To the known size, which is said; without it, two sizes are named."""
+    root = folder(tmp_path / "photos", pictures(3, 0))
+    wide = np.concatenate([pictures(2, 1, side=32)] * 2, axis=2)
+    Image.fromarray(wide[0]).save(root / "1.png")
+    found = open_images(root, 24)
+    cropped = np.asarray(center_crop_arr(Image.fromarray(wide[0]), 24))
+    assert np.array_equal(found[3][0], cropped) and len(found) == 4
+    assert np.array_equal(found[0][0], pictures(3, 0)[0])
+    line = f"{root}: 1 of 4 images are not 24×24, such as {root}/1.png of 64×32 pixels: they are"
+    assert capsys.readouterr().out == f"{line} cropped like the data\n"
+    with pytest.raises(ValueError, match=r"0000.png of 24×24 pixels, but .*1.png of 64×32 .*--img"):
+        open_images(root)
+    with pytest.raises(ValueError, match=r"0000.png of 64×32 pixels: expected square .*--img_size"):
+        open_images(folder(tmp_path / "wide", wide))
 
 
 def npz(path, **arrays):
@@ -436,11 +490,9 @@ def test_bad_input_at_the_door(tmp_path, capsys):
 def test_door_as_a_module(tmp_path):
     """python -m util.evaluation works as it stands in the README."""
     root = folder(tmp_path / "images", pictures(20, 1))
-    done = subprocess.run(
-        [sys.executable, "-m", "util.evaluation", root, "--reference", root, "--extractor",
-         "grey-pixels", "--device", "cpu"],
-        cwd=ROOT, env=os.environ, capture_output=True, text=True,
-    )  # fmt: skip
+    flags = ["--reference", root, "--extractor", "grey-pixels", "--device", "cpu"]
+    command = [sys.executable, "-m", "util.evaluation", root, *flags]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.strip().splitlines()[-1])
     assert record["precision"] == record["recall"] == 1.0

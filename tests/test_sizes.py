@@ -142,8 +142,8 @@ def test_from_pictures_to_metrics(tmp_path, images, capsys):
         evaluate(shlex.split(measured))
         same = read_lines(tmp_path / "measured" / "results.jsonl")[-1]
         assert same["frechet_distance"] == found["frechet_distance"]
-    line = complain(capsys, evaluate, *shlex.split(measured), "--img_size", "8", "16")
-    assert "16×8 pixels, expected 8×16 (height×width)" in line
+    line = complain(capsys, evaluate, str(out[1]), "--img_size", "8", "16", "--device", "cpu")
+    assert "arr_0 is uint8 (4, 16, 8, 3), expected uint8 (N, 8, 16, 3)" in line
     (out[2] / "000001.png").unlink()  # resumes with what is missing
     sample.main([*shlex.split(drawn), "--out", str(out[2])])
     assert (np.asarray(Image.open(out[2] / "000001.png")) == array[1]).all()

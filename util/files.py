@@ -39,6 +39,21 @@ def make_folder(path, flag):
         raise ValueError(f"{flag} {path}: not a folder to write to ({error.strerror})") from None
 
 
+def check_writable(path, what):
+    """Raises ValueError unless a file can be written at `path`, which is left as it is.
+
+    what: flag and path that the message names.
+    """
+    try:
+        beside = _beside(Path(path))
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.touch()
+        beside.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise ValueError(f"{what}: cannot be written ({reason})") from None
+
+
 def first_few(names, shown=3):
     """The first names, and the number of others, for a message."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
@@ -78,7 +93,7 @@ def replacing(path, needed=0, durable=False):
     """
     path = Path(path)
     check_room(path, needed)
-    beside = path.with_name(f".{path.name}.{os.getpid()}@{HOST}.part")
+    beside = _beside(path)
     with expecting_room(path, needed):
         _writing.add(real := os.path.realpath(beside))
         try:
@@ -92,6 +107,11 @@ def replacing(path, needed=0, durable=False):
             beside.unlink(missing_ok=True)
         if durable:
             _names_to_disk(path.parent)
+
+
+def _beside(path):
+    """The name under which this process writes a file that is not yet whole."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{HOST}.part")
 
 
 def _to_disk(path):

@@ -21,6 +21,7 @@ from util import dist
 from util.dist import print0
 from util.files import (
     check_room,
+    check_writable,
     check_zip,
     first_few,
     make_folder,
@@ -307,12 +308,7 @@ def _check_paths(paths, labels, img_size, columns):
     """Outputs of these names. Raises ValueError."""
     folders, files = [], []
     for path in paths:
-        make_folder(path.parent, "--out")
-        others = set(Image.registered_extensions()) - {".png"}
-        if path.is_file() != path.exists() and path.suffix in (".png", ".npz"):
-            raise ValueError(f"--out {path}: is a folder, expected a name for a file")
-        if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
-            raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
+        _check_path(path)
         if path.suffix == ".png" and len(labels) > MAX_GRID:
             raise ValueError(
                 f"--out {path}: a grid of {len(labels)} images, expected at most {MAX_GRID}; "
@@ -327,6 +323,17 @@ def _check_paths(paths, labels, img_size, columns):
     if files and not folders:
         folders = [BatchFolder(files[0].path, img_size)]
     return Outputs(folders, files, len(labels))
+
+
+def _check_path(path):
+    """Raises ValueError unless a name is one of an output, and it can be written there."""
+    others = set(Image.registered_extensions()) - {".png"}
+    if path.is_file() != path.exists() and path.suffix in (".png", ".npz"):
+        raise ValueError(f"--out {path}: is a folder, expected a name for a file")
+    if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
+        raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
+    is_file = path.suffix in (".png", ".npz")
+    check_writable(path if is_file else path / RECORD, f"--out {path}")
 
 
 def _claim_all(outputs, settings, machine):

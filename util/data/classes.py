@@ -123,3 +123,9 @@ def _lemmas(names):
 
 def _plain(name):
     return name.strip().lower().replace("_", " ")
+
+
+def spoken(names):
+    """The names of classes for people: ImageNet's first word for a WordNet id."""
+    lemmas = _lemmas(names)
+    return [lemmas.get(name, name).split(", ")[0] for name in names]

@@ -35,7 +35,7 @@ def digits(split):
     )
     indices = parts[("train", "test").index(split)]
     dataset = TensorDataset(images[indices], labels[indices])
-    dataset.classes = [str(digit) for digit in range(10)]
+    dataset.classes, dataset.targets = [str(digit) for digit in range(10)], labels[indices].tolist()
     dataset.channels, dataset.img_size = 1, 8
     dataset.description = f"digits {split}"
     return dataset

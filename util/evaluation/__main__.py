@@ -4,11 +4,12 @@ IMAGES is a folder of images or an .npz; REFERENCE is either, an .npz of statist
 `sigma`: ADM's, or the official repository's), or a data set: a folder with train/class/image.
 """
 
+from util.data.settings import PLAIN_NAMES, Reading, plain_reading
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_device_flag, add_size_flag, run
 from util.run import last_words
-from util.settings import add_flags, from_flags
+from util.settings import add_flags, from_flags, said_flags
 
 
 def get_parser():
@@ -23,8 +24,11 @@ def get_parser():
         help="append the metrics to results.jsonl in this folder (default: print only)",
     )
     add_size_flag(
-        parser, "required side of the images, or height and width (default: those of the first)"
+        parser,
+        "side of the images, or height and width; those of a folder that have another size are "
+        "cropped to it like the data (default: that of all)",
     )
+    add_flags(parser, Reading, PLAIN_NAMES)
     add_device_flag(parser)
     add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
     return parser
@@ -41,12 +45,14 @@ def main(argv=None):
     if args.output_dir:
         make_folder(args.output_dir, "--output_dir")
         last_words.set_folder(args.output_dir, "evaluation")
-    images = open_images(args.images, args.img_size)
+    reading = plain_reading(None, said_flags(Reading, args))
+    images = open_images(args.images, args.img_size, reading)
     evaluator = open_evaluator(
         from_flags(Evaluation, args),
         img_size=images[0][0].shape[:2],
         num_images=len(images),
         device=device,
+        reading=reading,
     )
     summaries = summarize(images, evaluator.start(len(images)), "images")
     evaluator.report(summaries, {"source": args.images}, args.output_dir)

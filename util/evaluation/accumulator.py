@@ -189,8 +189,10 @@ def summarize(dataset, accumulator, label, batch_size=64, workers=WORKERS):
     """The summary of a data set of (uint8 image, label) by an Accumulator or a Measurement.
 
     Processes divide the images among themselves. label: name of the progress bar; None for none.
+    workers: loader processes, of which a data set may allow fewer by an attribute of this name.
     """
     mine = range(dist.rank(), len(dataset), dist.world_size())
+    workers = min(workers, getattr(dataset, "workers", workers))
     loader = plain_loader(Subset(dataset, mine), batch_size, workers)
     progress = Progress(len(mine), label, "img")
     start = 0

@@ -1,11 +1,13 @@
 """The Evaluator: all that evaluation needs, opened before any image is generated."""
 
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 
 import torch
 
 from util import dist
 from util.data import has_images, kind_of
+from util.data.settings import PLAIN
 from util.dist import print0
 from util.evaluation.accumulator import Accumulator, Measurement
 from util.evaluation.baseline import measure_baseline
@@ -150,13 +152,25 @@ def _features_on(device, held):
     return replace(held, features=held.features.to(device))
 
 
-def open_evaluator(settings, data_path=None, *, img_size, num_images, device="cpu"):
+def open_evaluator(
+    settings,
+    data_path=None,
+    *,
+    img_size,
+    num_images,
+    device="cpu",
+    classes=None,
+    reading=PLAIN,
+):
     """The Evaluator of num_images images for an Evaluation. Raises ValueError.
 
     data_path: the data set whose real images are the baseline; if not given, that of the reference,
-    if it is a data set.
+    if it is a data set. classes: names of the classes that the model was trained on, or None.
+    reading: how real pictures are read, a util.data.settings.Reading, as in training.
     """
-    source = find_reference(settings.reference, data_path, img_size)
+    open_set = cache(partial(RealImages, split="train", img_size=img_size, reading=reading))
+    source, why = find_reference(settings, data_path, img_size, open_set, classes)
+    print0(_say_reference(settings.reference, source, why))
     if source:
         check_reference(source)  # quick, before weights are downloaded
     own = pick_extractor(settings.extractor, source, data_path)
@@ -166,9 +180,8 @@ def open_evaluator(settings, data_path=None, *, img_size, num_images, device="cp
     evaluator.start(num_images)  # raises for too few images before the reference is read
     real, data_path = None, str(data_path or source)
     if source:
-        real = _add_references(evaluator, source, data_path, img_size)
-    else:
-        print0("no --reference: only metrics that need none")
+        real = open_set(data_path) if has_images(data_path) else None
+        _add_references(evaluator, source, real, data_path, img_size, reading)
     _check_chosen(evaluator, num_images)
     if real:
         evaluator.baseline = measure_baseline(evaluator, data_path, real, num_images)
@@ -185,16 +198,25 @@ def _open_extractors(settings, own, chosen, img_size, device):
     return opened
 
 
-def _add_references(evaluator, source, data_path, img_size):
-    """Add the references of an Evaluator; returns the real training images, or None."""
-    real = RealImages(data_path, "train", img_size) if has_images(data_path) else None
+def _add_references(evaluator, source, real, data_path, img_size, reading):
+    """Add the references of an Evaluator. real: the training images at data_path, or None."""
     same = real and source == data_path and kind_of(source).held_out == "train"
-    own, cache = evaluator.extractor, evaluator.settings.stats_dir
+    how = {"dataset": real if same else None, "reading": reading}
     for name, extractor in evaluator.extractors.items():
+        own = extractor is evaluator.extractor
         evaluator.references[name] = load_reference(
-            source, extractor, img_size, cache, dataset=real if same else None, own=extractor is own
+            source, extractor, img_size, evaluator.settings.stats_dir, own=own, **how
         )
-    return real
+
+
+def _say_reference(asked, source, why):
+    """A line on what images are compared with, and why that was chosen."""
+    if source is None:
+        advice = f" (--reference auto: {why}; pass a path)" if why else ""
+        return f"no reference: only metrics that need none{advice}"
+    kind = kind_of(source)
+    images = f", {kind.held_out} images" if kind and kind.held_out else ""
+    return f"reference: {source}{images}" + (f" (--reference auto: {why})" if why else "")
 
 
 def _check_chosen(evaluator, num_images):

@@ -5,32 +5,45 @@ Each yields (uint8 (H, W, 3), label), like generated images; the label is -1 if 
 
 import math
 import zipfile
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from util import dist
 from util.data import open_data
+from util.data.crop import center_crop_arr
 from util.data.pictures import read_picture
 from util.data.settings import PLAIN
+from util.dist import print0
 from util.files import check_zip, first_line
 from util.images import to_uint8
-from util.sizes import sides
+from util.sizes import shown, sides
+
+THREADS = 4  # that read sizes of images
 
 
 class RealImages(Dataset):
     """The images of a data set in the format of generated ones: (uint8 (H, W, 3), label).
 
-    source: its path, as in --data_path. `description` identifies the images.
+    source: its path, as in --data_path. reading: a util.data.settings.Reading; images are never
+    mirrored. `description` identifies the images, `classes` are the names of their classes.
     """
 
-    def __init__(self, source, split, img_size):
-        self.dataset = open_data(source, split, img_size)
+    def __init__(self, source, split, img_size, reading=PLAIN):
+        self.dataset = open_data(source, split, img_size, reading.but(flip=False))
 
     @property
     def description(self):
         return self.dataset.description
+
+    @property
+    def classes(self):
+        return self.dataset.classes
 
     def __len__(self):
         return len(self.dataset)
@@ -41,32 +54,88 @@ class RealImages(Dataset):
 
 
 class Folder(Dataset):
-    """All images below a folder, in the order of their names: (uint8 (H, W, 3), -1)."""
+    """All images below a folder, in the order of their names: (uint8 (H, W, 3), -1).
 
-    def __init__(self, path, img_size):
-        self.paths = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+    img_size: those of another size are cropped to it like the data, which is said; None: all have
+    the size of the first. Raises ValueError for other sizes then. A collective call.
+    """
+
+    def __init__(self, path, img_size=None, reading=PLAIN):
+        self.reading = reading
+        self.paths = sorted(pictures_below(path))
         if not self.paths:
             raise ValueError(f"{path}: expected images there, found none")
-        self.sides = sides(img_size or read_picture(self.paths[0], PLAIN).size[::-1])
+        found = _sizes(self.paths)  # (height, width) each
+        self.sides = sides(img_size) if img_size else found[0]
+        others = [i for i, size in enumerate(found) if size != self.sides]
+        if others and not img_size:
+            raise ValueError(_differing(self.paths, found, others[0]))
+        if others:
+            print0(
+                f"{path}: {len(others)} of {len(found)} images are not {shown(img_size)}, such as "
+                f"{_named(self.paths, found, others[0])}: they are cropped like the data"
+            )
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index):
-        image = read_picture(self.paths[index], PLAIN)
+        image = read_picture(self.paths[index], self.reading)
         if (image.height, image.width) != self.sides:
-            raise ValueError(
-                f"{self.paths[index]}: {image.height}×{image.width} pixels, expected "
-                f"{self.sides[0]}×{self.sides[1]} (height×width): all images of one size"
-            )
+            image = center_crop_arr(image, self.sides)
         return np.array(image), -1
 
 
-class Array(Dataset):
-    """The `arr_0` (N, H, W, 3) uint8 of an .npz: (uint8 (H, W, 3), -1)."""
+def pictures_below(root):
+    """The paths of all images below a folder, but for hidden ones and those that macOS adds."""
+    for path in Path(root).rglob("*"):
+        parts = path.relative_to(root).parts
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
+        if path.suffix.lower() in IMG_EXTENSIONS and not hidden:
+            yield path
 
-    def __init__(self, path, img_size):
-        self.images = _mapped(path, "arr_0")
+
+def _sizes(paths):
+    """(height, width) of each image, read by all processes. Raises ValueError."""
+    with ThreadPool(THREADS) as pool:
+        mine = pool.map(_size, paths[dist.rank() :: dist.world_size()], chunksize=16)
+    parts = dist.all_gather(mine)
+    found = [parts[i % len(parts)][i // len(parts)] for i in range(len(paths))]
+    if problem := next((size for size in found if isinstance(size, str)), None):
+        raise ValueError(problem)
+    return found
+
+
+def _size(path):
+    """(height, width) of an image, or what is wrong with it."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except Exception as error:  # PIL can raise nearly anything for a damaged file
+        return f"{path}: not a readable image ({first_line(error)})"
+
+
+def _differing(paths, found, other):
+    return (
+        f"{_named(paths, found, 0)}, but {_named(paths, found, other)}: expected images of one "
+        "size, or --img_size to crop them to"
+    )
+
+
+def _named(paths, found, index):
+    return f"{paths[index]} of {found[index][0]}×{found[index][1]} pixels"
+
+
+class Array(Dataset):
+    """The `arr_0` (N, H, W, 3) uint8 of an .npz: (uint8 (H, W, 3), -1).
+
+    Loader workers that are spawned are sent where the array is in the file, not the array.
+    """
+
+    def __init__(self, path, img_size=None):
+        self.images, self.opened = _mapped(path, "arr_0")
+        if not self.opened:
+            self.workers = 0  # each would be sent all of it
         shape = self.images.shape
         height, width = sides(img_size) if img_size else (*shape[1:], "H", "W")[:2]
         if shape[1:] != (height, width, 3) or self.images.dtype != np.uint8:
@@ -83,29 +152,41 @@ class Array(Dataset):
     def __getitem__(self, index):
         return np.array(self.images[index]), -1
 
+    def __getstate__(self):
+        return {"opened": self.opened}
+
+    def __setstate__(self, state):
+        self.opened = state["opened"]
+        self.images = self.opened()
+
 
 def _mapped(path, name):
-    """An array of an .npz, memory-mapped unless compressed, as it may have 10 GB."""
+    """(array of an .npz, how to map it again); memory-mapped, as it may have 10 GB.
+
+    A compressed array is read whole, and is not mapped: (array, None).
+    """
     try:
         check_zip(path)  # a memory map would not notice damage
         with zipfile.ZipFile(path) as archive:
             info = archive.getinfo(f"{name}.npy")
             shape, fortran, dtype, header = _header(archive, info)
             if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
-                return _read(archive, info)
+                return _read(archive, info), None
         with open(path, "rb") as file:  # after a local header, which states its length
             file.seek(info.header_offset + 26)
             lengths = [int.from_bytes(file.read(2), "little") for _ in range(2)]
-        return np.memmap(path, dtype, "r", info.header_offset + 30 + sum(lengths) + header, shape)
+        start = info.header_offset + 30 + sum(lengths) + header
+        opened = partial(np.memmap, Path(path).absolute(), dtype, "r", start, shape)
+        return opened(), opened
     except Exception as error:  # a damaged file can raise nearly anything
         raise _unreadable(path, error) from error
 
 
-def open_images(path, img_size=None):
-    """The images of a folder or of an .npz. Raises ValueError."""
+def open_images(path, img_size=None, reading=PLAIN):
+    """The images of a folder or of an .npz. Raises ValueError. A collective call."""
     path = Path(path)
     if path.is_dir():
-        return Folder(path, img_size)
+        return Folder(path, img_size, reading)
     if path.suffix != ".npz":
         raise ValueError(f"{path}: expected a folder of images or an .npz")
     if "arr_0" not in (found := open_npz(path)):

@@ -1,5 +1,6 @@
 """References that generated images are compared with: a folder, an .npz, or a data set."""
 
+import glob
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,9 +11,13 @@ from torch.utils.data import Subset
 
 from util import dist
 from util.data import describe_paths, has_images, kind_of
+from util.data.classes import are_imagenet
+from util.data.settings import PLAIN
 from util.dist import print0
 from util.evaluation.accumulator import WORKERS, Accumulator, summarize
+from util.evaluation.features import pick_extractor
 from util.evaluation.image_sets import RealImages, open_images, open_npz
+from util.evaluation.metrics import INCEPTION
 from util.files import replacing
 from util.sizes import shown
 
@@ -32,31 +37,44 @@ class Reference:
     features: torch.Tensor | None = field(default=None, repr=False)  # (M, D)
 
 
-def find_reference(source, data_path, img_size):
-    """The reference denoted by --reference: its path, a data set, or None."""
-    if source == "auto":
-        published = Path("fid_stats") / f"adm_in{shown(img_size)}_stats.npz"
-        kind = kind_of(data_path)
-        if published.is_file() and not (kind and kind.extractor):
-            return str(published)
-        return str(data_path) if has_images(data_path) else None
-    return None if source in (None, "none") else str(source)
+def find_reference(settings, data_path, img_size, open_set, classes):
+    """(the reference denoted by --reference, why): a path, a data set, or None; a sentence.
+
+    settings: an Evaluation. open_set: function that opens the data set at a path. classes: names of
+    the classes that the model was trained on, or None; those at data_path matter, if there are any.
+    """
+    source = settings.reference
+    if source != "auto":
+        return (None, "") if source in (None, "none") else (str(source), "")
+    published = Path("fid_stats") / f"adm_in{shown(img_size)}_stats.npz"
+    images = str(data_path) if has_images(data_path) else None
+    if pick_extractor(settings.extractor, data_path) != INCEPTION:
+        return images, "ADM's statistics are of Inception's features"
+    if not published.is_file():
+        return images, f"there is no {published}"
+    if kind_of(data_path):
+        classes = open_set(str(data_path)).classes
+    if are_imagenet(classes or ()):
+        return str(published), "the data are ImageNet"
+    return images, f"the data are not known to be ImageNet, of which {published} is"
 
 
-def load_reference(source, extractor, img_size, cache, workers=WORKERS, dataset=None, own=True):
+def load_reference(
+    source, extractor, img_size, cache, workers=WORKERS, dataset=None, own=True, reading=PLAIN
+):
     """The Reference that `source` names, in the features of an Extractor. Raises ValueError.
 
     img_size: required size of its images, or None for any. cache: folder for statistics of data
     sets, named by all that they depend on. dataset: the images of a data set, if already open.
     own: whether the extractor is the main one, to which statistics in a file refer; for others, the
-    reference must contain images.
+    reference must contain images. reading: how its pictures are read.
     """
     check_reference(source)
     if has_images(source):
-        dataset = dataset or RealImages(source, kind_of(source).held_out, img_size)
+        dataset = dataset or RealImages(source, kind_of(source).held_out, img_size, reading)
         held = _data_reference(source, dataset, extractor, cache, workers)
     else:
-        held = _path_reference(Path(source), extractor, img_size, workers, own)
+        held = _path_reference(Path(source), extractor, img_size, workers, own, reading)
     if not dist.is_main():
         held = {}
     arrays = {name: held.pop(name, None) for name in ("statistics", "features")}
@@ -83,13 +101,13 @@ def check_reference(source):
         )
 
 
-def _path_reference(path, extractor, img_size, workers, own):
+def _path_reference(path, extractor, img_size, workers, own, reading):
     held = open_npz(path) if path.suffix == ".npz" else {}
     statistics, features, count = None, None, None
     if own and "mu" in held and "sigma" in held:
         statistics, count = _stored_statistics(path, held, extractor)
     if path.is_dir() or "arr_0" in held:
-        images = open_images(path, img_size)
+        images = open_images(path, img_size, reading)
         accumulator = Accumulator(extractor, len(images), keep_features=True)
         summary = summarize(images, accumulator, f"features of {path.name}", workers=workers)
         features = summary.features
@@ -184,6 +202,12 @@ def _measure_data(source, dataset, extractor, workers):
 
 
 def kept_path(cache, source, what, depends, suffix):
-    """The cache file of a result for a data set. depends: text of all that it depends on."""
+    """The cache file of a result for a data set. depends: text of all that it depends on.
+
+    Its name begins with that of the data set for readers only: one of the same data under another
+    name is found, too.
+    """
     key = hashlib.sha256(depends.encode()).hexdigest()[:16]
-    return Path(cache) / f"{Path(source).name or 'data'}-{what}-{key}.{suffix}"
+    end = f"-{what}-{key}.{suffix}"
+    found = sorted(Path(cache).glob(f"[!.]*{glob.escape(end)}"))
+    return found[0] if found else Path(cache) / f"{Path(source).name or 'data'}{end}"

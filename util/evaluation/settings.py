@@ -16,8 +16,8 @@ class Evaluation(Settings):
         "auto",
         "a folder of images, an .npz (mu and sigma, or images in arr_0) or a data set "
         f"({describe_paths()}), of which held-out images are used if it has any; auto: "
-        "fid_stats/adm_in<img_size>_stats.npz if it exists, else --data_path; none: only "
-        "metrics without a reference",
+        "fid_stats/adm_in<img_size>_stats.npz if it exists and the data are ImageNet, else "
+        "--data_path; none: only metrics without a reference",
         metavar="PATH",
         otherwise="no reference",
     )
@@ -70,4 +70,10 @@ class Occasions(Settings):
         metavar="PATH",
     )
     num_images: int = setting(50000, "images to sample, over all classes", type=positive_int)
+    labels: str = setting(
+        "balanced",
+        "classes of the images: equally many of each, or drawn at random, each as often as in the "
+        "training data",
+        choices=("balanced", "random"),
+    )
     eval_bsz: int = setting(64, "images per batch", type=positive_int)
