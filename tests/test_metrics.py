@@ -386,9 +386,9 @@ def test_photos_of_any_size_are_cropped_like_the_data(tmp_path, capsys):
     cropped = np.asarray(center_crop_arr(Image.fromarray(wide[0]), 24))
     assert np.array_equal(found[3][0], cropped) and len(found) == 4
     assert np.array_equal(found[0][0], pictures(3, 0)[0])
-    line = f"{root}: 1 of 4 images are not 24×24, such as {root}/1.png of 64×32 pixels: they are"
+    line = f"{root}: 1 of 4 images are not 24×24, such as {root}/1.png of 32×64 pixels: they are"
     assert capsys.readouterr().out == f"{line} cropped like the data\n"
-    with pytest.raises(ValueError, match=r"0000.png of 24×24 pixels, but .*1.png of 64×32 .*--img"):
+    with pytest.raises(ValueError, match=r"0000.png of 24×24 pixels, but .*1.png of 32×64 .*--img"):
         open_images(root)
     with pytest.raises(ValueError, match=r"0000.png of 64×32 pixels: expected square .*--img_size"):
         open_images(folder(tmp_path / "wide", wide))

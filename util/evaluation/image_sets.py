@@ -22,7 +22,7 @@ from util.data.settings import PLAIN
 from util.dist import print0
 from util.files import check_zip, first_line
 from util.images import to_uint8
-from util.sizes import shown, sides
+from util.sizes import sides
 
 THREADS = 4  # that read sizes of images
 
@@ -72,7 +72,7 @@ class Folder(Dataset):
             raise ValueError(_differing(self.paths, found, others[0]))
         if others:
             print0(
-                f"{path}: {len(others)} of {len(found)} images are not {shown(img_size)}, such as "
+                f"{path}: {len(others)} of {len(found)} images are not {_sized(self.sides)}, such as "
                 f"{_named(self.paths, found, others[0])}: they are cropped like the data"
             )
 
@@ -123,7 +123,11 @@ def _differing(paths, found, other):
 
 
 def _named(paths, found, index):
-    return f"{paths[index]} of {found[index][0]}×{found[index][1]} pixels"
+    return f"{paths[index]} of {_sized(found[index])} pixels"
+
+
+def _sized(size):
+    return "×".join(map(str, size))  # height first
 
 
 class Array(Dataset):
