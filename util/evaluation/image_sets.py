@@ -72,8 +72,8 @@ class Folder(Dataset):
             raise ValueError(_differing(self.paths, found, others[0]))
         if others:
             print0(
-                f"{path}: {len(others)} of {len(found)} images are not {_sized(self.sides)}, such as "
-                f"{_named(self.paths, found, others[0])}: they are cropped like the data"
+                f"{path}: {len(others)} of {len(found)} images are not {_sized(self.sides)}, such "
+                f"as {_named(self.paths, found, others[0])}: they are cropped like the data"
             )
 
     def __len__(self):
