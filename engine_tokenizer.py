@@ -109,6 +109,17 @@ class _Step:
 
 
 @torch.no_grad()
+def fit_patches(network, dataset, *, batch_size, num_workers, device, seed=0):
+    """Fit a PatchPCA to a data set of images, in one pass. A collective call."""
+    statistics = RunningStatistics(network.components[0].numel(), device)
+    for _, images in _own_images(dataset, batch_size, num_workers, device):
+        statistics.add(network.patches(images))
+    statistics.reduce()
+    found = statistics.result()
+    network.fit(torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"]))
+
+
+@torch.no_grad()
 def latent_scale(network, dataset, *, batch_size, num_workers, device, seed=0, per_channel=False):
     """(scale, shift) that normalize an autoencoder's latents over a data set of images.
 

@@ -34,8 +34,8 @@ from util.run.tracker import add_tracker_flag
 from util.settings import Settings, add_flags, from_flags, setting
 from util.sizes import plain, shown, sides
 
-TRAINABLE = ("kl", "vq", "vq_latent")
-EMBED_DIM = 4  # of trained networks, unless --vae_embed_dim is given
+# what can be trained -> channels of its latents, unless --vae_embed_dim is given
+TRAINABLE = {"kl": 4, "vq": 4, "vq_latent": 4, "pca": 24}
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Training(Settings):
         metavar="M,M,…",
     )
     num_codes: int = setting(256, "number of codes of a vq network", type=positive_int, metavar="K")
+    stride: int = setting(
+        8, "side in pixels of the patches of a pca network, which one pass fits", type=positive_int
+    )
 
 
 def get_parser():
@@ -86,7 +89,7 @@ def get_parser():
     group = parser.add_argument_group(
         "training",
         f"of a {', '.join(TRAINABLE)} network on the train split, with random flips if the data "
-        "set has them; --batch_size and --vae_embed_dim (here 4 by default) apply as well",
+        "set has them; --batch_size and --vae_embed_dim (here 4, for pca 24) apply as well",
     )
     add_flags(group, Training)
     group = parser.add_argument_group("metrics")
@@ -258,17 +261,36 @@ def train(args, training, img_size, device, precision):
 
     import engine_tokenizer as engine
     from util import dist
-    from util.logger import Logger
-    from util.run.tracker import open_trackers
 
     dataset = open_split(args, "train", flip=True)
     torch.manual_seed(args.seed)  # initial weights, the same on every process
     network = new_network(args, training, dataset.channels).to(device)
+    fitted = hasattr(network, "fit")
     if any(side % network.stride for side in sides(img_size)):
+        flag = f"--stride {training.stride}" if fitted else f"--ch_mult {training.ch_mult}"
         raise ValueError(
-            f"--ch_mult {training.ch_mult}: images of {shown(img_size)} pixels, expected a "
-            f"multiple of the stride {network.stride}"
+            f"{flag}: images of {shown(img_size)} pixels, expected a multiple of the stride "
+            f"{network.stride}"
         )
+    if fitted:
+        engine.fit_patches(network, dataset, **loading(args, device))
+    else:
+        optimize(args, training, network, dataset, device, precision)
+    scale, shift = engine.latent_scale(
+        network, dataset, **loading(args, device), per_channel=args.per_channel or fitted
+    )
+    if dist.is_main():
+        save(args, training, network, img_size, scale, shift)
+    dist.barrier()
+
+
+def optimize(args, training, network, dataset, device, precision):
+    """Train a KL or VQ network by gradients, and log."""
+    import engine_tokenizer as engine
+    from util import dist
+    from util.logger import Logger
+    from util.run.tracker import open_trackers
+
     trackers = open_trackers(args.tracker, args.output_dir, vars(args))
     logger = Logger(args.output_dir, trackers=trackers)
     engine.train_tokenizer(
@@ -283,12 +305,6 @@ def train(args, training, img_size, device, precision):
         logger=logger,
     )
     logger.close()
-    scale, shift = engine.latent_scale(
-        network, dataset, **loading(args, device), per_channel=args.per_channel
-    )
-    if dist.is_main():
-        save(args, training, network, img_size, scale, shift)
-    dist.barrier()
 
 
 def get_loader(args, dataset, network, device):
@@ -320,11 +336,15 @@ def get_reviver(args, network, device):
 
 def new_network(args, training, channels):
     """A network with random weights, configured by the flags, with attention only in the middle."""
+    from models.pca import PatchPCA
     from models.vae import AutoencoderKL
     from models.vq import VQModel
 
+    embed_dim = args.vae_embed_dim or TRAINABLE[args.tokenizer]
+    if args.tokenizer == "pca":
+        return PatchPCA(embed_dim, training.stride, channels)
     shared = {
-        "embed_dim": args.vae_embed_dim or EMBED_DIM,
+        "embed_dim": embed_dim,
         "ch": training.ch,
         "ch_mult": parse_ch_mult(training.ch_mult),
         "encoder_attention": False,
@@ -352,6 +372,7 @@ def save(args, training, network, img_size, scale, shift):
     from util.dist import print0
 
     config = {"network": network.config, "data_path": args.data_path, "img_size": img_size}
+    config |= {"tokenizer": args.tokenizer}
     config |= {"epochs": training.epochs, "lr": training.lr}
     config |= {"batch_size": args.batch_size, "seed": args.seed}
     content = {"model": network.state_dict(), "scale": scale, "config": config}

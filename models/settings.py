@@ -40,6 +40,7 @@ TOKENIZERS = Table(
         "vq16": "models.tokenizer:vq16",
         "vq16_latent": "models.tokenizer:vq16_latent",
         "consistency": "models.tokenizer:ConsistencyTokenizer",
+        "pca": "models.tokenizer:PCATokenizer",
         # the last three take any network of their kind, such as those of main_tokenizer.py
         "kl": "models.tokenizer:KLTokenizer",
         "vq": "models.tokenizer:VQTokenizer",

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from models.consistency import load_consistency_decoder
+from models.pca import PatchPCA
 from models.scale import check_numbers, scale_and_shift
 from models.vae import AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
@@ -229,6 +230,26 @@ class ConsistencyTokenizer(Tokenizer):
         if isinstance(generator, tuple):  # the library accepts several generators only as a list
             generator = list(generator)
         return self.vae.decode(self.to_raw(latents), generator, return_dict=False)[0]
+
+
+class PCATokenizer(Tokenizer):
+    """Principal components of patches, as main_tokenizer.py fits them; deterministic.
+
+    vae_path: its file. scale, shift: by default those in the file, one per channel.
+    Raises ValueError if the file is missing or holds another network.
+    """
+
+    def __init__(self, vae_path, scale=None, shift=None, patch_size=1):
+        vae = PatchPCA.from_file(vae_path)
+        scale, shift = scale_and_shift(vae_path, vae.config, None, scale, shift)
+        super().__init__(vae.config["embed_dim"], vae.stride, patch_size, scale, shift, vae)
+        self.image_channels = vae.config["in_channels"]
+
+    def encode(self, images):
+        return self.vae.encode(images)
+
+    def decode(self, latents, generator=None):
+        return self.vae.decode(self.to_raw(latents))
 
 
 class PixelTokenizer(Tokenizer):

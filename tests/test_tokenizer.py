@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import engine_mar as engine
 import main_tokenizer
 from models import TOKENIZERS, build_tokenizer
+from models.pca import PatchPCA
 from models.vae import AutoencoderKL, load_first_stage
 from models.vq import VQModel
 from util.data.cached import CachedFolder
@@ -53,6 +54,8 @@ def paths(tmp_path_factory, vae_path, vq_path):
     kl8 = AutoencoderKL(embed_dim=4, ch_mult=(1, 2, 4, 4), ch=32, encoder_attention=False)
     torch.save({"model": kl8.state_dict(), "scale": 0.5}, path)
     found = dict.fromkeys(("vq16", "vq16_latent", "vq", "vq_latent"), vq_path)
+    found["pca"] = path.with_name("pca.ckpt")
+    torch.save({"model": PatchPCA(24, 8).state_dict(), "scale": [0.5] * 24}, found["pca"])
     return {**found, "kl16": vae_path, "kl8": path, "kl": path, "pixels": None}
 
 
