@@ -24,11 +24,11 @@ from util.flags import (
     machine,
     run,
 )
-from util.labels import cycle_labels, draw_labels
+from util.labels import LABELS
 from util.recipe import Output, Recipe
 from util.run import last_words, stop
 from util.run.tracker import add_tracker_flag
-from util.settings import add_flags, destination, from_flags
+from util.settings import add_flags, destination, from_flags, said_flags
 
 TOKENIZER_FLAGS = ("img_size", "vae_embed_dim")  # fields of Model among the tokenizer's flags
 
@@ -106,11 +106,7 @@ class Run:
 
     def labels(self):
         """(labels of --num_images samples, entries of reports on them)."""
-        count, classes = self.args.num_images, self.config["model"]["class_num"]
-        names = known_names(self.config)
-        if self.args.labels == "random":
-            return draw_labels(count, classes, self.config["data"], self.args.seed, names)
-        return cycle_labels(range(classes), count, classes, names)
+        return LABELS[self.args.labels](self.args.num_images, self.config, self.args.seed)
 
 
 def main(argv=None):
@@ -211,10 +207,9 @@ def configure(args, given, stored, source, data):
     }
     if "init_from" in stored:
         config["init_from"] = stored["init_from"]
-    said = {field.name for field in Reading.fields() if data or destination(field) in given}
-    reading = from_flags(Reading, args).asdict()  # which evaluation reads real images by, too
-    reading = {name: reading[name] for name in reading if name in said}
-    config["data"]["reading"] = config["data"].get("reading", {}) | reading
+    said = {field.name for field in Reading.fields() if destination(field) in given}
+    said = {name: value for name, value in said_flags(Reading, args).items() if name in said}
+    config["data"]["reading"] = config["data"].get("reading", {}) | said
     if (stored or args.init_from) and (note := presets.overridden(args, given, as_flags(config))):
         print0(f"NOTE: {note}")
     return config, sampling, tokenizer

@@ -9,7 +9,7 @@ from util.data.settings import PLAIN_NAMES, Reading, plain_reading
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
-from util.labels import cycle_labels, draw_labels
+from util.labels import LABELS, cycle_labels
 from util.run import last_words, stop
 from util.settings import add_flags, from_flags, said_flags
 
@@ -145,8 +145,10 @@ def check(args):
         make_folder(args.output_dir, "--output_dir")
     if args.per_class and args.num_images:
         raise ValueError(f"--num_images {args.num_images}: expected no --per_class beside it")
-    if args.labels == "random" and not args.num_images:
-        raise ValueError("--labels random: expected --num_images, how many are drawn")
+    if args.labels in LABELS and not args.num_images:
+        raise ValueError(
+            f"--labels {args.labels}: expected --num_images, how many there are of all"
+        )
     if not args.num_images:
         args.per_class = args.per_class or 8
     if args.sweep and args.out:
@@ -191,16 +193,16 @@ def pick_labels(args, config):
     Images cycle through the labels, because splits of the Inception Score consist of consecutive
     ones.
     """
-    class_num, names = config["model"]["class_num"], known_names(config)
-    if args.labels == "random":
-        return draw_labels(args.num_images, class_num, config.get("data"), args.seed, names)
+    class_num = config["model"]["class_num"]
+    if args.labels in LABELS:
+        return LABELS[args.labels](args.num_images, config, args.seed)
     chosen = range(min(10, class_num))
     if args.labels is not None:
-        chosen = find_labels(args.labels, class_num, names)
+        chosen = find_labels(args.labels, class_num, known_names(config))
     args.labels = args.labels or f"0-{len(chosen) - 1}"
     count = args.num_images or len(chosen) * args.per_class
     text = None if args.labels == "all" else args.labels
-    return cycle_labels(chosen, count, class_num, names, text)
+    return cycle_labels(chosen, count, config, text)
 
 
 def open_evaluation(args, config, num_images, device):

@@ -21,6 +21,7 @@ from models.config import default_of
 from models.settings import CFG_SCHEDULES, HEADS, MODELS, ORDERS, TOKEN_SCHEDULES, TOKENIZERS
 from util.evaluation.metrics import METRICS, SPLITS
 from util.flags import PRECISIONS
+from util.labels import LABELS
 from util.lr_sched import SCHEDULES
 from util.run.tracker import TRACKERS
 
@@ -195,6 +196,7 @@ TABLES = {
     "metrics": METRICS,
     "preset": presets.PRESETS,
     "isc_splits": SPLITS,
+    "labels": LABELS,
     "lr_schedule": SCHEDULES,
     "precision": ("auto", *PRECISIONS),
     "tracker": TRACKERS,

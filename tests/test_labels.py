@@ -7,38 +7,44 @@ from cli import complain, read_lines
 
 import main_mar
 import sample
-from util.labels import cycle_labels, draw_labels
+from util.labels import balanced_labels, cycle_labels, random_labels
 
 DATA = {"classes": ["cat", "dog", "eel"], "counts": [10, 0, 30]}
 
 
+def config(class_num, data=None, **entries):
+    return {"model": {"class_num": class_num}, "data": data or entries}
+
+
 def test_balanced_labels():
     """Consecutive images are of all classes; the report says how many there are of each."""
-    labels, said = cycle_labels(range(3), 7, 3, ["cat", "dog", "eel"])
+    labels, said = balanced_labels(7, config(3, DATA), 0)
     assert labels == [0, 1, 2, 0, 1, 2, 0]
     assert said["labels"] == "balanced, 2 to 3 of each of 3 classes"
     assert said["classes"] == ["cat", "dog", "eel"]
-    assert cycle_labels(range(3), 6, 3)[1] == {"labels": "balanced, 2 of each of 3 classes"}
-    assert cycle_labels(range(9), 6, 9)[1] == {"labels": "1 of each of 6 of 9 classes"}
-    assert cycle_labels([0, 2], 4, 3, text="0,2") == ([0, 2, 0, 2], {"labels": "0,2"})
-    assert cycle_labels([None], 2, 3, ["a", "b", "c"], "none") == ([None] * 2, {"labels": "none"})
+    assert balanced_labels(6, config(3), 0)[1] == {"labels": "balanced, 2 of each of 3 classes"}
+    assert balanced_labels(6, config(9), 0)[1] == {"labels": "1 of each of 6 of 9 classes"}
+    assert balanced_labels(6, config(1), 0)[1] == {"labels": "all of the only class"}
+    assert cycle_labels([0, 2], 4, config(3), "0,2") == ([0, 2, 0, 2], {"labels": "0,2"})
+    assert cycle_labels([None], 2, config(3, DATA), "none") == ([None] * 2, {"labels": "none"})
 
 
 def test_random_labels():
     """As often as in the data, of which a class may have no image; the seed alone decides."""
-    labels, said = draw_labels(4000, 3, DATA, 5, DATA["classes"])
+    labels, said = random_labels(4000, config(3, DATA), 5)
     found = Counter(labels)
     assert found[1] == 0 and found[0] + found[2] == 4000
     assert abs(found[0] - 1000) < 4 * (4000 * 0.25 * 0.75) ** 0.5
     assert said["labels"] == "as in the data, drawn at random (seed 5)"
     assert said["classes"] == ["cat", "eel"]
-    assert draw_labels(4000, 3, DATA, 5)[0] == labels != draw_labels(4000, 3, DATA, 6)[0]
+    same, other = (random_labels(4000, config(3, DATA), seed)[0] for seed in (5, 6))
+    assert same == labels != other
 
 
-@pytest.mark.parametrize("data", [None, {}, {"classes": ["a", "b"], "counts": [0, 0]}])
+@pytest.mark.parametrize("data", [None, {}, {"counts": [0, 0]}])
 def test_unknown_frequencies(data):
     """All classes are equally likely, which is said."""
-    labels, said = draw_labels(1000, 2, data, 1)
+    labels, said = random_labels(1000, config(2, data), 1)
     assert abs(sum(labels) - 500) < 65
     odds = "all classes equally likely (the data's are not known), drawn at random (seed 1)"
     assert said == {"labels": odds}
@@ -47,9 +53,10 @@ def test_unknown_frequencies(data):
 def test_names_of_classes():
     """Those of few classes: ImageNet's words, and none where names are but the indices."""
     names = ["n01440764", "n01443537", "n99999999"]
-    assert cycle_labels([1, 2], 2, 3, names, "1,2")[1]["classes"] == ["goldfish", "n99999999"]
-    assert "classes" not in cycle_labels(range(9), 9, 9, [*map(str, range(9))])[1]
-    assert "classes" not in cycle_labels(range(99), 99, 99, [f"class{i}" for i in range(99)])[1]
+    shown = cycle_labels([1, 2], 2, config(3, classes=names), "1,2")[1]["classes"]
+    assert shown == ["goldfish", "n99999999"]
+    for names in ([*map(str, range(9))], [f"class{i}" for i in range(99)]):
+        assert "classes" not in balanced_labels(99, config(len(names), classes=names), 0)[1]
 
 
 def test_reports_state_them(ckpt, tmp_path):
@@ -73,7 +80,7 @@ def test_reports_state_them(ckpt, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--labels", "random"], "--labels random: expected --num_images, how many are drawn"),
+        (["--labels", "random"], "--labels random: expected --num_images, their number"),
         (["--num_images", "5", "--per_class", "2"], "--num_images 5: expected no --per_class"),
     ],
 )

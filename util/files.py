@@ -46,7 +46,6 @@ def check_writable(path, what):
     """
     try:
         beside = _beside(Path(path))
-        beside.parent.mkdir(parents=True, exist_ok=True)
         beside.touch()
         beside.unlink()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name

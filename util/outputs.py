@@ -328,12 +328,13 @@ def _check_paths(paths, labels, img_size, columns):
 def _check_path(path):
     """Raises ValueError unless a name is one of an output, and it can be written there."""
     others = set(Image.registered_extensions()) - {".png"}
-    if path.is_file() != path.exists() and path.suffix in (".png", ".npz"):
-        raise ValueError(f"--out {path}: is a folder, expected a name for a file")
     if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
         raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
     is_file = path.suffix in (".png", ".npz")
+    make_folder(path.parent if is_file else path, "--out")
     check_writable(path if is_file else path / RECORD, f"--out {path}")
+    if is_file and path.is_dir():
+        raise ValueError(f"--out {path}: is a folder, expected a name for a file")
 
 
 def _claim_all(outputs, settings, machine):

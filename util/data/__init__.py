@@ -176,9 +176,12 @@ def match_channels(dataset, tokenizer, flag, follow=False):
 def facts_of(dataset):
     """What a checkpoint keeps of its training data: name -> plain data.
 
-    classes: their names; counts: the number of images of each, if the data set knows.
+    classes: their names; counts: the number of images of each, if the data set knows; reading: how
+    pictures are read, if it has a Reading.
     """
     facts = {"classes": [str(name) for name in dataset.classes]}
+    if hasattr(dataset, "reading"):
+        facts["reading"] = dataset.reading.asdict()
     if labels := labels_of(dataset):
         found = Counter(labels)
         facts["counts"] = [found[i] for i in range(len(facts["classes"]))]

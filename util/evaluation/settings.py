@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from util.data import describe_paths
 from util.evaluation.metrics import METRICS, SPLITS
 from util.flags import positive_int
+from util.labels import LABELS
 from util.settings import Settings, setting
 
 
@@ -74,6 +75,6 @@ class Occasions(Settings):
         "balanced",
         "classes of the images: equally many of each, or drawn at random, each as often as in the "
         "training data",
-        choices=("balanced", "random"),
+        choices=LABELS,
     )
     eval_bsz: int = setting(64, "images per batch", type=positive_int)
