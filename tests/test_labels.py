@@ -80,7 +80,7 @@ def test_reports_state_them(ckpt, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--labels", "random"], "--labels random: expected --num_images, their number"),
+        (["--labels", "random"], "--labels random: expected --num_images, how many there"),
         (["--num_images", "5", "--per_class", "2"], "--num_images 5: expected no --per_class"),
     ],
 )

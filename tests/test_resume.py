@@ -271,7 +271,7 @@ def another(action):
         return [flag, next(c for c in action.choices if c not in (value, *SAME))]
     if action.nargs == 2:
         return [flag, "0.1", "0.9"]
-    for word in ("7", "0.3", "mlp_ratio=7", "a.b", "linear"):
+    for word in ("7", "0.3", "mlp_ratio=7", "a.b", "linear", "black"):
         with suppress(argparse.ArgumentTypeError, ValueError):
             return [flag, word] if not action.type or action.type(word) else []
     raise AssertionError(f"no other value of {flag}")
