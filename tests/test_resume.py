@@ -268,9 +268,11 @@ def another(action):
     if action.nargs == 0:
         return [flag]
     if action.choices:
-        return [flag, next(c for c in action.choices if c not in (value, *SAME))]
+        return [flag, str(next(c for c in action.choices if c not in (value, *SAME)))]
     if action.nargs == 2:
         return [flag, "0.1", "0.9"]
+    if action.dest == "img_size":
+        return [flag, "7"]
     for word in ("7", "0.3", "mlp_ratio=7", "a.b", "linear", "black"):
         with suppress(argparse.ArgumentTypeError, ValueError):
             return [flag, word] if not action.type or action.type(word) else []
