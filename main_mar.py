@@ -209,7 +209,8 @@ def configure(args, given, stored, source, data):
         config["init_from"] = stored["init_from"]
     said = {field.name for field in Reading.fields() if destination(field) in given}
     said = {name: value for name, value in said_flags(Reading, args).items() if name in said}
-    config["data"]["reading"] = config["data"].get("reading", {}) | said
+    read = config["data"].get("reading") or {}  # with which data are read, or were in training
+    config["data"]["reading"] = said | read if data else read | said
     if (stored or args.init_from) and (note := presets.overridden(args, given, as_flags(config))):
         print0(f"NOTE: {note}")
     return config, sampling, tokenizer

@@ -18,6 +18,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from util.data.crop import center_crop_arr
 from util.data.digits import digits
+from util.data.settings import PLAIN, plain_reading
 from util.evaluation import __main__ as door
 from util.evaluation import image_sets, references
 from util.evaluation.accumulator import (
@@ -391,6 +392,30 @@ def test_photos_of_any_size_are_cropped_like_the_data(tmp_path, capsys):
     with pytest.raises(ValueError, match=r"0000.png of 24×24 pixels, but .*1.png of 32×64 .*--img"):
         open_images(root)
     assert open_images(folder(tmp_path / "wide", wide)).sides == (32, 64)
+
+
+def test_photos_are_turned_upright_and_grey_ones_are_images(tmp_path):
+    """As in training: by EXIF unless told otherwise, before sizes are compared."""
+    grey = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
+    for name, turn in (("a", 1), ("b", 6)):
+        pixels = grey if turn == 1 else np.rot90(grey)  # stored lying on its side
+        exif = Image.Exif()
+        exif[274] = turn
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=exif)
+    found = open_images(tmp_path)
+    assert all(np.array_equal(found[i][0], np.stack([grey] * 3, 2)) for i in range(2))
+    with pytest.raises(ValueError, match="a.png of 6×4 pixels, but .*b.png of 4×6 pixels"):
+        open_images(tmp_path, reading=PLAIN.but(orientation="stored"))
+
+
+def test_reading_of_real_images_is_the_checkpoint_s():
+    """Unless a flag says otherwise; they are never mirrored."""
+    data = {"classes": ["a"], "reading": {"flip": True, "orientation": "stored", "channels": 1}}
+    said = {"flip": True, "orientation": None, "background": "#000000"}
+    expected = PLAIN.but(orientation="stored", channels=1, background="#000000")
+    assert plain_reading(data, said) == expected
+    assert plain_reading(data, {"orientation": "exif"}).orientation == "exif"
+    assert plain_reading(None, {}) == plain_reading({"classes": ["a"]}, {}) == PLAIN
 
 
 def npz(path, **arrays):

@@ -177,11 +177,13 @@ def facts_of(dataset):
     """What a checkpoint keeps of its training data: name -> plain data.
 
     classes: their names; counts: the number of images of each, if the data set knows; reading: how
-    pictures are read, if it has a Reading.
+    pictures are read, or were for a cache, as far as it says.
     """
     facts = {"classes": [str(name) for name in dataset.classes]}
     if hasattr(dataset, "reading"):
         facts["reading"] = dataset.reading.asdict()
+    elif hasattr(dataset, "noted"):
+        facts["reading"] = dict(dataset.noted)
     if labels := labels_of(dataset):
         found = Counter(labels)
         facts["counts"] = [found[i] for i in range(len(facts["classes"]))]

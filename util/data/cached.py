@@ -341,7 +341,8 @@ def open_cache(path, shape=None, class_num=None, record=None, data_path=None):
             )
     if class_num is not None:
         check_classes(dataset, class_num, path)
-    dataset.channels = read_manifest(path).get("reading", {}).get("channels")  # of the images
+    dataset.noted = read_manifest(path).get("reading", {})  # how its pictures were read
+    dataset.channels = dataset.noted.get("channels")
     _compare_classes(dataset.classes, path, data_path)
     return dataset
 

@@ -103,6 +103,16 @@ def to_tensor(picture):
     return functional.to_tensor(picture) * 2 - 1
 
 
+def size_of(source, reading):
+    """(height, width) of a picture as `read_picture` returns it; only its header is read.
+
+    Raises ValueError that names the picture.
+    """
+    with opened(source) as image:
+        turns = reading.orientation == "exif" and _turn(image) in SIDEWAYS
+        return image.size if turns else image.size[::-1]
+
+
 def probe(source, reading, name=None):
     """The Probe of a picture: its size, what is wrong with it or None, and names of KINDS.
 
