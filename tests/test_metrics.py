@@ -18,6 +18,7 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from util.data.crop import center_crop_arr
 from util.data.digits import digits
+from util.data.settings import PLAIN
 from util.evaluation import __main__ as door
 from util.evaluation import image_sets, references
 from util.evaluation.accumulator import (
@@ -390,7 +391,18 @@ def test_photos_of_any_size_are_cropped_like_the_data(tmp_path, capsys):
     assert capsys.readouterr().out == f"{line} cropped like the data\n"
     with pytest.raises(ValueError, match=r"0000.png of 24×24 pixels, but .*1.png of 32×64 .*--img"):
         open_images(root)
-    assert open_images(folder(tmp_path / "wide", wide)).sides == (32, 64)
+    assert open_images(folder(tmp_path / "wide", wide))[0][0].shape == (32, 64, 3)
+
+
+def test_photos_are_upright(tmp_path):
+    """Their size and pixels are as their EXIF orientation says; grey ones have three channels."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.fromarray(np.zeros((16, 32), np.uint8)).save(tmp_path / "a.jpg", exif=exif)
+    for reading in (PLAIN, PLAIN.but(channels=1)):
+        assert open_images(tmp_path, reading=reading)[0][0].shape == (32, 16, 3)
+    stored = PLAIN.but(orientation="stored")
+    assert open_images(tmp_path, reading=stored)[0][0].shape == (16, 32, 3)
 
 
 def npz(path, **arrays):

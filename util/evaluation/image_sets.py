@@ -10,14 +10,13 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import dist
 from util.data import open_data
 from util.data.crop import center_crop_arr
-from util.data.pictures import read_picture
+from util.data.pictures import read_picture, resolved, size_of
 from util.data.settings import PLAIN
 from util.dist import print0
 from util.files import check_zip, first_line
@@ -61,11 +60,11 @@ class Folder(Dataset):
     """
 
     def __init__(self, path, img_size=None, reading=PLAIN):
-        self.reading = reading
         self.paths = sorted(pictures_below(path))
         if not self.paths:
             raise ValueError(f"{path}: expected images there, found none")
-        found = _sizes(self.paths)  # (height, width) each
+        self.reading = resolved(reading.but(channels=3), (), self.paths)
+        found = _sizes(self.paths, self.reading)  # (height, width) each
         self.sides = sides(img_size) if img_size else found[0]
         others = [i for i, size in enumerate(found) if size != self.sides]
         if others and not img_size:
@@ -95,10 +94,12 @@ def pictures_below(root):
             yield path
 
 
-def _sizes(paths):
+def _sizes(paths, reading):
     """(height, width) of each image, read by all processes. Raises ValueError."""
     with ThreadPool(THREADS) as pool:
-        mine = pool.map(_size, paths[dist.rank() :: dist.world_size()], chunksize=16)
+        mine = pool.map(
+            partial(_size, reading=reading), paths[dist.rank() :: dist.world_size()], chunksize=16
+        )
     parts = dist.all_gather(mine)
     found = [parts[i % len(parts)][i // len(parts)] for i in range(len(paths))]
     if problem := next((size for size in found if isinstance(size, str)), None):
@@ -106,13 +107,12 @@ def _sizes(paths):
     return found
 
 
-def _size(path):
+def _size(path, reading):
     """(height, width) of an image, or what is wrong with it."""
     try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # PIL can raise nearly anything for a damaged file
-        return f"{path}: not a readable image ({first_line(error)})"
+        return size_of(path, reading)
+    except ValueError as error:
+        return str(error)
 
 
 def _differing(paths, found, other):
