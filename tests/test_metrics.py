@@ -391,7 +391,7 @@ def test_photos_of_any_size_are_cropped_like_the_data(tmp_path, capsys):
     assert capsys.readouterr().out == f"{line} cropped like the data\n"
     with pytest.raises(ValueError, match=r"0000.png of 24×24 pixels, but .*1.png of 32×64 .*--img"):
         open_images(root)
-    assert open_images(folder(tmp_path / "wide", wide)).sides == (32, 64)
+    assert open_images(folder(tmp_path / "wide", wide))[0][0].shape == (32, 64, 3)
 
 
 def test_photos_are_turned_upright_and_grey_ones_are_images(tmp_path):

@@ -140,6 +140,13 @@ def probe(source, reading, name=None):
         return Probe(None, str(error), [])
 
 
+def size_of(source, reading):
+    """(height, width) of what `read_picture` returns, by the header. Raises ValueError."""
+    with opened(source) as image:
+        turned = reading.orientation == "exif" and _turn(image) in SIDEWAYS
+        return image.size if turned else image.size[::-1]
+
+
 @contextmanager
 def opened(source, name=None):
     """A picture whose header is read and found usable. Whatever is raised inside names it."""

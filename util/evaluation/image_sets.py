@@ -60,10 +60,10 @@ class Folder(Dataset):
     """
 
     def __init__(self, path, img_size=None, reading=PLAIN):
-        self.reading = resolved(reading, classes=(), sources=())
         self.paths = sorted(pictures_below(path))
         if not self.paths:
             raise ValueError(f"{path}: expected images there, found none")
+        self.reading = resolved(reading.but(channels=3), (), self.paths)
         found = _sizes(self.paths, self.reading)  # (height, width) each
         self.sides = sides(img_size) if img_size else found[0]
         others = [i for i, size in enumerate(found) if size != self.sides]
