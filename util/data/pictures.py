@@ -133,10 +133,11 @@ def probe(source, reading, name=None):
 @contextmanager
 def opened(source, name=None):
     """A picture whose header is read and found usable. Whatever is raised inside names it."""
-    name = name or getattr(source, "name", source)
+    is_path = not hasattr(source, "read")
+    name = name or (source if is_path else getattr(source, "name", "picture"))
     _now.name = name
     try:
-        if not hasattr(source, "read"):
+        if is_path:
             _check_file(source)
         with Image.open(source) as image:
             _check_header(image)
