@@ -32,13 +32,14 @@ def deep(dtype, mode=None, **more):
     return lambda path: Image.fromarray(RAMP.astype(dtype)).save(path, **more)
 
 
+def chunk(name, content):
+    """The bytes of a chunk of a PNG."""
+    check = struct.pack(">I", zlib.crc32(name + content))
+    return struct.pack(">I", len(content)) + name + content + check
+
+
 def png(width, height, bits, colour, rows, before=b""):
-    """The bytes of a PNG. rows: of the pixels, each with its filter byte."""
-
-    def chunk(name, content):
-        check = struct.pack(">I", zlib.crc32(name + content))
-        return struct.pack(">I", len(content)) + name + content + check
-
+    """The bytes of a PNG. rows: of the pixels, each with its filter byte. before: more chunks."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     body = before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + header + body
@@ -56,7 +57,7 @@ def content(data):
     return lambda path: path.write_bytes(data)
 
 
-def cut(mode="RGB", share=0.7):
+def cut(mode="RGB", share=0.95):
     """A function that writes the first part of a picture's file."""
 
     def write(path):

@@ -9,7 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from kinds import FILES, HTML, ORIENTATION, RAMP, SIDE, colours, turned
+from kinds import FILES, HTML, ORIENTATION, RAMP, SIDE, chunk, colours, png, turned
 from PIL import Image
 
 import main_cache
@@ -94,13 +94,19 @@ def test_transparency_shows_the_background(tmp_path):
 
 
 def test_a_transparent_colour_shows_the_background(tmp_path):
-    """tRNS, of one colour, of a palette, and of 16-bit grey."""
+    """tRNS, of one colour, of a palette, and of grey of 2 and of 16 bits."""
     path = written(tmp_path, "PNG with a transparent colour (tRNS)")
     original, found = np.asarray(colours()), values(path)
     assert found[0, 0].tolist() == [255] * 3
     assert np.array_equal(found.reshape(-1, 3)[1:], original.reshape(-1, 3)[1:])
     Image.fromarray(RAMP).save(path, transparency=int(RAMP[0, 5]))
     assert values(path)[0, 5, 0] == 255 and values(path)[0, 4, 0] == round(RAMP[0, 4] / 257)
+    few = png(4, 1, 2, 0, b"\0\x1b", chunk(b"tRNS", b"\0\1"))  # four greys of 2 bits
+    path.write_bytes(few)
+    assert values(path)[0, :, 0].tolist() == [0, 255, 170, 255]
+    of_16 = np.array([[4660, 4660, 4660], [50000, 50000, 50000]], ">u2").tobytes()
+    path.write_bytes(png(2, 1, 16, 2, b"\0" + of_16, chunk(b"tRNS", of_16[:6])))
+    assert values(path)[0, :, 0].tolist() == [255, 50000 >> 8]
     image = colours("P")
     image.save(path, transparency=image.getpixel((3, 3)))
     clear = np.asarray(image) == image.getpixel((3, 3))

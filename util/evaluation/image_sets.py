@@ -83,7 +83,7 @@ class Folder(Dataset):
         image = read_picture(self.paths[index], self.reading)
         if (image.height, image.width) != self.sides:
             image = center_crop_arr(image, self.sides)
-        return np.array(image), -1
+        return np.array(image.convert("RGB")), -1
 
 
 def pictures_below(root):
