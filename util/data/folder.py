@@ -101,7 +101,7 @@ def check_images(dataset, workers=4, record=None):
     for line in sentences(counts, len(dataset), dataset.reading):
         print0(f"{dataset.root}: {line}")
     if warnings:
-        print0(f"{dataset.root}: warnings about {len(warnings)} pictures: {first_few(warnings)}")
+        print0(f"{dataset.root}: PIL warns about {first_few(warnings)}")
     if small:
         width, height = min(small, key=min)
         print0(

@@ -26,7 +26,8 @@ from util.data.classes import are_imagenet
 from util.dist import all_gather, rank, world_size
 from util.files import first_line
 
-LARGEST = 200_000_000  # pixels: those of the largest cameras, 0.8 GB while they are read
+LARGEST = 200_000_000  # pixels: those of the largest cameras, 0.8 GB, or twice that if turned
+STRIP = 1024  # rows that are composed at once, to spare memory
 SAMPLE = 256  # pictures that are looked at before all are, for their channels
 
 # PIL's own limits, a third of a camera's picture and text of 1 MB, make way for LARGEST
@@ -131,7 +132,7 @@ def probe(source, reading, name=None):
                 "stored": turn is not None and not turns,
                 "transparent": clear,
                 "deep": white_of(image) is not None,
-                "frames": image.format != "MPO" and getattr(image, "is_animated", False),
+                "frames": _has_frames(image),
                 "grey": reading.channels == 1 and picture.mode.startswith("RGB"),
             }
             size = size[::-1] if turns and turn in SIDEWAYS else size
@@ -140,20 +141,22 @@ def probe(source, reading, name=None):
         return Probe(None, str(error), [])
 
 
-def size_of(source, reading):
-    """(height, width) of what `read_picture` returns, by the header. Raises ValueError."""
-    with opened(source) as image:
-        turned = reading.orientation == "exif" and _turn(image) in SIDEWAYS
-        return image.size if turned else image.size[::-1]
+def _has_frames(image):
+    """Whether there are frames or pages besides the first; a phone's second view (MPO) is none."""
+    try:
+        return image.format != "MPO" and getattr(image, "is_animated", False)
+    except Exception:  # a second frame that is damaged is not used
+        return True
 
 
 @contextmanager
 def opened(source, name=None):
     """A picture whose header is read and found usable. Whatever is raised inside names it."""
-    name = name or getattr(source, "name", source)
+    is_path = not hasattr(source, "read")
+    name = name or (source if is_path else getattr(source, "name", "picture"))
     _now.name = name
     try:
-        if not hasattr(source, "read"):
+        if is_path:
             _check_file(source)
         with Image.open(source) as image:
             _check_header(image)
@@ -210,12 +213,23 @@ def is_grey(image):
 
 def pixels(image):
     """An open picture decoded to 8 bits: in mode L or RGB, or in LA or RGBA if it says alpha."""
+    if image.format == "PNG" and "transparency" in image.info:
+        _scale_transparency(image)
     image.load()
     if white := white_of(image):
         return _scaled(image, white)
     clear = "transparency" in image.info or image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     mode = ("L" if is_grey(image) else "RGB") + "A" * clear
     return image if image.mode == mode else image.convert(mode)
+
+
+def _scale_transparency(image):
+    """Give a PNG's transparent colour the 8 bits that PIL will give its pixels, but not this."""
+    raw, value = image.tile[0][3], image.info["transparency"]
+    if raw in ("L;2", "L;4"):
+        image.info["transparency"] = value * 255 // (2 ** int(raw[-1]) - 1)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in value)
 
 
 def _scaled(image, white):
@@ -238,7 +252,10 @@ def flattened(picture, background):
     colour = ImageColor.getrgb(background)
     mode = picture.mode[:-1] if len({*colour}) == 1 else "RGB"
     flat = Image.new(mode, picture.size, colour if mode == "RGB" else colour[0])
-    flat.paste(picture.convert(mode), mask=picture.getchannel("A"))
+    width, height = picture.size
+    for top in range(0, height, STRIP):
+        part = picture.crop((0, top, width, min(top + STRIP, height)))
+        flat.paste(part.convert(mode), (0, top), part.getchannel("A"))
     return flat
 
 
