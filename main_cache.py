@@ -90,7 +90,8 @@ def verify_cache(args, with_pictures):
     from util.data.convert import compare_pictures, describe_checks, verify
 
     dist.init(**machine(args) | {"device": "cpu"})
-    pictures = with_pictures and open_data(args.data_path, "train", args.img_size)
+    reading = from_flags(Reading, args, flip=False)
+    pictures = with_pictures and open_data(args.data_path, "train", args.img_size, reading)
     layout, images = verify(args.cached_path, args.num_workers)
     dist.print0(f"{images} images, all whole, in the layout {layout}: {args.cached_path}")
     dist.print0(f"checked: {describe_checks(args.cached_path)}")

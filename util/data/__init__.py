@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 
+from util.data.listing import holds_pictures
 from util.data.settings import PLAIN, Reading
 from util.settings import add_flags
 from util.table import Table
@@ -47,6 +48,8 @@ class Kind:
     defaults: dict = field(default_factory=dict)  # default flags for such data: name -> value
     # split that generated images are compared with; None for streaming data
     held_out: str | None = "train"
+    # plain(path): whether --reference means all images below a path, not a split of a data set
+    plain: Callable = lambda path: False
     extractor: str | None = None  # usual feature extractor; None for Inception
     workers: int | None = None  # most loader workers that are useful; None for no limit
 
@@ -67,8 +70,9 @@ DATASETS = Table(
         ),
         "folder": Kind(  # FIDs are published against ImageNet's training images
             open="util.data.folder:open_folder",
-            claims=lambda path: (Path(path) / "train").is_dir(),
-            path="a folder with train/class/image files",
+            claims=lambda path: (Path(path) / "train").is_dir() or holds_pictures(path),
+            path="a folder of images: train/class/image, class/image, or images alone",
+            plain=lambda path: not (Path(path) / "train").is_dir(),
         ),
     },
 )
@@ -94,6 +98,11 @@ def has_images(path):
     """Whether a path denotes a data set whose images can be compared with others."""
     kind = kind_of(path)
     return kind is not None and kind.held_out is not None
+
+
+def is_reference_set(path):
+    """Whether a --reference is a split of a data set, not just a folder with images or a file."""
+    return has_images(path) and not kind_of(path).plain(path)
 
 
 def describe_paths():

@@ -1,15 +1,18 @@
-"""Image folders, one folder per class. Damaged images are detected before training."""
+"""Folders of images. Damaged images are detected before training."""
 
 import hashlib
+import os
 from collections import Counter
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from torchvision import datasets, transforms
+from torch.utils.data import Dataset
+from torchvision import transforms
 
 from util.data.crop import center_crop_arr
+from util.data.listing import list_data
 from util.data.pictures import (
     described,
     probe,
@@ -19,7 +22,6 @@ from util.data.pictures import (
     to_tensor,
     warned,
 )
-from util.data.settings import PLAIN
 from util.dist import all_gather, broadcast, is_main, print0, rank, world_size
 from util.files import first_few, replacing
 from util.logger import Progress
@@ -27,31 +29,52 @@ from util.sizes import plain, shown, sides
 
 
 def open_folder(path, split, img_size, reading):
-    """Open the images of `path`/`split`, for a row of DATASETS."""
-    return ImageFolder(Path(path) / split, img_size, reading.flip, reading)
+    """Open the images of a split of `path`, for a row of DATASETS."""
+    listing = list_data(path, split, reading.label_file)
+    for sentence in listing.sentences():
+        say_once(sentence)
+    return ImageFolder(listing, img_size, reading)
 
 
-class ImageFolder(datasets.ImageFolder):
-    """Images of `root`/class/name, center-cropped to img_size and, with `flip`, flipped at random.
+@cache
+def say_once(sentence):
+    """Print a sentence on data that a script may open several times."""
+    print0(sentence)
 
-    reading: how pictures are read; the attribute is the one that is resolved. Raises ValueError if
-    there is no such folder or a class has no image.
+
+class ImageFolder(Dataset):
+    """The pictures of a util.data.listing.Listing, center-cropped to img_size: (image, label).
+
+    reading: how pictures are read, a util.data.settings.Reading, with `flip` mirrored at random;
+    the attribute is the one that is resolved. `samples` are pairs (path, label), below `root`;
+    `targets` are the labels.
     """
 
-    def __init__(self, root, img_size, flip=True, reading=PLAIN):
+    def __init__(self, listing, img_size, reading):
+        self.listing, self.img_size = listing, plain(img_size)
         steps = [partial(center_crop_arr, size=img_size)]
-        steps += [transforms.RandomHorizontalFlip()] if flip else []
-        try:
-            super().__init__(str(root), transforms.Compose([*steps, to_tensor]), loader=self._read)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{root}: expected a folder of images for each class. {error}"
-            ) from None
-        self.img_size = plain(img_size)
+        steps += [transforms.RandomHorizontalFlip()] if reading.flip else []
+        self.transform = transforms.Compose([*steps, to_tensor])
+        self._take_listing()
         self.reading = resolved(reading, self.classes, [path for path, _ in self.samples])
 
-    def _read(self, path):
-        return read_picture(path, self.reading)
+    def _take_listing(self):
+        listing = self.listing
+        self.root, self.classes, self.targets = listing.root, listing.classes, listing.labels
+        paths = [os.path.join(self.root, path) for path in listing.paths]
+        self.samples = list(zip(paths, self.targets, strict=True))
+
+    def follow(self, classes):
+        """Take another order of the same classes."""
+        self.listing.follow(classes)
+        self._take_listing()
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return self.transform(read_picture(path, self.reading)), label
 
     @property
     def channels(self):
@@ -62,8 +85,8 @@ class ImageFolder(datasets.ImageFolder):
         self.reading = self.reading.but(channels=channels)
 
     def name(self, index):
-        """The path of an image below the root, class/name.ext."""
-        return Path(self.samples[index][0]).relative_to(self.root).as_posix()
+        """The name of an image in a cache, class/name.ext."""
+        return self.listing.name(index)
 
     def path(self, index):
         """The file of an image."""

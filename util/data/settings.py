@@ -49,6 +49,13 @@ class Reading(Settings):
         choices=(1, 3),
         otherwise="1 if all pictures are grey and the tokenizer takes 1, else 3",
     )
+    label_file: str = setting(
+        None,
+        "the classes of pictures: JSON or CSV, such as EDM's dataset.json or lines file_name,label",
+        metavar="FILE",
+        otherwise="class folders; in a folder of pictures, a file that is there, such as "
+        "labels.csv",
+    )
 
 
 PLAIN = Reading(flip=False)  # for evaluation
