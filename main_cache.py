@@ -126,8 +126,9 @@ def cache_images(args, folder):
 def encode_images(args, folder, tokenizer, dataset, device):
     """Write the latents into a folder that is held. Returns (written, skipped) images."""
     from util import dist
-    from util.data import caching, check_images
+    from util.data import caching, check_images, follow_classes
     from util.data.cached import check_cache
+    from util.data.manifest import read_manifest
 
     facts = describe(args, tokenizer)
     facts |= caching.note_reading(dataset, folder, args.num_workers)
@@ -135,6 +136,7 @@ def encode_images(args, folder, tokenizer, dataset, device):
         check_cache(folder, write=True, **facts, finished=False)
     dist.barrier()
     check_cache(folder, facts["tokenizer"], facts["img_size"])
+    follow_classes(dataset, read_manifest(folder).get("classes"), "the cache")
     check_images(dataset, args.num_workers, folder / "data_checked.txt")
     classes = len(dataset.classes)
     dist.print0(f"{len(dataset)} images of {classes} classes, {args.tokenizer} on {device}")

@@ -42,7 +42,7 @@ def test_wrong_paths_have_no_kind(images, tmp_path):
     for path in (tmp_path, tmp_path / "none", images / "train/cat/0.jpg", "Digits", "digit", None):
         assert kind_of(path) is None and not is_data_set(path)
         with pytest.raises(
-            ValueError, match=r"expected a folder of images: train/class.*or 'digits'"
+            ValueError, match=r"expected a folder with train/class/.*or 'digits'"
         ) as error:
             check_data_set(path)
         assert f"--data_path {path}: " in str(error.value)
@@ -270,7 +270,7 @@ def test_a_stream_is_a_row(monkeypatch, tmp_path, capsys):
     assert load_checkpoint(tmp_path / LAST)["epoch"] == 2
     with pytest.raises(ValueError, match="stream: found 2 classes, --class_num is 3"):
         main_mar.main(shlex.split(f"{flags} --epochs 2 --class_num 3"))
-    assert "stream, or a folder of images" in " ".join(main_mar.get_parser().format_help().split())
+    assert "stream, or a folder with" in " ".join(main_mar.get_parser().format_help().split())
 
 
 def test_data_without_names_is_not_cached(tmp_path):

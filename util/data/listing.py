@@ -218,16 +218,16 @@ def list_data(path, split, label_file=None):
 
 def data_folder(path, split):
     """The folder of a split: `path`/`split` or, of the training pictures, `path` itself."""
-    path = os.path.expanduser(os.fspath(path))
-    inner = os.path.join(path, split)
-    if split != "train" or (os.path.isdir(inner) and not _is_class(path, inner)):
-        return inner
-    return path
+    path = Path(path).expanduser()
+    inner = path / split
+    is_split = split != "train" or (inner.is_dir() and not _is_class(path, inner))
+    return str(inner if is_split else path)
 
 
 def _is_class(path, inner):
     """Whether `path`/train is a class of vehicles, say: pictures only, and so are others beside."""
-    if not os.path.isdir(path) or any(_kind(e) is FOLDER for e in _entries(inner)):
+    kinds = {_kind(entry) for entry in _entries(inner)}
+    if FOLDER in kinds or PICTURE not in kinds:
         return False
     others = (e for e in _entries(path) if _kind(e) is FOLDER and e.name.lower() not in SPLITS)
     return any(_some_picture(_entries(other.path)) for other in others)
@@ -279,12 +279,12 @@ def _by_labels(root, paths, left_out, file):
 
 def _found(root, known, named, file):
     """Path of a picture -> its class. named: name in the file of labels -> class."""
-    beside = os.path.relpath(file.parent, root).replace(os.sep, "/")
 
     def path_of(name):
-        path = os.path.relpath(name, root) if os.path.isabs(name) else name
-        path = posixpath.normpath(path.replace("\\", "/"))
-        return path if path in known else posixpath.normpath(f"{beside}/{path}")
+        path = posixpath.normpath(name.replace("\\", "/"))
+        if path in known:
+            return path
+        return os.path.relpath(os.path.join(file.parent, path), root).replace(os.sep, "/")
 
     found = {path_of(name): label for name, label in named.items()}
     if missing := sorted(found.keys() - known):
