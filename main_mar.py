@@ -130,7 +130,7 @@ def main(argv=None):
         checkpoint, path = load_resumed(args, needed=args.evaluate)
         stored = checkpoint_config(checkpoint, path) if checkpoint else {}
         start = open_start(args, given, path)
-        data = None if args.evaluate else open_training_data(args, stored, checkpoint)
+        data = None if args.evaluate else open_training_data(args, given, stored)
         config, sampling, tokenizer = configure(args, given, stored, path, data)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         model = build(this)
@@ -158,7 +158,7 @@ def check(args, given):
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def open_training_data(args, stored, checkpoint):
+def open_training_data(args, given, stored):
     """The data set to train on: its images are listed, but not read before `check_data`.
 
     stored: the configuration in the checkpoint that is resumed, or {}. Raises ValueError.
@@ -172,8 +172,7 @@ def open_training_data(args, stored, checkpoint):
     else:
         size = stored["model"]["img_size"] if stored else args.img_size
         data = open_data(args.data_path, "train", size, from_flags(Reading, args))
-    facts = stored.get("data") or (checkpoint or {}).get("record") or {}
-    follow_classes(data, facts.get("classes"), "the checkpoint")
+    follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
     return data
 
 

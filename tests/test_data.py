@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +19,7 @@ import main_tokenizer
 from engine_mar import cache_latents
 from models import build_tokenizer
 from util.checkpoint import LAST, load_checkpoint
-from util.data import DATASETS, Kind, check_data_set, is_data_set, kind_of, open_data
-from util.data import folder as folders
+from util.data import DATASETS, Kind, check_data_set, checked, is_data_set, kind_of, open_data
 from util.data.cached import CachedFolder, check_cache, open_cache
 from util.data.crop import center_crop_arr
 from util.data.digits import digits
@@ -70,16 +70,20 @@ def test_what_a_kind_promises(images, name):
 
 
 def test_descriptions_tell_data_apart(images, tmp_path):
-    """Kept statistics of real images depend on them: on the files, their split and the size."""
+    """Kept statistics depend on them: on the pictures, their classes, size and reading, not on
+    times or places."""
     root = copy(images, tmp_path / "data")
     one, larger = open_data(root, "train", 32), open_data(root, "train", 64)
     stored = open_data(root, "train", 32, Reading(orientation="stored"))
-    assert stored.description == f"{folders.listing(one)} ADM centre crop 32"  # keys of kept files
+    assert stored.description.endswith(" ADM centre crop 32")
     assert one.description == f"{stored.description} orientation exif"
     assert open_data("digits", "test", 8).description == "digits test"
+    other = Path(shutil.copytree(root, tmp_path / "other", copy_function=shutil.copyfile))
+    assert open_data(other, "train", 32).description == one.description
+    (other / "train/cat/0.jpg").rename(other / "train/dog/9.jpg")
+    found = {dataset.description for dataset in (one, larger, open_data(other, "train", 32))}
     (root / "train/cat/0.jpg").unlink()
-    fewer = open_data(root, "train", 32)
-    assert len({one.description, larger.description, fewer.description}) == 3
+    assert len({*found, open_data(root, "train", 32).description}) == 4
 
 
 @pytest.mark.parametrize("name", np.load(GOLDEN / "center_crop.npz").files)
@@ -292,11 +296,15 @@ def test_the_size_of_a_kind_is_its_own(tmp_path):
 
 
 def test_images_are_read_once_to_check_them(images, tmp_path, monkeypatch):
-    """The record spares a second run the reading; other files are read again."""
+    """What is remembered of them spares a second run the reading, as does its own record."""
     record = tmp_path / "out" / "data_checked.txt"
     open_checked(images, 32, 2, record)
     again = Probe(None, "read again", [])
-    monkeypatch.setattr(folders, "probe", lambda path, reading: again)
+    monkeypatch.setattr(checked, "probe", lambda *args: again)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", None)
+        open_checked(images, 32, 2, tmp_path / "other.txt")
+    monkeypatch.setenv("MAR_CACHE", str(tmp_path / "empty"))
     open_checked(images, 32, 2, record)
     open_data(images, "train", 64)  # without a record they are not checked
     more = write_images(tmp_path / "more", count=5)

@@ -124,6 +124,12 @@ class CachedFolder(datasets.DatasetFolder):
         names = self.order if sorted(self.order or ()) == sorted(names) else names
         return names, {name: i for i, name in enumerate(names)}
 
+    @property
+    def crcs(self):
+        """The CRC32s (N,) of the pictures, or None if they are not known."""
+        known = self.sources is not None and bool((self.sources[:, 0] >= 0).all())
+        return self.sources[:, 2] if known else None
+
     def follow(self, classes):
         """Take another order of the same classes."""
         self.targets = [classes.index(self.classes[label]) for label in self.targets]

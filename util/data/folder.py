@@ -2,30 +2,17 @@
 
 import hashlib
 import os
-from collections import Counter
 from functools import cache, cached_property, partial
-from itertools import chain
-from multiprocessing.pool import ThreadPool
-from pathlib import Path
 
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from util.data.checked import check_pictures, read_crcs
 from util.data.crop import center_crop_arr
 from util.data.listing import list_data
-from util.data.pictures import (
-    described,
-    probe,
-    read_picture,
-    resolved,
-    sentences,
-    to_tensor,
-    warned,
-)
-from util.dist import all_gather, broadcast, is_main, print0, rank, world_size
-from util.files import first_few, replacing
-from util.logger import Progress
-from util.sizes import plain, shown, sides
+from util.data.pictures import described, read_picture, resolved, to_tensor
+from util.dist import print0
+from util.sizes import plain, shown
 
 
 def open_folder(path, split, img_size, reading):
@@ -47,8 +34,10 @@ class ImageFolder(Dataset):
 
     reading: how pictures are read, a util.data.settings.Reading, with `flip` mirrored at random;
     the attribute is the one that is resolved. `samples` are pairs (path, label), below `root`;
-    `targets` are the labels.
+    `targets` are the labels. `crcs` are CRC32s of the files, (N,), once they are known.
     """
+
+    crcs = None
 
     def __init__(self, listing, img_size, reading):
         self.listing, self.img_size = listing, plain(img_size)
@@ -68,6 +57,7 @@ class ImageFolder(Dataset):
         """Take another order of the same classes."""
         self.listing.follow(classes)
         self._take_listing()
+        self.crcs = None
 
     def __len__(self):
         return len(self.samples)
@@ -94,80 +84,13 @@ class ImageFolder(Dataset):
 
     @cached_property
     def description(self):
-        """A hash of the files with their sizes and times, and the crop. A collective call."""
-        listed = broadcast(listing(self) if is_main() else None)
+        """A hash of names, labels and content of the pictures, and the crop. A collective call."""
+        crcs = (read_crcs(self) if self.crcs is None else self.crcs).tolist()
+        rows = zip(self.listing.paths, self.targets, crcs, strict=True)
+        text = "\n".join(f"{path} {label} {crc}" for path, label, crc in rows)
         crop = f"ADM centre crop {shown(self.img_size)}"
-        return f"{listed} {crop}{described(self.reading)}"
+        return f"{hashlib.sha256(os.fsencode(text)).hexdigest()} {crop}{described(self.reading)}"
 
     def check(self, workers, record):
-        """Read every image once; see `check_images`."""
-        check_images(self, workers, record)
-
-
-def check_images(dataset, workers=4, record=None):
-    """Read every image of an ImageFolder once, divided among the processes. Raises ValueError.
-
-    workers: number of threads. record: file that records which images were found intact; None for
-    none. Images smaller than img_size are enlarged by the crop, as in the published code; this is
-    reported once.
-    """
-    digest = listing(dataset, workers) + described(dataset.reading) if record and is_main() else ""
-    known = bool(digest) and Path(record).is_file() and Path(record).read_text() == digest
-    if any(all_gather(known)):
-        return
-    damaged, small, counts, warnings = _read_all(dataset, workers)
-    if damaged:
-        raise ValueError(
-            f"{dataset.root}: {len(damaged)} unreadable or truncated images: {first_few(damaged)}; "
-            "repair or delete them"
-        )
-    for line in sentences(counts, len(dataset), dataset.reading):
-        print0(f"{dataset.root}: {line}")
-    if warnings:
-        print0(f"{dataset.root}: warnings about {len(warnings)} pictures: {first_few(warnings)}")
-    if small:
-        width, height = min(small, key=min)
-        print0(
-            f"{dataset.root}: {len(small)} of {len(dataset)} images are smaller than "
-            f"--img_size {shown(dataset.img_size)} (the smallest is {height}×{width}, height "
-            "first) and will be enlarged"
-        )
-    if digest:
-        with replacing(record) as beside:
-            beside.write_text(digest)
-
-
-def _read_all(dataset, workers):
-    """(messages about damaged images, sizes of images below img_size, a Counter of
-    util.data.pictures.KINDS, warnings), from all processes."""
-    paths = [path for path, _ in dataset.samples[rank() :: world_size()]]
-    height, width = sides(dataset.img_size)
-    progress, damaged, small = Progress(len(paths), "checking images", "img"), [], []
-    look, kinds = partial(probe, reading=dataset.reading), []
-    with ThreadPool(max(1, workers)) as pool, warned() as warnings:
-        for found in pool.imap_unordered(look, paths, chunksize=16):
-            if found.problem:
-                damaged.append(found.problem)
-            elif found.size[0] < width or found.size[1] < height:
-                small.append(found.size)
-            kinds += found.kinds
-            progress.update()
-    progress.close()
-    lists = (damaged, small, kinds, warnings)
-    damaged, small, kinds, warnings = (list(chain.from_iterable(all_gather(x))) for x in lists)
-    return sorted(damaged), small, Counter(kinds), sorted(warnings)
-
-
-def listing(dataset, workers=4):
-    """A hash of img_size and of the files of an ImageFolder: their paths, sizes and times."""
-
-    def line(sample):
-        try:
-            status = Path(sample[0]).stat()
-        except OSError:  # reading it will fail with a message
-            return f"{sample[0]} missing"
-        return f"{sample[0]} {status.st_size} {status.st_mtime_ns}"
-
-    with ThreadPool(max(1, workers)) as pool:
-        lines = "\n".join(pool.imap(line, dataset.samples, chunksize=256))
-    return hashlib.sha256(f"{dataset.img_size}\n{lines}".encode()).hexdigest()
+        """Find out whether the pictures are whole; see `check_pictures`."""
+        check_pictures(self, workers, record)

@@ -56,6 +56,12 @@ class Reading(Settings):
         otherwise="class folders; in a folder of pictures, a file that is there, such as "
         "labels.csv",
     )
+    check_data: str = setting(
+        "full",
+        "pictures before use: full: read those that are not known, and decode what is new; sizes: "
+        "only that none is missing or empty; none: nothing",
+        choices=("full", "sizes", "none"),
+    )
 
 
 PLAIN = Reading(flip=False)  # for evaluation

@@ -247,6 +247,13 @@ class ShardedCache(Dataset):
         known = all("sources" in shard["sha256"] for shard in self.shards)
         return self._read("sources", 3) if known else None
 
+    @property
+    def crcs(self):
+        """The CRC32s (N,) of the pictures, or None if they are not known."""
+        sources = self.sources()
+        known = sources is not None and bool((sources[:, 0] >= 0).all())
+        return sources[:, 2] if known else None
+
     def _read(self, part, *shape):
         return np.concatenate([self._read_part(shard, part, *shape) for shard in self.shards])
 
