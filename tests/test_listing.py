@@ -1,11 +1,13 @@
 """Which files of a folder are the data, and of which classes. Run: pytest tests/test_listing.py"""
 
+import hashlib
 import itertools
 import json
 import os
 import pickle
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 from torchvision import datasets
@@ -15,12 +17,13 @@ import main_mar
 from models.mar import mar_tiny
 from models.settings import Sampling
 from util.checkpoint import LAST, load_checkpoint
-from util.data import check_data_set, facts_of, follow_classes, is_data_set, open_data
+from util.data import check_data_set, checked, facts_of, follow_classes, is_data_set, open_data
 from util.data.cached import open_cache
 from util.data.classes import ALL
 from util.data.label_files import read_labels
 from util.data.listing import describe_left_out, list_data, pictures_below, walk
 from util.data.settings import Reading
+from util.run.record import compare, contents_of
 
 TINY = "--model mar_tiny --buffer_size 4 --tokenizer pixels --patch_size 4 --img_size 16 --lr 1e-3"
 TINY += " --diffloss_d 1 --diffloss_w 32 --max_timestep 950 --num_sampling_steps 4 --num_iter 2"
@@ -300,3 +303,105 @@ def test_caches_keep_classes(images, vae_path, tmp_path):
     for cache in (dataset, pickle.loads(pickle.dumps(dataset))):
         assert cache.classes == ["0", "10", "5"]
         assert cache.labels.tolist() == [0, 0, 0, 2, 2, 2, 1, 1]
+
+
+# ---- what is remembered --------------------------------------------------------------------------
+
+
+def decoded(monkeypatch, dataset, record=None):
+    """The names of the pictures that a check of a data set decodes."""
+    found = []
+    with monkeypatch.context() as patch:
+        look = checked.probe
+        patch.setattr(
+            checked, "probe", lambda source, reading, name: (
+                found.append(name), look(source, reading, name))[1])  # fmt: skip
+        dataset.check(2, record)
+    return sorted(os.path.relpath(name, dataset.root) for name in found)
+
+
+def test_pictures_are_known_by_content(images, tmp_path, monkeypatch, capsys):
+    """A copy is compared, not decoded; of changed data, only what has changed is."""
+    first = open_data(images, "train", 48)
+    assert len(decoded(monkeypatch, first)) == 8
+    assert "8 of 8 images are smaller" in capsys.readouterr().out
+    copy = Path(shutil.copytree(images, tmp_path / "copy", copy_function=shutil.copyfile))
+    again = open_data(copy, "train", 48)
+    assert decoded(monkeypatch, again) == []
+    assert "8 of 8 images are smaller" in capsys.readouterr().out  # said, without decoding
+    assert again.crcs.tolist() == first.crcs.tolist()
+    path = copy / "train/cat/1.jpg"
+    content = bytearray(path.read_bytes())
+    content[15] ^= 1  # dots per inch
+    path.write_bytes(content)
+    assert decoded(monkeypatch, open_data(copy, "train", 48)) == ["cat/1.jpg"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", None)  # nothing is read
+        assert decoded(monkeypatch, open_data(copy, "train", 48)) == []
+    again = open_data(images, "train", 48)  # each folder has its own
+    assert decoded(monkeypatch, again) == ["cat/1.jpg"]
+    assert again.crcs.tolist() == first.crcs.tolist()
+
+
+@pytest.mark.parametrize("how", ["damaged", "read-only", "gone"])
+def test_what_cannot_be_remembered(images, tmp_path, monkeypatch, how):
+    """Is read again, without a word."""
+    monkeypatch.setenv("MAR_CACHE", str(tmp_path / "cache"))
+    open_data(images, "train", 32).check(2, None)
+    for path in (tmp_path / "cache/pictures").iterdir():
+        path.write_bytes(path.read_bytes()[:-30] if how == "damaged" else path.read_bytes())
+    if how == "gone":
+        shutil.rmtree(tmp_path / "cache")
+    if how == "read-only":
+        monkeypatch.setenv("MAR_CACHE", os.devnull)
+    dataset = open_data(images, "train", 32)
+    assert len(decoded(monkeypatch, dataset)) == 8 and len(dataset.crcs) == 8
+
+
+def test_a_record_of_an_earlier_version_is_enough(images, tmp_path, monkeypatch):
+    """A run that it resumes does not read its pictures again; nor does any call that has one."""
+    files = [(path, path.stat()) for path in sorted((images / "train").rglob("*.jpg"))]
+    lines = "\n".join(f"{path} {found.st_size} {found.st_mtime_ns}" for path, found in files)
+    record = tmp_path / "data_checked.txt"
+    record.write_text(hashlib.sha256(f"32\n{lines}".encode()).hexdigest())
+    stored = open_data(images, "train", 32, Reading(orientation="stored"))
+    assert decoded(monkeypatch, stored, record) == []
+    other = open_data(images, "train", 16, Reading(orientation="stored"))
+    assert len(decoded(monkeypatch, other, record)) == 8
+
+
+@pytest.mark.parametrize("how", ["sizes", "none"])
+def test_check_data(images, tmp_path, monkeypatch, how):
+    """Nothing is read, and an empty file is found by its size alone."""
+    root = Path(shutil.copytree(images, tmp_path / "data"))
+    (root / "train/cat/0.jpg").write_bytes(b"")
+    dataset = open_data(root, "train", 16, Reading(check_data=how))
+    monkeypatch.setattr(Path, "read_bytes", None)
+    if how == "none":
+        return dataset.check(2, None)
+    with pytest.raises(ValueError, match="1 missing or empty images: .*cat/0.jpg"):
+        dataset.check(2, None)
+
+
+def test_exchanged_classes_are_noticed(images, tmp_path):
+    """Two folders that changed names, with files of the same names, spoil a resumed run."""
+    pictures = Path(shutil.copytree(images, tmp_path / "data"))
+
+    def described():
+        dataset = open_data(pictures, "train", 16)
+        dataset.check(2, None)
+        return {"classes": dataset.classes, "contents": contents_of(dataset), "files": "x"}
+
+    before = described()
+    assert compare(({}, {**before, "files": "y"}), ({}, before)) == ([], [])  # a copy
+    (pictures / "train/cat/0.jpg").write_bytes((pictures / "train/cat/1.jpg").read_bytes())
+    edited = described()
+    assert compare(({}, edited), ({}, before)) == (
+        [],
+        ["other content of pictures, of the classes cat"],
+    )
+    cat, dog = pictures / "train/cat", pictures / "train/dog"
+    cat.rename(pictures / "train/.x"), dog.rename(cat), (pictures / "train/.x").rename(dog)
+    assert compare(({}, described()), ({}, edited))[0] == [
+        "the pictures of class cat are those that class dog had"
+    ]

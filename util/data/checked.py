@@ -3,9 +3,8 @@
 Data are known by their content: the names of the pictures, their sizes and their CRC32s, wherever
 they lie. In the user's cache folder is, for each list of names and sizes,
 
-    KEY.npz            the CRC32s of the pictures that were read last
-    KEY.PLACE.npy      the times that they had in a folder when they were read there
-    KEY.READING.npz    what was found of whole pictures, and their CRC32s
+    KEY.at-PLACE.npz      CRC32s of the pictures in a folder, and their times when they were read
+    KEY.as-READING.npz    what was found of whole pictures, and their CRC32s
 
 A picture whose time in this folder is the same is not read again. Of others, such as a copy, the
 CRC32s are compared, and only those with another one are decoded. What cannot be written there is
@@ -63,36 +62,39 @@ class Memory:
         names = map("{} {}".format, dataset.listing.paths, self.sizes.tolist())
         self.key = _sha256("\n".join(names))
         self.folder = cache_folder() / "pictures"
-        self.contents = self.folder / f"{self.key}.npz"
-        self.place = self.folder / f"{self.key}.{_sha256(os.path.realpath(dataset.root))}.npy"
+        place = _sha256(os.path.realpath(dataset.root))
         reading = _sha256(f"1{described(dataset.reading)}")
-        self.probes = self.folder / f"{self.key}.{reading}.npz"
+        self.place = self.folder / f"{self.key}.at-{place}.npz"
+        self.probes = self.folder / f"{self.key}.as-{reading}.npz"
         self.crcs, self.found = self._load_crcs(), self._load_found()
 
     def _load_crcs(self):
-        times, held = _load(self.place), _load(self.contents)
-        if times is None or held is None or not self._fit(times, held["crcs"]):
+        held = self._load(self.place, ("times", "crcs"))
+        if not held:
             return np.full(len(self.paths), UNKNOWN)
-        return np.where((times == self.times) & (self.sizes >= 0), held["crcs"], UNKNOWN)
+        return np.where((held["times"] == self.times) & (self.sizes >= 0), held["crcs"], UNKNOWN)
 
     def _load_found(self):
-        held = _load(self.probes)
-        if held is None or not self._fit(*(held[name] for name in ("crcs", "sides", "index"))):
-            return Found.of_nothing(len(self.paths))
-        return Found(**held)
+        held = self._load(self.probes, ("crcs", "sides", "index"))
+        return Found(**held) if held else Found.of_nothing(len(self.paths))
 
-    def _fit(self, *arrays):
-        return all(len(array) == len(self.paths) for array in arrays)
+    def _load(self, path, rows):
+        """Name -> array of a file; {} if there is none or it is damaged. rows: those of N rows."""
+        try:
+            with np.load(path) as file:
+                held = {name: file[name] for name in file.files}
+            fits = all(len(held[name]) == len(self.paths) for name in rows)
+        except Exception:  # numpy and zipfile raise several types
+            return {}
+        return held if fits else {}
 
     def keep(self, with_found=False):
         """Remember the CRC32s and, if asked to, what was found."""
         with suppress(OSError, ValueError):  # a folder that is not ours, or full
-            _save(self.contents, crcs=self.crcs)
-            with replacing(self.place) as beside, open(beside, "wb") as file:
-                np.save(file, self.times)
+            _save(self.place, times=self.times, crcs=self.crcs)
             if with_found:
                 _save(self.probes, **vars(self.found))
-            others = self.folder.glob(f"{self.key}.*.npy")
+            others = self.folder.glob(f"{self.key}.at-*.npz")
             for old in sorted(others, key=lambda path: -path.stat().st_mtime)[PLACES:]:
                 old.unlink()
 
@@ -139,15 +141,6 @@ class Found:
         for text, n in zip(self.kinds.tolist(), numbers, strict=True):
             found.update(dict.fromkeys(filter(None, text.split(",")), n))
         return found
-
-
-def _load(path):
-    """The array of a file, or name -> array; None if there is none, or if it is damaged."""
-    try:
-        held = np.load(path)
-        return held if isinstance(held, np.ndarray) else {name: held[name] for name in held.files}
-    except Exception:  # numpy and zipfile raise several types
-        return None
 
 
 def _save(path, **arrays):
