@@ -90,7 +90,8 @@ def verify_cache(args, with_pictures):
     from util.data.convert import compare_pictures, describe_checks, verify
 
     dist.init(**machine(args) | {"device": "cpu"})
-    pictures = with_pictures and open_data(args.data_path, "train", args.img_size)
+    reading = from_flags(Reading, args, flip=False)
+    pictures = with_pictures and open_data(args.data_path, "train", args.img_size, reading)
     layout, images = verify(args.cached_path, args.num_workers)
     dist.print0(f"{images} images, all whole, in the layout {layout}: {args.cached_path}")
     dist.print0(f"checked: {describe_checks(args.cached_path)}")
@@ -125,8 +126,9 @@ def cache_images(args, folder):
 def encode_images(args, folder, tokenizer, dataset, device):
     """Write the latents into a folder that is held. Returns (written, skipped) images."""
     from util import dist
-    from util.data import caching, check_images
+    from util.data import caching, check_images, follow_classes
     from util.data.cached import check_cache
+    from util.data.manifest import read_manifest
 
     facts = describe(args, tokenizer)
     facts |= caching.note_reading(dataset, folder, args.num_workers)
@@ -134,6 +136,7 @@ def encode_images(args, folder, tokenizer, dataset, device):
         check_cache(folder, write=True, **facts, finished=False)
     dist.barrier()
     check_cache(folder, facts["tokenizer"], facts["img_size"])
+    follow_classes(dataset, read_manifest(folder).get("classes"), "the cache")
     check_images(dataset, args.num_workers, folder / "data_checked.txt")
     classes = len(dataset.classes)
     dist.print0(f"{len(dataset)} images of {classes} classes, {args.tokenizer} on {device}")

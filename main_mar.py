@@ -163,14 +163,17 @@ def open_training_data(args, given, stored):
 
     stored: the configuration in the checkpoint that is resumed, or {}. Raises ValueError.
     """
-    from util.data import open_data
+    from util.data import follow_classes, open_data
     from util.data.cached import open_cache
 
     if args.use_cached:
         record = Path(args.output_dir) / CACHE_CHECKED
-        return open_cache(args.cached_path, record=record, data_path=args.data_path)
-    size = stored["model"]["img_size"] if stored else args.img_size
-    return open_data(args.data_path, "train", size, from_flags(Reading, args))
+        data = open_cache(args.cached_path, record=record, data_path=args.data_path)
+    else:
+        size = stored["model"]["img_size"] if stored else args.img_size
+        data = open_data(args.data_path, "train", size, from_flags(Reading, args))
+    follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
+    return data
 
 
 def configure(args, given, stored, source, data):
@@ -180,7 +183,13 @@ def configure(args, given, stored, source, data):
     and tokenizer come, or {}; a flag that contradicts its architecture is refused. data: the data
     set to train on, or None.
     """
-    from models.config import as_flags, fit_steps, open_tokenizer, resolve_model
+    from models.config import (
+        as_flags,
+        fit_steps,
+        label_drop_prob,
+        open_tokenizer,
+        resolve_model,
+    )
     from util.data import facts_of
     from util.dist import print0
 
@@ -190,6 +199,7 @@ def configure(args, given, stored, source, data):
         Model,
         args,
         class_num=args.class_num if "class_num" in given or not data else len(data.classes),
+        label_drop_prob=label_drop_prob(args, given, stored, data.classes if data else []),
         order=sampling.order or "raster",  # the order that a causal model learns
         num_sampling_steps=sampling.num_sampling_steps,
         max_timestep=sampling.max_timestep,

@@ -9,6 +9,7 @@ from models.autoregressive import HEAD_DEFAULTS
 from models.options import options_of
 from models.settings import HEADS, MODELS, Model, Sampling
 from util.data import kind_or_folder, match_channels
+from util.data.classes import are_none
 from util.dist import print0
 from util.run.record import check_resumed
 from util.settings import destination
@@ -70,6 +71,18 @@ def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
     found["diffloss_w"] = requested.diffloss_w or default_of(requested.name, "diffloss_w")
     found = {name: value for name, value in found.items() if name in used or name == "name"}
     return _keep_stored(found | extra, stored, given, extra, source) if stored else found | extra
+
+
+def label_drop_prob(args, given, stored, classes):
+    """--label_drop_prob or, if it is not given, 0 for a model that is to have one mode only.
+
+    That is a model whose checkpoint was trained with 0, or a new one of pictures without classes.
+    given: names of the flags that the user set. stored: its configuration in the checkpoint that is
+    resumed, or {}. classes: names of those of the training data.
+    """
+    before = stored["model"].get("label_drop_prob") if stored else None
+    one_mode = before == 0 if stored else are_none(classes)
+    return 0.0 if one_mode and "label_drop_prob" not in given else args.label_drop_prob
 
 
 def build_checked(arguments, extra):

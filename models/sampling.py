@@ -69,6 +69,11 @@ def check_sampling(model, sampling):
     orders = _pick_order(model, sampling).start(1, model.seq_len, torch.Generator())
     model.check_orders(orders, sampling.order)
     _guidance_interval(sampling)
+    if sampling.cfg != 1.0 and not model.label_drop_prob:
+        raise ValueError(
+            f"cfg {sampling.cfg}: the model was trained with --label_drop_prob 0, so it has no "
+            "unconditional mode; expected 1"
+        )
     for table in (CFG_SCHEDULES, TOKEN_SCHEDULES):
         table[getattr(sampling, table.kind)]
     model.start_cache(sampling)

@@ -1,5 +1,7 @@
 """What several test files use: tiny data and tiny weights, made on the spot."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,15 @@ def write_images(root, classes=("cat", "dog"), count=4, size=(40, 36)):
             pixels = draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.jpg")
     return root
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """What is known of pictures is not remembered from one test to the next."""
+    monkeypatch.setenv("MAR_CACHE", str(tmp_path_factory.getbasetemp() / f"cache{next(_numbers)}"))
+
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")

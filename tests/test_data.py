@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,31 +19,30 @@ import main_tokenizer
 from engine_mar import cache_latents
 from models import build_tokenizer
 from util.checkpoint import LAST, load_checkpoint
-from util.data import DATASETS, Kind, check_data_set, is_data_set, kind_of, open_data
-from util.data import folder as folders
+from util.data import DATASETS, Kind, check_data_set, checked, is_data_set, kind_of, open_data
 from util.data.cached import CachedFolder, check_cache, open_cache
 from util.data.crop import center_crop_arr
 from util.data.digits import digits
-from util.data.folder import ImageFolder
 from util.data.loader import Loader, open_loader
 from util.data.pictures import Probe
 from util.data.settings import Reading
 
 
 def test_a_path_has_one_kind(images):
-    """The digits by their name, a folder by its train/; the first row that claims a path has it."""
+    """The digits by their name, a folder by its pictures; the first row that claims it."""
     assert kind_of("digits") is DATASETS["digits"]
-    assert kind_of(images) is kind_of(str(images)) is DATASETS["folder"]
+    for folder in (images, images / "train", images / "train/cat"):
+        assert kind_of(folder) is kind_of(str(folder)) is DATASETS["folder"]
     assert is_data_set("digits") and is_data_set(images)
 
 
 def test_wrong_paths_have_no_kind(images, tmp_path):
-    """No folder, one without train/, a file, another name: the message says what is expected."""
+    """No folder, one without pictures, a file, another name: the message says what is expected."""
     (tmp_path / "train").write_text("a file")
     for path in (tmp_path, tmp_path / "none", images / "train/cat/0.jpg", "Digits", "digit", None):
         assert kind_of(path) is None and not is_data_set(path)
         with pytest.raises(
-            ValueError, match=r"expected a folder with train/.*or 'digits'"
+            ValueError, match=r"expected a folder with train/class/.*or 'digits'"
         ) as error:
             check_data_set(path)
         assert f"--data_path {path}: " in str(error.value)
@@ -70,16 +70,20 @@ def test_what_a_kind_promises(images, name):
 
 
 def test_descriptions_tell_data_apart(images, tmp_path):
-    """Kept statistics of real images depend on them: on the files, their split and the size."""
+    """Kept statistics depend on them: on the pictures, their classes, size and reading, not on
+    times or places."""
     root = copy(images, tmp_path / "data")
     one, larger = open_data(root, "train", 32), open_data(root, "train", 64)
     stored = open_data(root, "train", 32, Reading(orientation="stored"))
-    assert stored.description == f"{folders.listing(one)} ADM centre crop 32"  # keys of kept files
+    assert stored.description.endswith(" ADM centre crop 32")
     assert one.description == f"{stored.description} orientation exif"
     assert open_data("digits", "test", 8).description == "digits test"
+    other = Path(shutil.copytree(root, tmp_path / "other", copy_function=shutil.copyfile))
+    assert open_data(other, "train", 32).description == one.description
+    (other / "train/cat/0.jpg").rename(other / "train/dog/9.jpg")
+    found = {dataset.description for dataset in (one, larger, open_data(other, "train", 32))}
     (root / "train/cat/0.jpg").unlink()
-    fewer = open_data(root, "train", 32)
-    assert len({one.description, larger.description, fewer.description}) == 3
+    assert len({*found, open_data(root, "train", 32).description}) == 4
 
 
 @pytest.mark.parametrize("name", np.load(GOLDEN / "center_crop.npz").files)
@@ -95,12 +99,12 @@ def test_center_crop_is_the_published(name):
 
 def test_images_are_in_range_and_flipped_half_the_time(images):
     """(3, size, size) in [-1, 1]; over 200 draws both mirror images come up."""
-    dataset = ImageFolder(images / "train", 32)
+    dataset = open_data(images, "train", 32, Reading())
     torch.manual_seed(0)
     draws = [dataset[0][0] for _ in range(200)]
     assert draws[0].shape == (3, 32, 32)
     assert draws[0].min() >= -1 and draws[0].max() <= 1 and draws[0].min() < 0 < draws[0].max()
-    plain = ImageFolder(images / "train", 32, flip=False)[0][0]
+    plain = open_data(images, "train", 32)[0][0]
     flips = sum(not torch.equal(draw, plain) for draw in draws)
     assert all(torch.equal(d, plain) or torch.equal(d, plain.flip(-1)) for d in draws)
     assert 60 < flips < 140  # 5.6 standard errors
@@ -186,9 +190,10 @@ def test_small_images(images, tmp_path, capsys):
 
 
 def test_missing_folder(tmp_path):
-    """No train/ below the path is one line that names it."""
-    with pytest.raises(ValueError, match="train: expected a folder of images for each class"):
-        open_data(tmp_path, "train", 32)
+    """No picture below the path, or no such path, is one line that names it."""
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=f"{path}: expected a folder of images for each class"):
+            open_data(path, "train", 32)
 
 
 def test_wrong_size_of_digits():
@@ -212,7 +217,7 @@ def test_epochs_are_shuffled_and_repeatable(images):
     orders = [torch.cat([labels for _, labels in loader.epoch(n)]).tolist() for n in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     assert all(len(set(order)) == 1400 for order in orders)
-    assert isinstance(open_loader(ImageFolder(images / "train", 32), 4, 0, 0), Loader)
+    assert isinstance(open_loader(open_data(images, "train", 32, Reading()), 4, 0, 0), Loader)
 
 
 class Stream(IterableDataset):
@@ -291,11 +296,15 @@ def test_the_size_of_a_kind_is_its_own(tmp_path):
 
 
 def test_images_are_read_once_to_check_them(images, tmp_path, monkeypatch):
-    """The record spares a second run the reading; other files are read again."""
+    """What is remembered of them spares a second run the reading, as does its own record."""
     record = tmp_path / "out" / "data_checked.txt"
     open_checked(images, 32, 2, record)
     again = Probe(None, "read again", [])
-    monkeypatch.setattr(folders, "probe", lambda path, reading: again)
+    monkeypatch.setattr(checked, "probe", lambda *args: again)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", None)
+        open_checked(images, 32, 2, tmp_path / "other.txt")
+    monkeypatch.setenv("MAR_CACHE", str(tmp_path / "empty"))
     open_checked(images, 32, 2, record)
     open_data(images, "train", 64)  # without a record they are not checked
     more = write_images(tmp_path / "more", count=5)
@@ -307,7 +316,7 @@ def test_images_are_read_once_to_check_them(images, tmp_path, monkeypatch):
 def cached(images, vae_path, tmp_path):
     """(tokenizer, data set, folder of its latents, counts of the run that wrote them)."""
     tokenizer = build_tokenizer("kl16", vae_path)
-    dataset = ImageFolder(images / "train", 32, flip=False)
+    dataset = open_data(images, "train", 32)
     counts = cache(tokenizer, dataset, tmp_path / "cache")
     return tokenizer, dataset, tmp_path / "cache", counts
 

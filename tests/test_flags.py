@@ -203,7 +203,7 @@ TABLES = {
     "what": (*reproduce.TABLES, "figures"),
 }
 # choose between a few of the script's own
-PLAIN = {"layout", "weights", "orientation", "channels"}
+PLAIN = {"check_data", "layout", "weights", "orientation", "channels"}
 CHOICES = [
     pytest.param(action, id=f"{name}-{action.dest}")
     for name, script in PARSERS.items()

@@ -17,10 +17,9 @@ import main_mar
 from models import build_tokenizer
 from models.vq import VQModel
 from util.checkpoint import LAST, load_checkpoint
-from util.data import cached, caching, convert, shards
+from util.data import cached, caching, convert, open_data, shards
 from util.data.cached import CachedFolder, open_cache
 from util.data.caching import cache_shards
-from util.data.folder import ImageFolder
 from util.data.loader import open_loader
 from util.data.shards import ShardedCache, read_manifest
 from util.weights import digest
@@ -100,7 +99,7 @@ def test_the_manifest_says_what_it_is(images, vae_path, made):
     array = np.load(made / f"{last['file']}.flips.npy", mmap_mode="r")
     assert (array.dtype, array.shape) == (np.float16, (2, 32, 2, 2))
     with torch.no_grad():
-        image = ImageFolder(images / "train", 32, flip=False)[7][0]
+        image = open_data(images, "train", 32)[7][0]
         expected = tokenizer.encode(image.flip(-1)[None])[0].numpy()
     np.testing.assert_allclose(array[1], expected, rtol=2**-10, atol=1e-4)
 
@@ -208,7 +207,7 @@ def test_a_run_that_stops_loses_one_batch(images, vae_path, made, tmp_path, monk
             raise KeyboardInterrupt
         return encode(batch)
 
-    dataset, facts = ImageFolder(images / "train", 32, flip=False), read_manifest(made)
+    dataset, facts = open_data(images, "train", 32), read_manifest(made)
     facts = {name: facts[name] for name in (*convert.FACTS, "reading")}
     how = {"batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
     monkeypatch.setattr(tokenizer, "encode", stop)
@@ -303,7 +302,7 @@ def test_code_indices_stay_exact(images, tmp_path):
     tokenizer = tiny_vq(tmp_path / "vq.ckpt")
     how = {"batch_size": 4, "num_workers": 0, "device": torch.device("cpu")}
     facts = dict.fromkeys(convert.FACTS)
-    dataset = ImageFolder(images / "train", 32, flip=False)
+    dataset = open_data(images, "train", 32)
     cache_shards(tokenizer, dataset, tmp_path / "vq", facts, **how)
     with torch.no_grad():
         expected = tokenizer.encode(torch.stack([image for image, _ in dataset]))

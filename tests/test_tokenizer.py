@@ -16,9 +16,9 @@ from models import TOKENIZERS, build_tokenizer
 from models.pca import PatchPCA
 from models.vae import AutoencoderKL, load_first_stage
 from models.vq import VQModel
+from util.data import open_data
 from util.data.cached import CachedFolder
 from util.data.digits import digits
-from util.data.folder import ImageFolder
 from util.rng import image_generators
 
 
@@ -219,7 +219,7 @@ def test_kinds_are_not_confused(vq_path, vae_path):
 def test_ids_are_cached_like_moments(vq_path, images, tmp_path):
     """main_cache.py's layout, (1, h, w) float32, for the image and its mirror image."""
     tokenizer = build_tokenizer("vq16", vq_path)
-    dataset = ImageFolder(images / "train", 32, flip=False)
+    dataset = open_data(images, "train", 32)
     device = torch.device("cpu")
     engine.cache_latents(tokenizer, dataset, tmp_path, batch_size=3, num_workers=0, device=device)
     with np.load(tmp_path / f"{dataset.name(0)}.npz") as file:

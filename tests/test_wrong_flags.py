@@ -22,7 +22,7 @@ from util import dist
             (*DIGITS, "--tokenizer", "kl16", "--vae_path", "nowhere.ckpt"),
             "nowhere.ckpt: no such file",
         ),
-        (("--data_path", "/no"), "/no/train: expected a folder of images for each class"),
+        (("--data_path", "/no"), "/no: expected a folder of images for each class"),
         ((*DIGITS, "--model_kwargs", "norm_layer=x"), "--model_kwargs norm_layer=x: 'str' object"),
         ((*DIGITS, "--model_kwargs", "mlp_ratio=-1"), "--model_kwargs mlp_ratio=-1: "),
         ((*DIGITS, "--model_kwargs", "mlp_ratio=x"), "--model_kwargs mlp_ratio=x: "),

@@ -13,6 +13,7 @@ and, if the kind supports them,
     check(workers, record)        reads every image once; raises ValueError for damaged ones
     name(index), targets          class/name.ext of an image, and all labels, for caching latents
     path(index)                   the file of an image, by which caching notices that it was edited
+    follow(classes)               takes another order of the same classes, as in a checkpoint
     training_loader(batch_size, num_workers, seed, pin_memory)
                                   a special loader, with `steps`, `images` and
                                   `epoch(n, start=0)` as in util.data.loader.Loader. For a
@@ -27,7 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 
+from util.data.listing import holds_pictures
 from util.data.settings import PLAIN, Reading
+from util.files import first_few
 from util.settings import add_flags
 from util.table import Table
 
@@ -47,6 +50,8 @@ class Kind:
     defaults: dict = field(default_factory=dict)  # default flags for such data: name -> value
     # split that generated images are compared with; None for streaming data
     held_out: str | None = "train"
+    # plain(path): whether --reference means all images below a path, not a split of a data set
+    plain: Callable = lambda path: False
     extractor: str | None = None  # usual feature extractor; None for Inception
     workers: int | None = None  # most loader workers that are useful; None for no limit
 
@@ -67,8 +72,9 @@ DATASETS = Table(
         ),
         "folder": Kind(  # FIDs are published against ImageNet's training images
             open="util.data.folder:open_folder",
-            claims=lambda path: (Path(path) / "train").is_dir(),
-            path="a folder with train/class/image files",
+            claims=lambda path: (Path(path) / "train").is_dir() or holds_pictures(path),
+            path="a folder with train/class/image files, class/image files or images alone",
+            plain=lambda path: not (Path(path) / "train").is_dir(),
         ),
     },
 )
@@ -94,6 +100,11 @@ def has_images(path):
     """Whether a path denotes a data set whose images can be compared with others."""
     kind = kind_of(path)
     return kind is not None and kind.held_out is not None
+
+
+def is_reference_set(path):
+    """Whether a --reference is a split of a data set, not just a folder with images or a file."""
+    return has_images(path) and not kind_of(path).plain(path)
 
 
 def describe_paths():
@@ -171,6 +182,20 @@ def match_channels(dataset, tokenizer, flag, follow=False):
             "the tokenizer takes grey images, these are in colour: pass --channels 1 to drop it"
         )
     dataset.take_channels(wanted)
+
+
+def follow_classes(dataset, classes, source):
+    """Give the classes of a data set the order that they have in `source`, which is said.
+
+    Nothing is done where the order is that already, or other classes are named, or None.
+    """
+    from util.dist import print0
+
+    ours = [str(name) for name in dataset.classes]
+    if ours == classes or sorted(ours) != sorted(classes or ()) or not hasattr(dataset, "follow"):
+        return
+    print0(f"NOTE: the classes are in the order of {source}: {first_few(classes, 4)}")
+    dataset.follow(classes)
 
 
 def facts_of(dataset):

@@ -22,6 +22,8 @@ from torchvision import datasets
 
 from util import dist
 from util.data import check_classes
+from util.data.classes import in_order
+from util.data.listing import class_folders
 from util.data.manifest import (
     AGAIN,
     MANIFEST,
@@ -104,6 +106,7 @@ class CachedFolder(datasets.DatasetFolder):
 
     def __init__(self, root, shape=None):
         manifest = _finished_manifest(root)
+        self.order = manifest.get("classes")
         try:
             super().__init__(str(root), loader=None, extensions=(".npz",))
         except FileNotFoundError as error:
@@ -114,6 +117,24 @@ class CachedFolder(datasets.DatasetFolder):
         self.checksums, self.sources = self._open_index(manifest)
         if shape:
             self.expect(shape)
+
+    def find_classes(self, directory):
+        """(names, name -> index) of the classes, in the manifest's order."""
+        names = in_order(super().find_classes(directory)[0])
+        names = self.order if sorted(self.order or ()) == sorted(names) else names
+        return names, {name: i for i, name in enumerate(names)}
+
+    @property
+    def crcs(self):
+        """The CRC32s (N,) of the pictures, or None if they are not known."""
+        known = self.sources is not None and bool((self.sources[:, 0] >= 0).all())
+        return self.sources[:, 2] if known else None
+
+    def follow(self, classes):
+        """Take another order of the same classes."""
+        self.targets = [classes.index(self.classes[label]) for label in self.targets]
+        self.samples = [(path, i) for (path, _), i in zip(self.samples, self.targets, strict=True)]
+        self.classes = classes
 
     def expect(self, shape):
         """Raises ValueError unless moments, of the first image of each class, have this shape."""
@@ -348,14 +369,12 @@ def open_cache(path, shape=None, class_num=None, record=None, data_path=None):
 
 
 def _compare_classes(classes, path, data_path):
-    folder = Path(data_path or "") / "train"
-    if not data_path or not folder.is_dir():
-        return
-    found = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    if found != classes and len(found) == len(classes):  # else another data set, not these images
+    found = class_folders(data_path) if data_path else []
+    others = sorted({*found} ^ {*classes})
+    if others and len(found) == len(classes):  # else another data set, not these images
         raise ValueError(
             f"--data_path {data_path}: its classes are not those of the latents in {path}: "
-            f"{first_few(sorted({*found} ^ {*classes}) or found)}; pass the folder of their images"
+            f"{first_few(others)}; pass the folder of their images"
         )
 
 

@@ -8,6 +8,8 @@ from difflib import get_close_matches
 
 from util.files import first_few
 
+ALL = "all"  # name of the class of pictures without classes: models of it are unconditional
+
 
 def in_order(names):
     """Names of classes, sorted; as numbers if all are integers, so that 2 precedes 10."""
@@ -25,6 +27,11 @@ def are_numbers(names):
 def are_imagenet(names):
     """Whether names of classes are those of ImageNet-1k: 1,000 WordNet ids."""
     return len(names) == 1000 and all(re.fullmatch(r"n[0-9]{8}", name) for name in names)
+
+
+def are_none(names):
+    """Whether names of classes are those of pictures without classes."""
+    return list(names) == [ALL]
 
 
 def known_names(config):

@@ -49,6 +49,19 @@ class Reading(Settings):
         choices=(1, 3),
         otherwise="1 if all pictures are grey and the tokenizer takes 1, else 3",
     )
+    label_file: str = setting(
+        None,
+        "the classes of pictures: JSON or CSV, such as EDM's dataset.json or lines file_name,label",
+        metavar="FILE",
+        otherwise="class folders; in a folder of pictures, a file that is there, such as "
+        "labels.csv",
+    )
+    check_data: str = setting(
+        "full",
+        "pictures before use: full: read those that are not known, and decode what is new; sizes: "
+        "only that none is missing or empty; none: nothing",
+        choices=("full", "sizes", "none"),
+    )
 
 
 PLAIN = Reading(flip=False)  # for evaluation

@@ -184,7 +184,12 @@ class ShardedCache(Dataset):
             )
 
     def __reduce__(self):  # spawned workers receive the names of the files, not the data
-        return _reopen, (self.folder, self.shape, self.passed_on)
+        return _reopen, (self.folder, self.shape, self.passed_on, self.classes)
+
+    def follow(self, classes):
+        """Take another order of the same classes."""
+        self.labels = np.array([classes.index(name) for name in self.classes])[self.labels]
+        self.classes = classes
 
     def __len__(self):
         return len(self.labels)
@@ -242,6 +247,13 @@ class ShardedCache(Dataset):
         known = all("sources" in shard["sha256"] for shard in self.shards)
         return self._read("sources", 3) if known else None
 
+    @property
+    def crcs(self):
+        """The CRC32s (N,) of the pictures, or None if they are not known."""
+        sources = self.sources()
+        known = sources is not None and bool((sources[:, 0] >= 0).all())
+        return sources[:, 2] if known else None
+
     def _read(self, part, *shape):
         return np.concatenate([self._read_part(shard, part, *shape) for shard in self.shards])
 
@@ -266,10 +278,11 @@ class ShardedCache(Dataset):
         return array
 
 
-def _reopen(folder, shape, checksums):
+def _reopen(folder, shape, checksums, classes):
     """A ShardedCache in a worker, with what was checked when it was opened."""
     cache = ShardedCache.__new__(ShardedCache)
     cache._open(folder, shape)
+    cache.follow(classes)
     cache.passed_on = checksums
     cache.checksums = cache._read("checksums", 2) if checksums is None else checksums
     return cache

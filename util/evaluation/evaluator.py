@@ -6,7 +6,7 @@ from functools import cache, partial
 import torch
 
 from util import dist
-from util.data import has_images, kind_of
+from util.data import has_images, is_reference_set, kind_of
 from util.data.settings import PLAIN
 from util.dist import print0
 from util.evaluation.accumulator import Accumulator, Measurement
@@ -178,7 +178,8 @@ def open_evaluator(
     extractors = _open_extractors(settings, own, chosen, img_size, device)
     evaluator = Evaluator(settings, extractors, chosen)
     evaluator.start(num_images)  # raises for too few images before the reference is read
-    real, data_path = None, str(data_path or source)
+    data_path = data_path or (source if is_reference_set(source) else None)
+    real, data_path = None, data_path and str(data_path)
     if source:
         real = open_set(data_path) if has_images(data_path) else None
         _add_references(evaluator, source, real, data_path, img_size, reading)
@@ -214,8 +215,7 @@ def _say_reference(asked, source, why):
     if source is None:
         advice = f" (--reference auto: {why}; pass a path)" if why else ""
         return f"no reference: only metrics that need none{advice}"
-    kind = kind_of(source)
-    images = f", {kind.held_out} images" if kind and kind.held_out else ""
+    images = f", {kind_of(source).held_out} images" if is_reference_set(source) else ""
     return f"reference: {source}{images}" + (f" (--reference auto: {why})" if why else "")
 
 

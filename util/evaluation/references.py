@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Subset
 
 from util import dist
-from util.data import describe_paths, has_images, kind_of
+from util.data import describe_paths, has_images, is_reference_set, kind_of
 from util.data.classes import are_imagenet
 from util.data.settings import PLAIN
 from util.dist import print0
@@ -70,7 +70,7 @@ def load_reference(
     reference must contain images. reading: how its pictures are read.
     """
     check_reference(source)
-    if has_images(source):
+    if dataset or is_reference_set(source):
         dataset = dataset or RealImages(source, kind_of(source).held_out, img_size, reading)
         held = _data_reference(source, dataset, extractor, cache, workers)
     else:
@@ -94,7 +94,7 @@ def check_reference(source):
                 f"{path}: expected arrays mu and sigma, or images in arr_0; found "
                 f"{', '.join(held) or 'nothing'}"
             )
-    elif not (has_images(source) or path.is_dir()):
+    elif not (is_reference_set(source) or path.is_dir()):
         raise ValueError(
             f"--reference {source}: expected a folder of images, an .npz, a data set "
             f"({describe_paths()})"

@@ -12,11 +12,12 @@ from importlib import metadata
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from util.data import labels_of
 from util.dist import all_gather, is_main, world_size
-from util.files import HOST
+from util.files import HOST, first_few
 from util.weights import digest
 
 # Flags of the machine and of places on it; results do not depend on them.
@@ -30,6 +31,7 @@ NO_SETTINGS = (
     *("preset", "list_presets"),  # the flags that a preset sets are compared
     *("init_from", "start_epoch", "resume_anyway", "dry_run"),
     *("evaluate", "out"),  # nothing is trained
+    "check_data",  # results do not depend on it
     "model_kwargs",  # refused where the weights are of other ones
 )
 # Settings that a flag can leave open, and the value that does; the record has what was used.
@@ -51,8 +53,8 @@ def describe(tokenizer, loader, recipe, optimizer, *, precision, cached, listing
     """The record of a run. A collective call; raises ValueError if processes differ in it.
 
     tokenizer: a module. loader: of the training data. recipe: a resolved util.recipe.Recipe.
-    cached: whether the data are latents. listing: a file that changes with the files of the data;
-    it need not exist.
+    cached: whether the data are latents. listing: a file whose first line changes with the files of
+    the data; it need not exist.
     """
     dataset = getattr(loader, "dataset", None)
     record = {
@@ -70,9 +72,9 @@ def describe(tokenizer, loader, recipe, optimizer, *, precision, cached, listing
         "names": _sha256("\n".join(names)) if (names := names_of(dataset)) else None,
         "labels": _sha256(" ".join(map(str, labels))) if (labels := labels_of(dataset)) else None,
     }
-    classes = record["classes"] or []
-    agree(record, {"classes": f"{len(classes)} classes, sha256 {_sha256(' '.join(classes))[:12]}"})
-    return {**record, "files": _sha256_of_file(listing) if is_main() else None}
+    record["contents"] = contents_of(dataset)
+    agree(record, {name: _in_short(record[name] or []) for name in ("classes", "contents")})
+    return {**record, "files": _sha256_of_line(listing) if is_main() else None}
 
 
 def names_of(dataset):
@@ -82,6 +84,17 @@ def names_of(dataset):
         names = (path[start:].replace(os.sep, "/").lstrip("/") for path, _ in dataset.samples)
         return [name.removesuffix(".npz") for name in names]
     return dataset.names() if hasattr(dataset, "names") else None
+
+
+def contents_of(dataset):
+    """A hash of the content of the pictures of each class, a list; None if it is not known."""
+    crcs, labels = getattr(dataset, "crcs", None), labels_of(dataset)
+    if crcs is None:
+        return None
+    order = np.lexsort((crcs, labels))
+    ends = np.bincount(labels, minlength=len(dataset.classes)).cumsum()
+    parts = np.split(np.asarray(crcs)[order].astype("<u4"), ends[:-1])
+    return [hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in parts]
 
 
 def library_version():
@@ -96,12 +109,19 @@ def library_version():
         return None
 
 
+def _in_short(texts):
+    return f"{len(texts)} classes, sha256 {_sha256(' '.join(texts))[:12]}"
+
+
 def _sha256(text):
     return hashlib.sha256(os.fsencode(text)).hexdigest()
 
 
-def _sha256_of_file(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if Path(path).is_file() else None
+def _sha256_of_line(path):
+    """Of the first line of a file: those below are not on the files of the data."""
+    if not Path(path).is_file():
+        return None
+    return hashlib.sha256(Path(path).read_bytes().split(b"\n")[0]).hexdigest()
 
 
 def agree(values, shown=None):
@@ -152,8 +172,11 @@ def compare(now, before, ignored=()):
     scales = [name for name in ("vae_scale", "vae_shift") if name in changed]
     spoiling = [f"--{name} {_shown(*changed.pop(name))}" for name in scales]
     moved = "data_path" in changed or "cached_path" in changed
-    facts = _changed(record, old)
-    return [*spoiling, *_spoiling(facts, old)], [*_flags(changed), *_facts(facts, moved)]
+    facts, classes = _changed(record, old), record.get("classes") or []
+    if record.get("contents") and record["contents"] == old.get("contents"):
+        facts.pop("files", None)  # a copy
+    spoiling += _spoiling(facts, old, classes)
+    return spoiling, [*_flags(changed), *_facts(facts, moved, classes)]
 
 
 def _known(settings, record):
@@ -174,13 +197,18 @@ def _plain(value):
     return value if isinstance(value, int | float | str | None) else repr(value)
 
 
-def _spoiling(facts, old):
-    """Texts on the entries that would spoil a run. facts: those that differ from the `old` ones."""
+def _spoiling(facts, old, classes):
+    """Texts on the entries that would spoil a run. facts: those that differ from the `old` ones.
+
+    classes: names of those of now.
+    """
     if "tokenizer" in facts:
         now, before = facts["tokenizer"]
         yield f"another tokenizer: the sha256 of its weights is {now[:12]} (was {before[:12]})"
     if "classes" in facts:
         yield _other_classes(*facts["classes"])
+    elif "contents" in facts and (pair := _exchanged(*facts["contents"], classes)):
+        yield f"the pictures of class {pair[0]} are those that class {pair[1]} had"
     elif "labels" in facts and old.get("names") and "names" not in facts:
         yield "the same images have other labels"
     if "optimizer" in facts:
@@ -195,13 +223,20 @@ def _other_classes(now, before):
     return f"{what}: {first}" if first else f"{len(now)} classes (was {len(before)})"
 
 
+def _exchanged(now, before, classes):
+    """A pair of classes of which the first has all pictures that the second had; None if none."""
+    had = {str(content): name for content, name in zip(before, classes, strict=False)}
+    pairs = zip(now, before, classes, strict=False)
+    return next(((c, had[new]) for new, old, c in pairs if new != old and new in had), None)
+
+
 def _flags(changed):
     for name, pair in changed.items():
         # some flags switch off what they are stored as, such as --no_vlb
         yield f"{name if isinstance(pair[0], bool) else f'--{name}'} {_shown(*pair)}"
 
 
-def _facts(facts, moved):
+def _facts(facts, moved, classes):
     """Texts on the other entries. moved: whether the data are in another place."""
     for name, label in LABELS.items():
         if name in facts:
@@ -210,6 +245,10 @@ def _facts(facts, moved):
         return
     if "names" in facts:
         yield "other images, by their names"
+    elif "contents" in facts:
+        pairs = zip(*facts["contents"], classes, strict=False)
+        others = [name for now, before, name in pairs if now != before]
+        yield f"other content of pictures, of the classes {first_few(others)}"
     elif "files" in facts and not moved:
         yield "other files of the data, by their sizes or times"
 

@@ -26,7 +26,7 @@ from util.weights import digest
 
 WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 # Flags that may differ between processes: what is in such places is compared instead.
-LOCAL = (*PLACES, "data_path", "cached_path", "vae_path", "init_from")
+LOCAL = (*PLACES, "data_path", "cached_path", "vae_path", "init_from", "label_file")
 
 
 @contextmanager
