@@ -135,6 +135,19 @@ def _read_all(dataset, workers):
     return sorted(damaged), small, Counter(kinds), sorted(warnings)
 
 
+def smallest_side(root, looked_at=200):
+    """The shorter side of the smallest of some pictures, spread over the ImageFolder at `root`.
+
+    Raises ValueError as ImageFolder does, and if none of them can be read.
+    """
+    dataset = ImageFolder(root, img_size=1)
+    some = dataset.samples[:: len(dataset) // looked_at + 1]
+    sizes = [size for path, _ in some if (size := probe(path, dataset.reading).size)]
+    if not sizes:
+        raise ValueError(f"{root}: none of {len(some)} pictures can be read")
+    return min(map(min, sizes))
+
+
 def listing(dataset, workers=4):
     """A hash of img_size and of the files of an ImageFolder: their paths, sizes and times."""
 
