@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
-from util.data import CACHE_CHECKED, IMAGES_CHECKED, add_data_flags, check_data_set
+from util.data import IMAGES_CHECKED, add_data_flags, check_data_set
 from util.data.classes import known_names
 from util.data.settings import Reading, plain_reading
 from util.evaluation.settings import Evaluation, Occasions
@@ -118,6 +118,7 @@ def main(argv=None):
     check(args, given)
 
     from models import checkpoint_config
+    from models.found import open_training_data
     from models.transfer import open_start
     from util import dist
     from util.precision import pick_precision
@@ -131,7 +132,8 @@ def main(argv=None):
         stored = checkpoint_config(checkpoint, path) if checkpoint else {}
         start = open_start(args, given, path)
         data = None if args.evaluate else open_training_data(args, given, stored)
-        config, sampling, tokenizer = configure(args, given, stored, path, data)
+        before = checkpoint["args"] if checkpoint else {}
+        config, sampling, tokenizer = configure(args, given, stored, path, data, before)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         model = build(this)
         evaluator = open_evaluation(this)
@@ -158,33 +160,16 @@ def check(args, given):
 # ---- settings ------------------------------------------------------------------------------------
 
 
-def open_training_data(args, given, stored):
-    """The data set to train on: its images are listed, but not read before `check_data`.
-
-    stored: the configuration in the checkpoint that is resumed, or {}. Raises ValueError.
-    """
-    from util.data import follow_classes, open_data
-    from util.data.cached import open_cache
-
-    if args.use_cached:
-        record = Path(args.output_dir) / CACHE_CHECKED
-        data = open_cache(args.cached_path, record=record, data_path=args.data_path)
-    else:
-        size = stored["model"]["img_size"] if stored else args.img_size
-        data = open_data(args.data_path, "train", size, from_flags(Reading, args))
-    follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
-    return data
-
-
-def configure(args, given, stored, source, data):
+def configure(args, given, stored, source, data, before=None):
     """(configuration, Sampling, tokenizer) according to the flags.
 
     stored: the configuration in the checkpoint at `source` that is resumed, from which architecture
     and tokenizer come, or {}; a flag that contradicts its architecture is refused. data: the data
-    set to train on, or None.
+    set to train on, or None. before: the flags of the run that is resumed, if any.
     """
     from models.config import (
         as_flags,
+        fit_preset,
         fit_steps,
         label_drop_prob,
         open_tokenizer,
@@ -194,6 +179,8 @@ def configure(args, given, stored, source, data):
     from util.dist import print0
 
     tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source, data)
+    if data:
+        fit_preset(args, given, tokenizer, data, stored.get("model", {}), before or {})
     sampling = from_flags(Sampling, args)
     requested = from_flags(
         Model,

@@ -99,7 +99,7 @@ def built(flags, folder, monkeypatch):
 
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(models, "build_model", spy)
-        patch.setattr(main_mar, "open_training_data", lambda *_: None)  # the digits are 8×8
+        patch.setattr("models.found.open_training_data", lambda *_: None)  # the digits are 8×8
         main_mar.main(shlex.split(f"{DIGITS.format(folder=folder)} {flags}"))
     return found
 
