@@ -76,7 +76,10 @@ def main(argv=None):
     if args.verify:
         verify_cache(args, "data_path" in given)
         return
-    written, skipped = (convert_cache if args.convert_from else cache_images)(args, folder)
+    if args.convert_from:
+        written, skipped = convert_cache(args, folder)
+    else:
+        written, skipped = cache_images(args, given, folder)
 
     from util.dist import print0
 
@@ -112,11 +115,13 @@ def convert_cache(args, folder):
         return convert(args.convert_from, folder, args.layout, args.num_workers)
 
 
-def cache_images(args, folder):
+def cache_images(args, given, folder):
     """Encode images with a tokenizer and write the latents. Returns (written, skipped) images."""
+    from models.found import complete
     from util import dist
 
     device = dist.init(**machine(args))
+    complete(args, given)
     dataset = open_images(args)
     tokenizer = open_tokenizer(args, dataset).to(device)
     with held(args, folder):
@@ -173,6 +178,8 @@ def describe(args, tokenizer):
 
     facts = {"tokenizer": digest(tokenizer.state_dict()), "img_size": args.img_size}
     facts |= {"tokenizer_name": args.tokenizer, "scale": tokenizer.scale, "crop": CROP}
+    if tokenizer.vae:
+        facts["vae_path"] = str(Path(args.vae_path).absolute())
     if tokenizer.shift:  # absent from older caches
         facts["shift"] = tokenizer.shift
     return facts

@@ -131,7 +131,8 @@ def main(argv=None):
         stored = checkpoint_config(checkpoint, path) if checkpoint else {}
         start = open_start(args, given, path)
         data = None if args.evaluate else open_training_data(args, given, stored)
-        config, sampling, tokenizer = configure(args, given, stored, path, data)
+        before = checkpoint["args"] if checkpoint else {}
+        config, sampling, tokenizer = configure(args, given, stored, path, data, before)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         model = build(this)
         evaluator = open_evaluation(this)
@@ -163,9 +164,12 @@ def open_training_data(args, given, stored):
 
     stored: the configuration in the checkpoint that is resumed, or {}. Raises ValueError.
     """
+    from models.found import complete
     from util.data import follow_classes, open_data
     from util.data.cached import open_cache
 
+    if not stored:
+        complete(args, given)
     if args.use_cached:
         record = Path(args.output_dir) / CACHE_CHECKED
         data = open_cache(args.cached_path, record=record, data_path=args.data_path)
@@ -176,15 +180,16 @@ def open_training_data(args, given, stored):
     return data
 
 
-def configure(args, given, stored, source, data):
+def configure(args, given, stored, source, data, before=None):
     """(configuration, Sampling, tokenizer) according to the flags.
 
     stored: the configuration in the checkpoint at `source` that is resumed, from which architecture
     and tokenizer come, or {}; a flag that contradicts its architecture is refused. data: the data
-    set to train on, or None.
+    set to train on, or None. before: the flags of the run that is resumed, if any.
     """
     from models.config import (
         as_flags,
+        fit_preset,
         fit_steps,
         label_drop_prob,
         open_tokenizer,
@@ -194,6 +199,8 @@ def configure(args, given, stored, source, data):
     from util.dist import print0
 
     tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source, data)
+    if data:
+        fit_preset(args, given, tokenizer, data, stored.get("model", {}), before or {})
     sampling = from_flags(Sampling, args)
     requested = from_flags(
         Model,

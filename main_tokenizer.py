@@ -14,6 +14,7 @@ writes reconstructions.png, images above their reconstructions.
 from dataclasses import dataclass
 from pathlib import Path
 
+from models import fitting, presets
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
@@ -91,6 +92,13 @@ def get_parser():
         f"of a {', '.join(TRAINABLE)} network on the train split, with random flips if the data "
         "set has them; --batch_size and --vae_embed_dim (here 4, for pca 24) apply as well",
     )
+    group.add_argument(
+        "--preset",
+        choices=presets.FITTED,
+        metavar="NAME",
+        help="small: a tokenizer for a small data set that fits the size and number of its "
+        "pictures; flags on the command line override it (default: none)",
+    )
     add_flags(group, Training)
     group = parser.add_argument_group("metrics")
     group.add_argument(
@@ -106,17 +114,23 @@ def get_parser():
 
 def main(argv=None):
     args, given = get_parser().parse_given(argv)
-    training = from_flags(Training, args)
-    check(args, given, training)
     if "img_size" not in given:
         args.img_size = kind_or_folder(args.data_path).defaults.get("img_size", args.img_size)
+    if not args.preset:
+        check(args, given)
 
+    from models.found import complete
     from util import dist
     from util.data import match_channels
     from util.evaluation.features import Extractor, pick_extractor
     from util.precision import pick_precision
 
     device = dist.init(**machine(args))
+    if args.preset:
+        fit(args, given)
+    elif not args.epochs:
+        complete(args, given)
+    training = from_flags(Training, args)
     precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
     make_folder(args.output_dir, "--output_dir")
     last_words.set_folder(args.output_dir, "main_tokenizer")
@@ -133,8 +147,24 @@ def main(argv=None):
     measure(args, training, tokenizer.to(device), dataset, extractor, device)
 
 
-def check(args, given, training):
+def fit(args, given):
+    """Set the flags that --preset chooses for the pictures. Raises ValueError."""
+    from models.found import of_pictures
+    from util.data import open_data
+    from util.dist import print0
+
+    if "img_size" not in given:
+        args.img_size = of_pictures(args.data_path).get("img_size", args.img_size)
+    data = open_data(args.data_path, "train", args.img_size, from_flags(Reading, args))
+    own = {name: getattr(args, name) for name in {"tokenizer", "batch_size", "epochs"} & given}
+    chosen = fitting.small_tokenizer(len(data), data.channels, args.img_size, **own)
+    print0(f"NOTE: {presets.choose(args, given, chosen)} (for {len(data)} images)")
+    check(args, given)
+
+
+def check(args, given):
     """Raises ValueError for flags that contradict each other."""
+    training = from_flags(Training, args)
     if training.epochs and args.tokenizer not in TRAINABLE:
         raise ValueError(
             f"--epochs {training.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "

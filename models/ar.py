@@ -161,6 +161,7 @@ def _size(width, depth, heads, **defaults):
 
 
 ar_tiny = _size(64, 4, 4, diffloss_w=64)  # for tests and 8×8 images
+ar_mini = _size(128, 6, 4, diffloss_w=128)  # for small data on a CPU
 ar_small = _size(256, 10, 8, diffloss_w=256)  # for small data
 ar_base = _size(768, 24, 12)
 ar_large = _size(1024, 32, 16)

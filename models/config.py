@@ -4,13 +4,14 @@ import math
 from inspect import signature
 
 import models
-from models import arguments_of_tokenizer
+from models import arguments_of_tokenizer, presets
 from models.autoregressive import HEAD_DEFAULTS
+from models.fitting import Facts, patch_for
 from models.options import options_of
 from models.settings import HEADS, MODELS, Model, Sampling
 from util.data import kind_or_folder, match_channels
 from util.data.classes import are_none
-from util.dist import print0
+from util.dist import print0, world_size
 from util.run.record import check_resumed
 from util.settings import destination
 from util.sizes import sides
@@ -163,6 +164,30 @@ def _keep_stored(found, stored, given, extra, source):
 
 def _text(value):
     return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def fit_preset(args, given, tokenizer, data, stored, before):
+    """Set the flags that --preset derives from the data set; prints them. Raises ValueError.
+
+    stored: name and arguments of the model of the checkpoint that is resumed, or {}. before: the
+    flags of its run, or {}.
+    """
+    if args.preset not in presets.FITTED:
+        return
+    size = (stored or vars(args))["img_size"]
+    patch = stored.get("patch_size") or args.patch_size
+    patch = patch or patch_for(sides(size, tokenizer.stride), tokenizer.channels)
+    args.patch_size = patch
+    facts = Facts(
+        images=len(data),
+        length=math.prod(sides(size, tokenizer.stride * patch)),
+        channels=tokenizer.channels * patch**2,
+        processes=world_size(),
+        accum_iter=args.accum_iter,
+        **{name: getattr(args, name) for name in {"batch_size", "epochs", "model"} & given},
+    )
+    shown = f"{facts.images} images of {facts.length} tokens of {facts.channels} numbers"
+    print0(f"NOTE: {presets.fit(args, given, facts, before)} (for {shown})")
 
 
 def check_same_latents(name, stored, source):

@@ -193,5 +193,6 @@ def _size(width, depth, heads):
 
 
 dit_tiny = _size(64, 4, 4)  # for tests and 8×8 images
+dit_mini = _size(128, 6, 4)  # for small data on a CPU
 dit_small = _size(256, 8, 8)  # for small data
 dit_xl = _size(1152, 28, 16)

@@ -217,6 +217,7 @@ def _size(width, depth, heads, **defaults):
 
 
 mar_tiny = _size(64, 4, 4, diffloss_w=64)  # for tests and 8×8 images
+mar_mini = _size(128, 6, 4, diffloss_w=128)  # for small data on a CPU
 mar_small = _size(256, 10, 8, diffloss_w=256)  # for small data
 mar_base = _size(768, 24, 12)
 mar_large = _size(1024, 32, 16)

@@ -1,9 +1,12 @@
 """Presets: named sets of flags. They override the defaults; the command line overrides them."""
 
 from diffusion.solvers import BELOW_SINGULARITY
+from models import fitting
 from util.data import kind_or_folder
 
 PRESETS = {
+    # your own data: what depends on them is chosen by FITTED, once they are known
+    "small": fitting.SMALL,
     # The demo: 1,437 images, minutes on a CPU. Departures from the paper's recipe, and why:
     "digits": {
         "data_path": "digits",
@@ -31,6 +34,8 @@ PRESETS = {
         "save_last_freq": 25,
     },
 }
+
+FITTED = {"small": fitting.small}  # preset -> what it chooses for `fitting.Facts`
 
 
 # ---- the rows of the paper's tables ---------------------------------------------------------
@@ -143,3 +148,24 @@ def apply(parser, argv):
         defaults.pop("patch_size", None)  # it belongs to the preset's tokenizer
     parser.set_defaults(**defaults)
     return parser.parse_given(argv)
+
+
+def fit(args, given, facts, before):
+    """Set the flags that --preset derives from `fitting.Facts`; returns a sentence on them.
+
+    before: flags of the run that is resumed, name -> value, or {}: with the same preset, its values
+    are kept. Otherwise as `choose`.
+    """
+    chosen = FITTED[args.preset](facts)
+    if before.get("preset") == args.preset:
+        chosen |= {name: before[name] for name in chosen if name in before}
+    return choose(args, given, chosen)
+
+
+def choose(args, given, chosen):
+    """Set the chosen flags, name -> value, but for those that the user gave; a sentence on them."""
+    own = {name: value for name, value in chosen.items() if name not in given}
+    for name, value in own.items():
+        setattr(args, name, value)
+    shown = " ".join(f"--{name} {value}" for name, value in own.items() if value is not None)
+    return f"--preset {args.preset}: {shown}"

@@ -17,9 +17,9 @@ MODELS = Table(
     {
         name: f"models.{name.split('_')[0]}:{name}"
         for name in (
-            *("mar_tiny", "mar_small", "mar_base", "mar_large", "mar_huge"),
-            *("ar_tiny", "ar_small", "ar_base", "ar_large", "ar_huge"),
-            *("dit_tiny", "dit_small", "dit_xl"),
+            *("mar_tiny", "mar_mini", "mar_small", "mar_base", "mar_large", "mar_huge"),
+            *("ar_tiny", "ar_mini", "ar_small", "ar_base", "ar_large", "ar_huge"),
+            *("dit_tiny", "dit_mini", "dit_small", "dit_xl"),
         )
     },
 )
@@ -118,7 +118,7 @@ class Model(Settings):
         None,
         "width of the denoising MLP",
         type=positive_int,
-        otherwise="in proportion to the model: tiny 64, small 256, else 1024",
+        otherwise="in proportion to the model: tiny 64, mini 128, small 256, else 1024",
         fixed=True,
     )
     order: str = setting(None, "order that a causal model learns", "", fixed=True)

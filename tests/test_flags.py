@@ -209,6 +209,7 @@ CHOICES = [
     for name, script in PARSERS.items()
     for action in script.get_parser()._actions
     if action.choices is not None and action.dest not in PLAIN
+    if not (script is main_tokenizer and action.dest == "preset")
 ]
 
 
@@ -216,6 +217,12 @@ CHOICES = [
 def test_choices_are_the_rows_of_the_table(action):
     """All of them, and no other."""
     assert list(action.choices) == list(TABLES[action.dest])
+
+
+def test_presets_of_a_tokenizer():
+    """Those that fit themselves to the data."""
+    (action,) = (a for a in main_tokenizer.get_parser()._actions if a.dest == "preset")
+    assert list(action.choices) == list(presets.FITTED)
 
 
 def test_every_table_has_its_flag():

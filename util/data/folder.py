@@ -10,7 +10,7 @@ from torchvision import transforms
 from util.data.checked import check_pictures, read_crcs
 from util.data.crop import center_crop_arr
 from util.data.listing import list_data
-from util.data.pictures import described, read_picture, resolved, to_tensor
+from util.data.pictures import described, probe, read_picture, resolved, to_tensor
 from util.dist import print0
 from util.sizes import plain, shown
 
@@ -94,3 +94,11 @@ class ImageFolder(Dataset):
     def check(self, workers, record):
         """Find out whether the pictures are whole; see `check_pictures`."""
         check_pictures(self, workers, record)
+
+    def smallest_side(self, looked_at=200):
+        """The shorter side of the smallest of some pictures, spread over all. Raises ValueError."""
+        some = self.samples[:: len(self) // looked_at + 1]
+        sizes = [size for path, _ in some if (size := probe(path, self.reading).size)]
+        if not sizes:
+            raise ValueError(f"{self.root}: none of {len(some)} pictures can be read")
+        return min(map(min, sizes))
