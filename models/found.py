@@ -30,12 +30,14 @@ def complete(args, given):
 
 
 def of_pictures(path):
-    """The image size for the pictures of a data set: flag -> value; {} if its kind has one."""
+    """Image size and tokenizer for pictures, if no file says more: flag -> value; {} where the kind
+    of data has its own."""
     from util.data import open_data
 
     if "img_size" in kind_or_folder(path).defaults:
         return {}
-    return {"img_size": fitting.side_for(smallest_side(Path(path) / "train"))}
+    side = fitting.side_for(open_data(path, "train", 1).smallest_side())
+    return {"img_size": side, "tokenizer": "pixels"}
 
 
 def of_cache(folder):
