@@ -36,8 +36,10 @@ def of_pictures(path):
 
     if "img_size" in kind_or_folder(path).defaults:
         return {}
-    side = fitting.side_for(open_data(path, "train", 1).smallest_side())
-    return {"img_size": side, "tokenizer": "pixels"}
+    data = open_data(path, "train", 1)
+    if not hasattr(data, "smallest_side"):
+        return {}
+    return {"img_size": fitting.side_for(data.smallest_side()), "tokenizer": "pixels"}
 
 
 def of_cache(folder):
