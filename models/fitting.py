@@ -12,7 +12,6 @@ from util.sizes import sides
 
 # what does not depend on the data
 SMALL = {
-    "tokenizer": "pixels",  # a network of its own needs longer than the model to be of use
     "lr_schedule": "cosine",
     "diffusion_batch_mul": 4,
     "max_timestep": BELOW_SINGULARITY,  # from 999 every sample of so small a model diverges

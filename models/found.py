@@ -51,13 +51,13 @@ def open_training_data(args, given, stored):
 
 
 def of_pictures(path, reading):
-    """The image size for the pictures of a data set: flag -> value; {} if its kind has one."""
+    """Image size and tokenizer for pictures, if no file says more: flag -> value; {} where the kind
+    of data has its own."""
     if "img_size" in kind_or_folder(path).defaults:
         return {}
-    dataset = open_data(path, "train", fitting.SIDE, reading)
-    if not hasattr(dataset, "smallest_side"):
-        return {"img_size": fitting.SIDE}
-    return {"img_size": fitting.side_for(dataset.smallest_side())}
+    data = open_data(path, "train", fitting.SIDE, reading)
+    smallest = data.smallest_side() if hasattr(data, "smallest_side") else fitting.SIDE
+    return {"img_size": fitting.side_for(smallest), "tokenizer": "pixels"}
 
 
 def of_cache(folder):

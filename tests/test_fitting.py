@@ -127,6 +127,7 @@ def test_a_run_and_its_continuation(pictures, tmp_path, capsys):
     again = train(tmp_path, "--data_path", pictures, *cheap, "--batch_size", 2, "--epochs", 3)
     assert again["args"]["warmup_epochs"] == args["warmup_epochs"] and again["epoch"] == 2
     assert again["args"]["batch_size"] == 2
+    assert "sets --" not in capsys.readouterr().out  # nothing that the checkpoint contradicts
 
 
 def test_three_commands_without_a_number(pictures, tmp_path):
@@ -146,4 +147,4 @@ def test_three_commands_without_a_number(pictures, tmp_path):
 
 def test_a_listing_has_it():
     """--list_presets says what the preset sets for all data."""
-    assert "small\n    --tokenizer pixels" in presets.listing()
+    assert "small\n    --lr_schedule cosine" in presets.listing()

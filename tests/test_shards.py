@@ -208,7 +208,7 @@ def test_a_run_that_stops_loses_one_batch(images, vae_path, made, tmp_path, monk
         return encode(batch)
 
     dataset, facts = open_data(images, "train", 32), read_manifest(made)
-    facts = {name: facts[name] for name in (*convert.FACTS, "reading")}
+    facts = {name: facts[name] for name in (*convert.FACTS, "reading", "vae_path")}
     how = {"batch_size": 2, "num_workers": 0, "device": torch.device("cpu")}
     monkeypatch.setattr(tokenizer, "encode", stop)
     with pytest.raises(KeyboardInterrupt):

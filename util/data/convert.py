@@ -26,7 +26,7 @@ FACTS = (
     "scale",
     "crop",
 )  # manifest entries of both layouts
-OPTIONAL = ("shift", "reading")  # likewise, if present: older caches have neither, nor a shift of 0
+OPTIONAL = ("vae_path", "shift", "reading")  # likewise, if present: older caches have none
 BATCH = 64  # images read at once
 AT_ONCE = 1024  # images converted between two looks at requests to stop
 
