@@ -41,9 +41,10 @@ def run(made, tmp_path):
 
 
 def damage(path):
-    """Flip a bit in the middle of a file."""
+    """Flip bits in the middle of a file."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in (0, 64):  # of which one at most is padding
+        content[len(content) // 2 + place] ^= 1
     path.write_bytes(content)
     return path
 
