@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,11 @@ def run(made, tmp_path):
 
 
 def damage(path):
-    """Flip bits in the middle of a file."""
+    """Flip the bits of a byte in the middle of the largest entry of a file."""
     content = bytearray(path.read_bytes())
-    for place in (0, 64):  # of which one at most is padding
-        content[len(content) // 2 + place] ^= 1
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + largest.file_size // 2 + 200] ^= 255
     path.write_bytes(content)
     return path
 
