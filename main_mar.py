@@ -247,7 +247,7 @@ def open_evaluation(this):
         num_images=this.args.num_images,
         device=this.device,
         classes=known_names(this.config),
-        reading=plain_reading(this.config["data"], {}),
+        reading=plain_reading(this.config["data"], {"label_file": this.args.label_file}),
     )
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from models.settings import Sampling
 from util.data import check_data_set
 from util.data.classes import find_labels, known_names
-from util.data.settings import PLAIN_NAMES, Reading, plain_reading
+from util.data.settings import Reading, plain_reading
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
 from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
@@ -87,7 +87,8 @@ def add_sweep_flags(group):
         metavar="PATH",
         help="a data set whose real images are evaluated for comparison (default: none)",
     )
-    add_flags(group, Reading, PLAIN_NAMES, unset="as in training")
+    add_flags(group, Reading, Reading.names(pixels=True), unset="as in training")
+    add_flags(group, Reading, ["label_file"])
 
 
 def main(argv=None):

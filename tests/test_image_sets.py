@@ -10,14 +10,17 @@ from util.data.settings import PLAIN, plain_reading
 from util.evaluation.image_sets import open_images
 
 
-def test_what_is_hidden_is_no_image_of_a_folder(tmp_path):
-    """What macOS and editors leave beside images, at any depth; the folder itself may be hidden."""
+def test_what_is_hidden_is_no_image_of_a_folder(tmp_path, capsys):
+    """What macOS and editors leave beside images, at any depth, is left out, and counted; the
+    folder itself may be hidden."""
     root = folder(tmp_path / ".hidden" / "a", pictures(3, 0))
     for name in ("._0000.png", ".cache/x.png", "__MACOSX/x.png", "b/._0000.PNG"):
         (root.parent / name).parent.mkdir(exist_ok=True)
         (root.parent / name).write_bytes(b"no image")
     found = open_images(root.parent)
     assert [path.name for path in found.paths] == ["0000.png", "0001.png", "0002.png"]
+    said = "2 hidden files, 1 __MACOSX, 1 hidden folder"
+    assert capsys.readouterr().out == f"left out of {root.parent}: {said}\n"
 
 
 def test_photos_of_any_size_are_cropped_like_the_data(tmp_path, capsys):
@@ -53,6 +56,7 @@ def test_photos_are_turned_upright_and_grey_ones_are_images(tmp_path):
 def test_reading_of_real_images_is_the_checkpoint_s():
     """Unless a flag says otherwise; they are never mirrored."""
     data = {"classes": ["a"], "reading": {"flip": True, "orientation": "stored", "channels": 1}}
+    data["reading"] |= {"label_file": "gone.csv", "check_data": "none"}  # not of these pictures
     said = {"flip": True, "orientation": None, "background": "#000000"}
     expected = PLAIN.but(orientation="stored", channels=1, background="#000000")
     assert plain_reading(data, said) == expected

@@ -22,7 +22,10 @@ def check_colour(text):
 
 @dataclass(frozen=True)
 class Reading(Settings):
-    """How the pictures of a data set are listed and read."""
+    """How the pictures of a data set are listed and read.
+
+    `pixels` fields decide what a picture's pixels are: evaluation takes them from the checkpoint.
+    """
 
     flip: bool = setting(
         True,
@@ -35,12 +38,14 @@ class Reading(Settings):
         "exif: turn pictures as their EXIF orientation says; stored: leave them as they are "
         "stored; auto: stored for ImageNet, as in the published code, else exif",
         choices=("auto", "exif", "stored"),
+        pixels=True,
     )
     background: str = setting(
         "white",
         "what partly transparent pictures are shown over: the name of a colour, or #rrggbb",
         type=checked(check_colour),
         metavar="COLOUR",
+        pixels=True,
     )
     channels: int = setting(
         None,
@@ -48,6 +53,7 @@ class Reading(Settings):
         type=int,
         choices=(1, 3),
         otherwise="1 if all pictures are grey and the tokenizer takes 1, else 3",
+        pixels=True,
     )
     label_file: str = setting(
         None,
@@ -65,8 +71,7 @@ class Reading(Settings):
 
 
 PLAIN = Reading(flip=False)  # for evaluation
-# what matters to evaluation, which never mirrors images
-PLAIN_NAMES = [name for name in Reading.names() if name != "flip"]
+PLAIN_NAMES = (*Reading.names(pixels=True), "label_file")  # what evaluation can be told
 
 
 def plain_reading(data, said):
@@ -75,6 +80,7 @@ def plain_reading(data, said):
     data: what a checkpoint knows of its training data; its `reading`, name -> value, is that in
     training. said: name -> value according to flags, which override it; None where not given.
     """
-    values = dict((data or {}).get("reading") or {})
-    values |= {name: value for name, value in said.items() if value is not None}
-    return PLAIN.but(**{name: values[name] for name in PLAIN_NAMES if name in values})
+    stored = (data or {}).get("reading") or {}
+    values = {name: stored[name] for name in Reading.names(pixels=True) if name in stored}
+    said = {name: said[name] for name in PLAIN_NAMES if said.get(name) is not None}
+    return PLAIN.but(**values | said)
