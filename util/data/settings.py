@@ -75,6 +75,6 @@ def plain_reading(data, said):
     data: what a checkpoint knows of its training data; its `reading`, name -> value, is that in
     training. said: name -> value according to flags, which override it; None where not given.
     """
-    values = dict((data or {}).get("reading") or {})
+    values = {**((data or {}).get("reading") or {}), "label_file": None}  # a place on a machine
     values |= {name: value for name, value in said.items() if value is not None}
     return PLAIN.but(**{name: values[name] for name in PLAIN_NAMES if name in values})

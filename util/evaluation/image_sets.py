@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import dist
 from util.data import open_data
 from util.data.crop import center_crop_arr
+from util.data.listing import pictures_below
 from util.data.pictures import read_picture, resolved, size_of
 from util.data.settings import PLAIN
 from util.dist import print0
@@ -60,9 +60,12 @@ class Folder(Dataset):
     """
 
     def __init__(self, path, img_size=None, reading=PLAIN):
-        self.paths = sorted(pictures_below(path))
+        paths, left_out = pictures_below(path)
+        self.paths = sorted(paths)
         if not self.paths:
             raise ValueError(f"{path}: expected images there, found none")
+        if left_out:
+            print0(left_out)
         self.reading = resolved(reading.but(channels=3), (), self.paths)
         found = _sizes(self.paths, self.reading)  # (height, width) each
         self.sides = sides(img_size) if img_size else found[0]
@@ -83,15 +86,6 @@ class Folder(Dataset):
         if (image.height, image.width) != self.sides:
             image = center_crop_arr(image, self.sides)
         return np.array(image.convert("RGB")), -1
-
-
-def pictures_below(root):
-    """The paths of all images below a folder, but for hidden ones and those that macOS adds."""
-    for path in Path(root).rglob("*"):
-        parts = path.relative_to(root).parts
-        hidden = any(part.startswith(".") or part == "__MACOSX" for part in parts)
-        if path.suffix.lower() in IMG_EXTENSIONS and not hidden:
-            yield path
 
 
 def _sizes(paths, reading):
