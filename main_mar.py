@@ -169,9 +169,9 @@ def configure(args, given, stored, source, data, before=None):
     """
     from models.config import (
         as_flags,
+        drop_prob,
         fit_preset,
         fit_steps,
-        label_drop_prob,
         open_tokenizer,
         resolve_model,
     )
@@ -186,7 +186,7 @@ def configure(args, given, stored, source, data, before=None):
         Model,
         args,
         class_num=args.class_num if "class_num" in given or not data else len(data.classes),
-        label_drop_prob=label_drop_prob(args, given, stored, data.classes if data else []),
+        label_drop_prob=drop_prob(args, given, stored, data.classes if data else []),
         order=sampling.order or "raster",  # the order that a causal model learns
         num_sampling_steps=sampling.num_sampling_steps,
         max_timestep=sampling.max_timestep,

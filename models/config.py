@@ -74,7 +74,7 @@ def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
     return _keep_stored(found | extra, stored, given, extra, source) if stored else found | extra
 
 
-def label_drop_prob(args, given, stored, classes):
+def drop_prob(args, given, stored, classes):
     """--label_drop_prob or, if it is not given, 0 for a model that is to have one mode only.
 
     That is a model whose checkpoint was trained with 0, or a new one of pictures without classes.

@@ -139,8 +139,14 @@ def test_training_compares_classes(made, images, tmp_path):
     cached.open_cache(made / "shards", *open_as)
     (pictures / "train/emu").mkdir()
     cached.open_cache(made / "shards", *open_as)
-    (pictures / "train/dog").rename(pictures / "train/eel")
     (pictures / "train/emu").rmdir()
+    swap(pictures / "train/dog", pictures / "train/cat")
+    with pytest.raises(ValueError, match=r"classes are not .*: cat/0.jpg is a picture of dog;"):
+        cached.open_cache(made / "shards", *open_as)
+    edit(pictures / "train/cat/0.jpg")
+    edit(pictures / "train/dog/0.jpg")
+    cached.open_cache(made / "shards", *open_as)  # edited pictures are found by --verify
+    (pictures / "train/dog").rename(pictures / "train/eel")
     with pytest.raises(ValueError, match="pictures: its classes are not those .*: dog, eel"):
         cached.open_cache(made / "shards", *open_as)
 

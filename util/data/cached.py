@@ -23,7 +23,7 @@ from torchvision import datasets
 from util import dist
 from util.data import check_classes
 from util.data.classes import in_order
-from util.data.listing import class_folders
+from util.data.listing import class_folders, data_folder
 from util.data.manifest import (
     AGAIN,
     MANIFEST,
@@ -34,7 +34,7 @@ from util.data.manifest import (
     write_part,
 )
 from util.data.shards import ShardedCache
-from util.data.sources import UNKNOWN
+from util.data.sources import UNKNOWN, find_exchanged
 from util.files import check_room, first_few, replacing
 
 VIEWS = ("moments", "moments_flip")
@@ -364,18 +364,23 @@ def open_cache(path, shape=None, class_num=None, record=None, data_path=None):
         check_classes(dataset, class_num, path)
     dataset.noted = read_manifest(path).get("reading", {})  # how its pictures were read
     dataset.channels = dataset.noted.get("channels")
-    _compare_classes(dataset.classes, path, data_path)
+    if problem := dist.broadcast(_other_classes(dataset, data_path) if dist.is_main() else None):
+        raise ValueError(
+            f"--data_path {data_path}: its classes are not those of the latents in {path}: "
+            f"{problem}; pass the folder of their images"
+        )
     return dataset
 
 
-def _compare_classes(classes, path, data_path):
+def _other_classes(dataset, data_path):
+    """What differs between the classes of a cache and those of a folder of images, or None."""
     found = class_folders(data_path) if data_path else []
-    others = sorted({*found} ^ {*classes})
-    if others and len(found) == len(classes):  # else another data set, not these images
-        raise ValueError(
-            f"--data_path {data_path}: its classes are not those of the latents in {path}: "
-            f"{first_few(others)}; pass the folder of their images"
-        )
+    if not found or len(found) != len(dataset.classes):
+        return None  # another data set, not these images
+    if others := sorted({*found} ^ {*dataset.classes}):
+        return first_few(others)
+    pair = find_exchanged(dataset, data_folder(data_path, "train"))
+    return pair and f"{pair[0]} is a picture of {pair[1]}"
 
 
 def check_cache(folder, tokenizer, img_size, write=False, **more):

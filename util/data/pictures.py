@@ -165,7 +165,8 @@ def opened(source, name=None):
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # PIL can raise nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or kind_of_file(source) or first_line(error)
-        reason = reason.replace(f" {str(source)!r}", "")
+        for shown in (f" {str(source)!r}", f" {source!r}"):  # a path, or an open file
+            reason = reason.replace(shown, "")
         raise ValueError(f"{name}: not a readable image ({reason})") from error
     finally:
         _now.name = None

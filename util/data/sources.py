@@ -6,12 +6,16 @@ by a method `path(index)`.
 
 import os
 import zlib
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from util.data import labels_of
+
 UNKNOWN = (-1, -1, -1)
+THREADS = 16  # a file system on a network answers slowly, but many at once
 
 
 class Pictures:
@@ -46,6 +50,27 @@ class Pictures:
             return None
         size, _, crc = _read(self.path(index))
         return (size, crc) == (int(source[0]), int(source[2]))
+
+
+def find_exchanged(cache, root):
+    """(name of a picture below `root`, the class of the latents of that picture) or None.
+
+    It looks at one picture of each class, and finds out whether class folders changed their names.
+    """
+    crcs, labels = cache.crcs, np.asarray(labels_of(cache))
+    if crcs is None:
+        return None
+    names = cache.names() if hasattr(cache, "names") else None
+    first = np.unique(labels, return_index=True)[1].tolist()
+    first = {index: names[index] if names else cache.name(index) for index in first}
+    paths = [os.path.join(root, name) for name in first.values()]
+    with ThreadPool(THREADS) as pool:
+        found = pool.map(lambda path: _read(path)[2] if os.path.isfile(path) else None, paths)
+    for (index, name), crc in zip(first.items(), found, strict=True):
+        others = labels[(crcs == crc) & (labels != labels[index])] if crc != crcs[index] else []
+        if crc is not None and len(others):
+            return name, cache.classes[others[0]]
+    return None
 
 
 class Recorded:
