@@ -30,7 +30,7 @@ LARGEST = 200_000_000  # pixels: those of the largest cameras, 0.8 GB, or twice 
 STRIP = 1024  # rows that are composed at once, to spare memory
 SAMPLE = 256  # pictures that are looked at before all are, for their channels
 
-# PIL's own limits, a third of a camera's picture and text of 1 MB, make way for LARGEST
+# PIL's own limits, 90 million pixels and texts of 1 MB, make way for LARGEST
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
 PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
