@@ -8,6 +8,7 @@ The table is written anew by
 import contextlib
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from kinds import FILES, SIDE, colours
+from PIL import features
 
 import main_cache
 import main_mar
@@ -103,8 +105,9 @@ def plain_reason(text, root):
     for known in (f"{root}/train: ", f"{root}/train/some/", f"{root}/train/", f"{root}/train"):
         text = text.replace(f"left out of {known}", "left out: ").replace(known, "")
     text = text.replace("\n", " ")
-    for words in (": 1 unreadable or truncated images: ", "; repair or delete them"):
+    for words in ("1 unreadable or truncated images: ", "; repair or delete them"):
         text = text.replace(words, "")
+    text = re.sub(r" \(\d+ bytes not processed\)", "", text)
     return text.replace(": 1 of 2,", ":").replace(": 1 of 3,", ":")
 
 
@@ -135,6 +138,8 @@ def page():
 @pytest.mark.parametrize("title", FILES)
 def test_each_kind_of_file(title):
     """All four doors do what the table says, and give the same pixels."""
+    if title == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
     *found, pixels = row(title)
     assert line(title, *found) in PAGE.read_text(encoding="utf-8").splitlines()
     for other in pixels[1:]:

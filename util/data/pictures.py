@@ -165,7 +165,7 @@ def opened(source, name=None):
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # PIL can raise nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or kind_of_file(source) or first_line(error)
-        reason = reason.replace(f" {str(source)!r}", "")
+        reason = re.sub(r" (<_io\..*>|'.*')$", "", reason)  # how PIL calls the file
         raise ValueError(f"{name}: not a readable image ({reason})") from error
     finally:
         _now.name = None
