@@ -8,6 +8,7 @@ The table is written anew by
 import contextlib
 import io
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,10 +17,12 @@ import numpy as np
 import pytest
 import torch
 from kinds import FILES, SIDE, colours
+from PIL import features
 
 import main_cache
 import main_mar
 import main_tokenizer
+from models.found import open_training_data
 from util.data import check_images
 from util.data.cached import read_moments
 from util.evaluation.image_sets import RealImages
@@ -37,7 +40,7 @@ def flags_of(script, root, *more):
 def by_training(root):
     """Images as main_mar.py trains on them."""
     args = flags_of(main_mar, root, "--no_flip", "--output_dir", str(root / "out"))
-    dataset = main_mar.open_training_data(args, set(), {})
+    dataset = open_training_data(args, {"img_size", "tokenizer"}, {})
     check_images(dataset, 1, root / "out" / "data_checked.txt")
     return uint8(dataset)
 
@@ -91,8 +94,7 @@ def outcome(door, root, place):
             found = door(root)
     except ValueError as error:
         return "refused", plain_reason(str(error), root), None
-    lines = [line for line in said.getvalue().splitlines() if line.startswith(f"{root}/")]
-    words = "; ".join(line.partition(": ")[2] for line in lines)
+    words = "; ".join(line for line in said.getvalue().splitlines() if f"{root}/train" in line)
     files = [p for p in (place, *place.rglob("*")) if p.is_file()] if place.exists() else []
     mine = [pixels for name, pixels in found.items() if root / "train" / name in files]
     return "used" if mine else "passed over", plain_reason(words, root), *(mine or [None])
@@ -100,10 +102,12 @@ def outcome(door, root, place):
 
 def plain_reason(text, root):
     """A message without places and counts."""
-    text = text.replace(f"{root}/train/some/", "").replace(f"{root}/train/", "")
-    text = text.replace(f"{root}/train", "").replace("\n", " ")
-    for words in (": 1 unreadable or truncated images: ", "; repair or delete them"):
+    for known in (f"{root}/train: ", f"{root}/train/some/", f"{root}/train/", f"{root}/train"):
+        text = text.replace(f"left out of {known}", "left out: ").replace(known, "")
+    text = text.replace("\n", " ")
+    for words in ("1 unreadable or truncated images: ", "; repair or delete them"):
         text = text.replace(words, "")
+    text = re.sub(r" \(\d+ bytes not processed\)", "", text)
     return text.replace(": 1 of 2,", ":").replace(": 1 of 3,", ":")
 
 
@@ -134,6 +138,8 @@ def page():
 @pytest.mark.parametrize("title", FILES)
 def test_each_kind_of_file(title):
     """All four doors do what the table says, and give the same pixels."""
+    if title == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow was built without AVIF")
     *found, pixels = row(title)
     assert line(title, *found) in PAGE.read_text(encoding="utf-8").splitlines()
     for other in pixels[1:]:
@@ -148,5 +154,6 @@ def test_the_page_is_whole():
 
 
 if __name__ == "__main__":
+    os.environ["MAR_CACHE"] = tempfile.mkdtemp()
     sys.stdout.reconfigure(encoding="utf-8")
     print(page(), end="")

@@ -26,11 +26,11 @@ from util.data.classes import are_imagenet
 from util.dist import all_gather, rank, world_size
 from util.files import first_line
 
-LARGEST = 200_000_000  # pixels: those of the largest cameras, 0.8 GB, or twice that if turned
+LARGEST = 200_000_000  # pixels: those of the largest cameras; read and cropped they take 1.4 GB
 STRIP = 1024  # rows that are composed at once, to spare memory
 SAMPLE = 256  # pictures that are looked at before all are, for their channels
 
-# PIL's own limits, a third of a camera's picture and text of 1 MB, make way for LARGEST
+# PIL's own limits, 90 million pixels and texts of 1 MB, make way for LARGEST
 Image.MAX_IMAGE_PIXELS = None
 PngImagePlugin.MAX_TEXT_CHUNK = 1 << 26
 PngImagePlugin.MAX_TEXT_MEMORY = 1 << 28
@@ -165,8 +165,7 @@ def opened(source, name=None):
         raise ValueError(f"{name}: {error}") from error
     except Exception as error:  # PIL can raise nearly anything for a damaged file
         reason = getattr(error, "strerror", None) or kind_of_file(source) or first_line(error)
-        for shown in (f" {str(source)!r}", f" {source!r}"):  # a path, or an open file
-            reason = reason.replace(shown, "")
+        reason = re.sub(r" (<_io\..*>|'.*')$", "", reason)  # how PIL calls the file
         raise ValueError(f"{name}: not a readable image ({reason})") from error
     finally:
         _now.name = None
