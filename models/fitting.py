@@ -124,7 +124,7 @@ def patch_for(latents, channels):
 
 
 def components_for(numbers):
-    """How many principal components stand for a patch of so many numbers: an eighth, 24 dB for
+    """How many principal components stand for a patch of so many numbers: an eighth, 25 dB for
     photographs at 32 pixels, or more of a small patch."""
     return min(numbers, max(16, numbers // 8))
 
