@@ -58,7 +58,7 @@ def small(facts):
         "proj_dropout": dropout(epochs),
         "batch_size": batch,
         "epochs": epochs,
-        "lr": RATES.get(model, 4e-4),
+        "lr": RATES.get(model.split("_")[1], 4e-4),
         "warmup_epochs": round(min(max(steps / 50, 200), steps / 10) / an_epoch, 3),
         "ema_rate": round(1 - 1 / max(1, steps / 20), 5),  # remembers a twentieth of the run
         "eval_freq": shown,
@@ -66,7 +66,7 @@ def small(facts):
     }
 
 
-RATES = {"mar_tiny": 2e-3, "mar_mini": 2e-3, "mar_small": 8e-4}  # larger models, smaller steps
+RATES = {"tiny": 2e-3, "mini": 2e-3, "small": 8e-4}  # larger models, smaller steps
 
 
 def model_for(facts):
@@ -124,7 +124,7 @@ def patch_for(latents, channels):
 
 
 def components_for(numbers):
-    """How many principal components stand for a patch of so many numbers: an eighth, 24 dB for
+    """How many principal components stand for a patch of so many numbers: an eighth, 25 dB for
     photographs at 32 pixels, or more of a small patch."""
     return min(numbers, max(16, numbers // 8))
 
