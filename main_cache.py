@@ -1,9 +1,9 @@
 """Cache the tokenizer's latents of a folder of images. `python main_cache.py --help`.
 
 Training with --use_cached then needs no encoder. For each image class/name.ext, a file
-class/name.ext.npz holds the moments of the image and of its mirror image; with --layout shards, a
-few large files hold all. An interrupted run resumes where it stopped. --verify and --convert_from
-need no tokenizer.
+class/name.ext.npz holds the moments of the image and, unless --no_flip is given, of its mirror
+image; with --layout shards, a few large files hold all. An interrupted run resumes where it
+stopped. --verify and --convert_from need no tokenizer.
 """
 
 from contextlib import contextmanager
@@ -59,7 +59,7 @@ def get_parser():
         metavar="DIR",
         help="convert the latents from this cache in the other layout (default: encode images)",
     )
-    add_flags(group, Reading, [name for name in Reading.names() if name != "flip"])
+    add_flags(group, Reading)
     add_tokenizer_flags(parser, TOKENIZERS)
     add_machine_flags(parser, num_workers=10, precision=False)
     return parser
@@ -112,7 +112,7 @@ def convert_cache(args, folder):
 
     dist.init(**machine(args) | {"device": "cpu"})
     with held(args, folder):
-        return convert(args.convert_from, folder, args.layout, args.num_workers)
+        return convert(args.convert_from, folder, args.layout, args.num_workers, args.flip)
 
 
 def cache_images(args, given, folder):
@@ -132,11 +132,13 @@ def encode_images(args, folder, tokenizer, dataset, device):
     """Write the latents into a folder that is held. Returns (written, skipped) images."""
     from util import dist
     from util.data import caching, check_images, follow_classes
-    from util.data.cached import check_cache
+    from util.data.cached import check_cache, check_views
     from util.data.manifest import read_manifest
 
     facts = describe(args, tokenizer)
+    check_views(folder, args.flip)
     facts |= caching.note_reading(dataset, folder, args.num_workers)
+    facts |= {} if args.flip else {"flips": False}
     if args.layout == "images" and dist.is_main():
         check_cache(folder, write=True, **facts, finished=False)
     dist.barrier()
@@ -148,7 +150,7 @@ def encode_images(args, folder, tokenizer, dataset, device):
     how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": device}
     if args.layout == "shards":
         return caching.cache_shards(tokenizer, dataset, folder, facts, **how)
-    return caching.cache_latents(tokenizer, dataset, folder, **how)
+    return caching.cache_latents(tokenizer, dataset, folder, flip=args.flip, **how)
 
 
 def open_tokenizer(args, dataset):
