@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from models.settings import TOKENIZERS
-from util.data import DATASETS
+from util.data import describe_paths
 from util.data.settings import Reading
 from util.files import make_folder, remove_leftovers
 from util.flags import (
@@ -34,7 +34,7 @@ def get_parser():
         "--data_path",
         default="./data/imagenet",
         metavar="DIR",
-        help=DATASETS["folder"].path + "; with --verify, what to compare the cache with, if given",
+        help=describe_paths() + "; with --verify, what to compare the cache with, if given",
     )
     group.add_argument("--cached_path", required=True, metavar="DIR", help="folder of the cache")
     group.add_argument(
@@ -219,7 +219,7 @@ def open_images(args):
     if not hasattr(dataset, "name"):
         raise ValueError(
             f"--data_path {args.data_path}: its images have no names for files of latents; "
-            f"expected {DATASETS['folder'].path}"
+            "expected pictures in a folder or an archive"
         )
     return dataset
 

@@ -15,6 +15,7 @@ from test_caches import bit, contents, gone
 import main_cache
 import main_mar
 import main_tokenizer
+from models import found
 from util.data import caching, open_data, shards
 from util.data.cached import open_cache, read_arrays, read_moments, write_moments
 from util.data.loader import open_loader
@@ -79,7 +80,7 @@ def test_images_are_not_mirrored(pictures):
     flags = ["--data_path", str(pictures), *shlex.split(SMALL)]
     for flip in ([], ["--no_flip"]):
         args, given = main_mar.get_parser().parse_given([*flags, *flip])
-        assert same_pixels(main_mar.open_training_data(args, given, {}), pictures) == bool(flip)
+        assert same_pixels(found.open_training_data(args, given, {}), pictures) == bool(flip)
         args, given = main_tokenizer.get_parser().parse_given([*flags, *flip])
         args.output_dir = pictures
         assert same_pixels(main_tokenizer.open_split(args, "train", True), pictures) == bool(flip)
@@ -95,7 +96,7 @@ def test_a_cache_may_be_read_without_them(pictures, made, layout):
     assert not same_pixels(open_cache(made / layout), pictures)
     flags = f"{SMALL} --data_path {pictures} --use_cached --no_flip --cached_path {made / layout}"
     args, given = main_mar.get_parser().parse_given(shlex.split(flags))
-    dataset, state = main_mar.open_training_data(args, given, {}), torch.get_rng_state()
+    dataset, state = found.open_training_data(args, given, {}), torch.get_rng_state()
     assert same_pixels(dataset, pictures)
     assert torch.equal(torch.get_rng_state(), state)
 

@@ -10,6 +10,7 @@ from torch.utils.data import Subset
 from util import dist
 from util.data import shard_writer
 from util.data.cached import VIEWS, FolderWriter
+from util.data.folder import Sources
 from util.data.loader import batch_loader, plain_loader
 from util.data.manifest import has_flips, layout_of, read_manifest, write_manifest
 from util.data.pictures import CHANGED, count_kinds, pixel_settings, sentences
@@ -63,9 +64,9 @@ def note_reading(dataset, folder, workers):
     found = dist.broadcast((layout_of(folder), read_manifest(folder)) if dist.is_main() else None)
     theirs = found[1].get("reading")
     if theirs is None and found[0]:
-        paths = [dataset.path(i) for i in range(len(dataset))]
-        counts = count_kinds(paths, dataset.reading, workers)
-        if changed := [*sentences(counts, len(paths), dataset.reading, CHANGED)]:
+        sources = Sources(dataset)
+        counts = count_kinds(sources, dataset.reading, workers)
+        if changed := [*sentences(counts, len(dataset), dataset.reading, CHANGED)]:
             raise ValueError(
                 f"{folder}: latents by an earlier version, which read otherwise: {changed[0]}; "
                 "pass another --cached_path"
