@@ -1,16 +1,16 @@
 """Cache the tokenizer's latents of a folder of images. `python main_cache.py --help`.
 
 Training with --use_cached then needs no encoder. For each image class/name.ext, a file
-class/name.ext.npz holds the moments of the image and of its mirror image; with --layout shards, a
-few large files hold all. An interrupted run resumes where it stopped. --verify and --convert_from
-need no tokenizer.
+class/name.ext.npz holds the moments of the image and, unless --no_flip is given, of its mirror
+image; with --layout shards, a few large files hold all. An interrupted run resumes where it
+stopped. --verify and --convert_from need no tokenizer.
 """
 
 from contextlib import contextmanager
 from pathlib import Path
 
 from models.settings import TOKENIZERS
-from util.data import DATASETS
+from util.data import describe_paths
 from util.data.settings import Reading
 from util.files import make_folder, remove_leftovers
 from util.flags import (
@@ -34,7 +34,7 @@ def get_parser():
         "--data_path",
         default="./data/imagenet",
         metavar="DIR",
-        help=DATASETS["folder"].path + "; with --verify, what to compare the cache with, if given",
+        help=describe_paths() + "; with --verify, what to compare the cache with, if given",
     )
     group.add_argument("--cached_path", required=True, metavar="DIR", help="folder of the cache")
     group.add_argument(
@@ -59,7 +59,7 @@ def get_parser():
         metavar="DIR",
         help="convert the latents from this cache in the other layout (default: encode images)",
     )
-    add_flags(group, Reading, [name for name in Reading.names() if name != "flip"])
+    add_flags(group, Reading)
     add_tokenizer_flags(parser, TOKENIZERS)
     add_machine_flags(parser, num_workers=10, precision=False)
     return parser
@@ -112,7 +112,7 @@ def convert_cache(args, folder):
 
     dist.init(**machine(args) | {"device": "cpu"})
     with held(args, folder):
-        return convert(args.convert_from, folder, args.layout, args.num_workers)
+        return convert(args.convert_from, folder, args.layout, args.num_workers, args.flip)
 
 
 def cache_images(args, given, folder):
@@ -132,11 +132,13 @@ def encode_images(args, folder, tokenizer, dataset, device):
     """Write the latents into a folder that is held. Returns (written, skipped) images."""
     from util import dist
     from util.data import caching, check_images, follow_classes
-    from util.data.cached import check_cache
+    from util.data.cached import check_cache, check_views
     from util.data.manifest import read_manifest
 
     facts = describe(args, tokenizer)
+    check_views(folder, args.flip)
     facts |= caching.note_reading(dataset, folder, args.num_workers)
+    facts |= {} if args.flip else {"flips": False}
     if args.layout == "images" and dist.is_main():
         check_cache(folder, write=True, **facts, finished=False)
     dist.barrier()
@@ -148,7 +150,7 @@ def encode_images(args, folder, tokenizer, dataset, device):
     how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "device": device}
     if args.layout == "shards":
         return caching.cache_shards(tokenizer, dataset, folder, facts, **how)
-    return caching.cache_latents(tokenizer, dataset, folder, **how)
+    return caching.cache_latents(tokenizer, dataset, folder, flip=args.flip, **how)
 
 
 def open_tokenizer(args, dataset):
@@ -217,7 +219,7 @@ def open_images(args):
     if not hasattr(dataset, "name"):
         raise ValueError(
             f"--data_path {args.data_path}: its images have no names for files of latents; "
-            f"expected {DATASETS['folder'].path}"
+            "expected pictures in a folder or an archive"
         )
     return dataset
 

@@ -42,7 +42,8 @@ def open_training_data(args, given, stored):
         complete(args, given)
     if args.use_cached:
         record = Path(args.output_dir) / CACHE_CHECKED
-        data = open_cache(args.cached_path, record=record, data_path=args.data_path)
+        how = {"record": record, "data_path": args.data_path, "flip": args.flip}
+        data = open_cache(args.cached_path, **how)
     else:
         size = stored["model"]["img_size"] if stored else args.img_size
         data = open_data(args.data_path, "train", size, from_flags(Reading, args))

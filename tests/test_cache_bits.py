@@ -67,7 +67,7 @@ def test_every_bit_of_a_row(dtype):
 def test_bits_of_shards(made, tmp_path):
     """300 flipped bits anywhere in the arrays of a shard: refused, or the same values are read."""
     draw = np.random.default_rng(0)
-    whole = [ShardedCache(made / "shards").pair(i) for i in range(8)]
+    whole = [ShardedCache(made / "shards").views(i) for i in range(8)]
     for part in shards.PARTS[:4]:
         folder = Path(shutil.copytree(made / "shards", tmp_path / part))
         path = folder / f"shard-00001.{part}.npy"
@@ -77,7 +77,7 @@ def test_bits_of_shards(made, tmp_path):
             flipped[place // 8] ^= 1 << place % 8
             path.write_bytes(flipped)
             try:
-                found = [ShardedCache(folder).pair(i) for i in range(8)]
+                found = [ShardedCache(folder).views(i) for i in range(8)]
             except ValueError as error:
                 refused += path.name in str(error)
                 continue

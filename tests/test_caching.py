@@ -226,7 +226,7 @@ def test_older_shards_are_read_once(made, tmp_path, monkeypatch):
     bit(folder / "shard-00001.flips.npy")
     for opened in (again, pickle.loads(pickle.dumps(again))):
         with pytest.raises(ValueError, match=r"flips.npy: damaged: the latents of dog/1\.jpg"):
-            opened.pair(5)
+            opened.views(5)
     bit(record)
     with pytest.raises(ValueError, match=r"damaged: shard-00001.flips.npy \(not the sha256"):
         ShardedCache(folder, None, record)
@@ -239,11 +239,11 @@ def stop_after(monkeypatch, batches):
     """Ask to stop when so many batches have been encoded; returns the list of those."""
     encode, done = caching.moments_and_flips, []
 
-    def spy(tokenizer, images):
+    def spy(tokenizer, images, flip):
         done.append(len(images))
         if len(done) == batches:
             signal.raise_signal(signal.SIGTERM)
-        return encode(tokenizer, images)
+        return encode(tokenizer, images, flip)
 
     monkeypatch.setattr(caching, "moments_and_flips", spy)
     return done

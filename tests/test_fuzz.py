@@ -203,7 +203,7 @@ def read_cache(path):
     for i in range(len(dataset)):
         moments, label = dataset[i]
         assert tuple(moments.shape) == SHAPE and label in (0, 1)
-        assert all(np.isfinite(x).all() for x in dataset.pair(i))
+        assert all(np.isfinite(x).all() for x in dataset.views(i))
     with suppress(AttributeError):
         assert len(dataset.names()) == len(dataset)
     verify(root, 1)

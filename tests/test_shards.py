@@ -79,7 +79,7 @@ def test_both_layouts_hold_the_same(images, vae_path, made, tmp_path):
     assert sharded.labels.tolist() == files.targets == [0] * 4 + [1] * 4
     assert sharded.classes == files.classes == ["cat", "dog"]
     for i, (path, _) in enumerate(files.samples):
-        for kept, moments in zip(sharded.pair(i), cached.read_moments(path).values(), strict=True):
+        for kept, moments in zip(sharded.views(i), cached.read_moments(path).values(), strict=True):
             assert kept.dtype == np.float16
             # batches of 2 do not cut shards as they cut the folder: rounding may differ by a bit
             np.testing.assert_allclose(kept, moments, rtol=2**-10, atol=1e-5)
@@ -306,7 +306,7 @@ def test_code_indices_stay_exact(images, tmp_path):
     cache_shards(tokenizer, dataset, tmp_path / "vq", facts, **how)
     with torch.no_grad():
         expected = tokenizer.encode(torch.stack([image for image, _ in dataset]))
-    kept = np.stack([ShardedCache(tmp_path / "vq").pair(i)[0] for i in range(8)])
+    kept = np.stack([ShardedCache(tmp_path / "vq").views(i)[0] for i in range(8)])
     assert kept.dtype == np.int32 and kept.max() > 2048
     assert np.array_equal(kept, expected)
 
@@ -327,7 +327,7 @@ def test_batches_are_gathered(tmp_path):
     """Each image once an epoch, with its label, either view half the time, from either loader."""
     write_folder(tmp_path / "cache")
     convert.convert(tmp_path / "cache", tmp_path / "shards", "shards")
-    pairs = [ShardedCache(tmp_path / "shards").pair(i) for i in range(8)]
+    pairs = [ShardedCache(tmp_path / "shards").views(i) for i in range(8)]
     loader, flips = loader_of(tmp_path / "shards"), 0
     torch.manual_seed(0)
     for epoch in range(25):

@@ -16,12 +16,12 @@ shards.SHARD_SIZE = int(os.environ.get("SHARD", 3))
 encode, encoded = caching.moments_and_flips, []
 
 
-def slowly(tokenizer, images):
+def slowly(tokenizer, images, flip):
     """Encode a batch, note how many images it has, and take as long as the test wants."""
     time.sleep(float(os.environ.get("SLOW", 0)))
     encoded.append(len(images))
     print(f"encoded {sum(encoded)} by {dist.rank()}", flush=True)
-    return encode(tokenizer, images)
+    return encode(tokenizer, images, flip)
 
 
 caching.moments_and_flips = slowly

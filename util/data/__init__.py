@@ -12,7 +12,9 @@ and, if the kind supports them,
 
     check(workers, record)        reads every image once; raises ValueError for damaged ones
     name(index), targets          class/name.ext of an image, and all labels, for caching latents
-    path(index)                   the file of an image, by which caching notices that it was edited
+    stat(index), crc(index)       (size, time in ns) and CRC32 of the file of an image, by which
+                                  caching notices that it was edited
+    keep()                        keeps decoded images in memory, where they fit
     follow(classes)               takes another order of the same classes, as in a checkpoint
     training_loader(batch_size, num_workers, seed, pin_memory)
                                   a special loader, with `steps`, `images` and
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
 
+from util.data import claims
 from util.data.listing import holds_pictures
 from util.data.settings import PLAIN, Reading
 from util.files import first_few
@@ -69,6 +72,21 @@ DATASETS = Table(
             held_out="test",
             extractor="digits-classifier",
             workers=0,  # the images are in memory
+        ),
+        "zip": Kind(
+            open="util.data.zips:open_zip",
+            claims=claims.is_zip,
+            path="a .zip of such a folder, or of StyleGAN or EDM",
+        ),
+        "webdataset": Kind(
+            open="util.data.tars:open_tars",
+            claims=claims.are_tars,
+            path="tars, as a WebDataset's '{0000..0146}.tar'",
+        ),
+        "hugging-face": Kind(
+            open="util.data.hugging_face:open_hugging_face",
+            claims=claims.is_hugging_face,
+            path="a folder or .parquet files of Hugging Face's datasets",
         ),
         "folder": Kind(  # FIDs are published against ImageNet's training images
             open="util.data.folder:open_folder",

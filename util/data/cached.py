@@ -6,7 +6,8 @@ The published layout is a file class/name.ext.npz for each image. Beside them `c
 the latents depend on and, once all files are there, that they are, with the sha256 of
 
     cache.names.npy      (N,) str, class/name.ext
-    cache.checksums.npy  (N, 2) uint32, the CRC32s of `moments` and `moments_flip` in each file
+    cache.checksums.npy  (N, 2) uint32, the CRC32s of `moments` and `moments_flip` in each file;
+                         (N, 1) without mirror images
     cache.sources.npy    (N, 3) int64, the pictures, see util/data/sources.py
 
 Earlier versions wrote a manifest without these; the published code wrote none.
@@ -27,6 +28,8 @@ from util.data.listing import class_folders, data_folder
 from util.data.manifest import (
     AGAIN,
     MANIFEST,
+    has_flips,
+    layout_of,
     parse_array,
     read_manifest,
     read_part,
@@ -81,32 +84,40 @@ def read_moments(path, names=VIEWS, checksums=None):
     return {name: array for name, (array, _) in found.items()}
 
 
-def write_moments(path, moments, moments_flip):
-    """Write one cached image for `read_moments`, atomically; returns the CRC32s of both arrays."""
-    needed = moments.nbytes + moments_flip.nbytes
+def write_moments(path, *views):
+    """Write one cached image for `read_moments`, atomically; returns the CRC32s of its arrays.
+
+    views: moments of the image and, if wanted, of its mirror image.
+    """
+    arrays = dict(zip(VIEWS, views, strict=False))
+    needed = sum(moments.nbytes for moments in views)
     # numpy appends .npz to names without it, so it gets an open file
     with replacing(path, needed) as beside:
         with open(beside, "wb") as file:
-            np.savez(file, moments=moments, moments_flip=moments_flip)
+            np.savez(file, **arrays)
         with zipfile.ZipFile(beside) as archive:
-            return [archive.getinfo(f"{name}.npy").CRC for name in VIEWS]
+            return [archive.getinfo(f"{name}.npy").CRC for name in arrays]
 
 
 # ---- one file per image --------------------------------------------------------------------------
 
 
 class CachedFolder(datasets.DatasetFolder):
-    """Moments from `root`/class/name.npz, written by main_cache.py; flipped half the time.
+    """Moments from `root`/class/name.npz, written by main_cache.py; with `flip`, those of the
+    mirror image half the time.
 
-    A file holds float32 `moments` and `moments_flip`, each (2C, h, w): the published layout. shape:
+    A file holds float32 `moments` and `moments_flip`, each (2C, h, w): the published layout; or, if
+    the cache was made without mirror images, only `moments`, and `flip` is False then. shape:
     expected shape of the moments; None for any. Raises ValueError if the cache is known not to be
     finished, if images are missing or were added, and for a damaged file of the first image of a
     class; items raise ValueError for damaged files.
     """
 
-    def __init__(self, root, shape=None):
+    def __init__(self, root, shape=None, flip=True):
         manifest = _finished_manifest(root)
         self.order = manifest.get("classes")
+        self.arrays = views_of(root, manifest)
+        self.flip = flip and self.arrays == VIEWS
         try:
             super().__init__(str(root), loader=None, extensions=(".npz",))
         except FileNotFoundError as error:
@@ -140,19 +151,19 @@ class CachedFolder(datasets.DatasetFolder):
         """Raises ValueError unless moments, of the first image of each class, have this shape."""
         self.shape = tuple(shape)
         for index in np.unique(self.targets, return_index=True)[1].tolist():
-            self._read(index, VIEWS)
+            self._read(index, self.arrays)
 
     def __getitem__(self, index):
-        name = "moments_flip" if torch.rand(()) < 0.5 else "moments"
+        name = "moments_flip" if self.flip and torch.rand(()) < 0.5 else "moments"
         return torch.from_numpy(self._read(index, (name,))[name]), self.targets[index]
 
     def name(self, index):
         """The path of an image below its folder of images, class/name.ext."""
         return Path(self.samples[index][0]).relative_to(self.root).as_posix().removesuffix(".npz")
 
-    def pair(self, index):
-        """The moments of an image and of its mirror image, arrays (2C, h, w)."""
-        return list(self._read(index, VIEWS).values())
+    def views(self, index):
+        """The moments of an image and, if there, of its mirror image, a list of (2C, h, w)."""
+        return list(self._read(index, self.arrays).values())
 
     def _read(self, index, names):
         path, known = self.samples[index][0], self.checksums
@@ -178,6 +189,19 @@ class CachedFolder(datasets.DatasetFolder):
             raise ValueError(f"{self.root}: other classes than those of {MANIFEST}; {AGAIN}")
         order = [rows[name] for name in names]
         return index["checksums"][order], index["sources"][order]
+
+
+def views_of(folder, manifest):
+    """The names of the arrays in each file: VIEWS, or only the first if there are no mirror images.
+
+    Without a manifest, those of a first file that can be read.
+    """
+    if manifest or not (path := next(Path(folder).rglob("*.npz"), None)):
+        return VIEWS if has_flips(manifest) else VIEWS[:1]
+    try:
+        return VIEWS[: 1 + (VIEWS[1] in read_arrays(path))]
+    except ValueError:
+        return VIEWS
 
 
 def _finished_manifest(folder):
@@ -216,7 +240,8 @@ def read_index(folder, manifest):
         raise ValueError(f"{Path(folder) / MANIFEST}: names no {', '.join(INDEX)}; {AGAIN}")
     index = {p: read_part(index_path(folder, p), manifest["parts"][p]) for p in INDEX}
     count = len(index["names"])
-    if index["checksums"].shape != (count, 2) or index["sources"].shape != (count, 3):
+    expected = (count, len(views_of(folder, manifest)))
+    if index["checksums"].shape != expected or index["sources"].shape != (count, 3):
         raise ValueError(f"{folder}: parts of its index are of other images; {AGAIN}")
     return index
 
@@ -224,14 +249,15 @@ def read_index(folder, manifest):
 class FolderWriter:
     """Writes a cache with one file per image, and then what its manifest says of them.
 
-    names, classes: of all images. For each image one process calls `write`, unless `is_whole` or
-    `holds` has found its file; then all call `finish`. Raises ValueError if the folder holds
-    latents of other images.
+    names, classes: of all images. views: names of the arrays in each file. For each image one
+    process calls `write`, unless `is_whole` or `holds` has found its file; then all call `finish`.
+    Raises ValueError if the folder holds latents of other images.
     """
 
-    def __init__(self, folder, names, classes):
+    def __init__(self, folder, names, classes, views=VIEWS):
         self.folder, self.names, self.classes = Path(folder), names, classes
-        self.checksums = np.zeros((len(names), 2), np.uint32)
+        self.views = views
+        self.checksums = np.zeros((len(names), len(views)), np.uint32)
         self.sources = np.full((len(names), 3), UNKNOWN, np.int64)
         self.said = np.zeros(len(names), bool)
         if dist.is_main():
@@ -262,11 +288,11 @@ class FolderWriter:
         """
         path = self.path(index)
         try:
-            found = read_arrays(path, VIEWS) if path.is_file() else {}
+            found = read_arrays(path, self.views) if path.is_file() else {}
         except ValueError:
             return False
         shapes = [moments.shape for moments, _ in found.values()]
-        if found and shapes != [shape, shape]:
+        if any(other != shape for other in shapes):
             raise ValueError(
                 f"{path}: holds latents of shape {shapes[0]}, these are {shape}; pass another "
                 "--cached_path"
@@ -283,18 +309,18 @@ class FolderWriter:
         self._say(index, checksums, source if source[0] >= 0 else pictures.source(index))
         return True
 
-    def holds(self, index, moments, moments_flip, source):
+    def holds(self, index, views, source):
         """Whether a file holds these moments; if so, it is kept, as of the picture `source`.
 
-        Raises ValueError if it holds other moments.
+        views: as for `write_moments`. Raises ValueError if it holds other moments.
         """
         path = self.path(index)
         try:
-            found = read_arrays(path, VIEWS) if path.is_file() else {}
+            found = read_arrays(path, self.views) if path.is_file() else {}
         except ValueError:
             return False
         arrays = [array for array, _ in found.values()]
-        if found and not all(map(np.array_equal, arrays, (moments, moments_flip))):
+        if found and not all(map(np.array_equal, arrays, views)):
             raise ValueError(f"{path}: holds other moments; pass another --cached_path")
         if found:
             self._say(index, [crc for _, crc in found.values()], source)
@@ -305,18 +331,19 @@ class FolderWriter:
         row = self.rows.get(self.names[index])
         return None if row is None else [self.index[p][row] for p in INDEX[1:]]
 
-    def write(self, index, moments, moments_flip, source):
-        """Write the latents of an image. source: of its picture."""
-        self._say(index, write_moments(self.path(index), moments, moments_flip), source)
+    def write(self, index, views, source):
+        """Write the latents of an image. views: as for `write_moments`; source: of its picture."""
+        self._say(index, write_moments(self.path(index), *views), source)
 
     def _say(self, index, checksums, source):
         self.checksums[index], self.sources[index], self.said[index] = checksums, source, True
 
     def begin(self, count, shape):
         """To be called before `count` images with moments of a shape are written."""
-        check_room(self.folder, count * (2 * 4 * math.prod(shape) + 4096))  # headers, whole blocks
+        moments = 4 * math.prod(shape) * len(self.views)
+        check_room(self.folder, count * (moments + 4096))  # headers, whole blocks
         if count and dist.is_main():
-            write_manifest(self.folder, {**read_manifest(self.folder), "finished": False})
+            self._write_manifest(finished=False)
         dist.barrier()
 
     def finish(self):
@@ -335,31 +362,37 @@ class FolderWriter:
             parts = {"names": np.array(self.names)}
             parts |= {"checksums": self.checksums, "sources": self.sources}
             sha = {p: write_part(index_path(self.folder, p), x) for p, x in parts.items()}
-            more = {"finished": True, "count": len(self.names), "classes": self.classes}
-            write_manifest(self.folder, {**read_manifest(self.folder), **more, "parts": sha})
+            more = {"count": len(self.names), "classes": self.classes, "parts": sha}
+            self._write_manifest(finished=True, **more)
         dist.wait()
+
+    def _write_manifest(self, **more):
+        flips = {} if self.views == VIEWS else {"flips": False}
+        write_manifest(self.folder, {**read_manifest(self.folder), **flips, **more})
 
 
 # ---- either layout -------------------------------------------------------------------------------
 
 
-def open_cache(path, shape=None, class_num=None, record=None, data_path=None):
+def open_cache(path, shape=None, class_num=None, record=None, data_path=None, flip=True):
     """The data set of (moments, label) of a cache in either layout. A collective call.
 
     shape: expected shape (2C, h, w) of the moments, and class_num: expected number of classes; None
     for any. record: see ShardedCache. data_path: folder of the images, whose classes are compared,
-    or None; a data set with another number of classes is not that of these latents. Raises
-    ValueError.
+    or None; a data set with another number of classes is not that of these latents. flip: whether
+    to take the mirror image half the time; if the cache has none, this is said. Raises ValueError.
     """
     if read_manifest(path).get("layout") == "shards":
-        dataset = ShardedCache(path, shape, record)
+        dataset = ShardedCache(path, shape, record, flip)
     else:
-        dataset = CachedFolder(path, shape)
+        dataset = CachedFolder(path, shape, flip)
         if dataset.checksums is None:
             dist.print0(
                 f"NOTE: {path} does not say whether it is complete, as an earlier version or the "
                 "published code made it: main_cache.py --verify --data_path compares it"
             )
+    if flip and not dataset.flip:
+        dist.print0(f"NOTE: {path}: this cache has no mirrored images, so none are flipped")
     if class_num is not None:
         check_classes(dataset, class_num, path)
     dataset.noted = read_manifest(path).get("reading", {})  # how its pictures were read
@@ -399,3 +432,16 @@ def check_cache(folder, tokenizer, img_size, write=False, **more):
             )
     if write and not theirs:
         write_manifest(folder, {**ours, **more})
+
+
+def check_views(folder, flip):
+    """Raises ValueError if the cache in `folder` is with mirror images, and `flip` says without, or
+    the other way round. An empty folder holds none."""
+    manifest = read_manifest(folder)
+    if layout_of(folder) is None or (views_of(folder, manifest) == VIEWS) == flip:
+        return
+    held, way = ("no", "add --no_flip") if flip else ("also", "leave out --no_flip")
+    raise ValueError(
+        f"{folder}: its images are cached with {held} mirrored ones, expected the same for all: "
+        f"{way}, or pass another --cached_path"
+    )

@@ -9,9 +9,10 @@ from torch.utils.data import Subset
 
 from util import dist
 from util.data import shard_writer
-from util.data.cached import FolderWriter
+from util.data.cached import VIEWS, FolderWriter
+from util.data.folder import Sources
 from util.data.loader import batch_loader, plain_loader
-from util.data.manifest import layout_of, read_manifest, write_manifest
+from util.data.manifest import has_flips, layout_of, read_manifest, write_manifest
 from util.data.pictures import CHANGED, count_kinds, pixel_settings, sentences
 from util.data.rounds import in_rounds
 from util.data.sources import Pictures, Sourced
@@ -20,17 +21,17 @@ from util.run import stop
 from util.sizes import sides
 
 
-def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device):
+def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device, flip=True):
     """Write the moments of each image of an ImageFolder, and of its mirror image, below `folder`.
 
-    One `class/name.ext.npz` per image, with float32 `moments` and `moments_flip` (2C, h, w). Images
-    whose file exists, is intact and of the same picture are skipped. Returns the numbers of images
-    (written, skipped) by all processes. Raises ValueError if the folder holds latents of other
-    images; Stopped as util.run.stop says.
+    One `class/name.ext.npz` per image, with float32 `moments` and `moments_flip` (2C, h, w), or
+    only the first without `flip`. Images whose file exists, is intact and of the same picture are
+    skipped. Returns the numbers of images (written, skipped) by all processes. Raises ValueError if
+    the folder holds latents of other images; Stopped as util.run.stop says.
     """
     shape = (tokenizer.moment_channels, *sides(dataset.img_size, tokenizer.stride))
     names = [dataset.name(i) for i in range(len(dataset))]
-    writer = FolderWriter(folder, names, dataset.classes)
+    writer = FolderWriter(folder, names, dataset.classes, VIEWS if flip else VIEWS[:1])
     todo = missing(writer, shape, Pictures(dataset), num_workers)
     writer.begin(len(todo), shape)
     mine = todo[dist.rank() :: dist.world_size()]
@@ -39,10 +40,10 @@ def cache_latents(tokenizer, dataset, folder, *, batch_size, num_workers, device
     progress = Progress(max(1, len(mine)), "caching", "img")
     with stop.deferred():
         for start, (images, sources) in enumerate(in_rounds(loader, common, folder)):
-            moments = moments_and_flips(tokenizer, images.to(device))
+            moments = moments_and_flips(tokenizer, images.to(device), flip)
             indices = mine[start * batch_size : (start + 1) * batch_size]
-            for index, *one in zip(indices, *moments, sources.numpy(), strict=True):
-                writer.write(index, *one)
+            for index, *views, source in zip(indices, *moments, sources.numpy(), strict=True):
+                writer.write(index, views, source)
             progress.update(len(images))
         progress.close()
         dist.wait()
@@ -63,9 +64,9 @@ def note_reading(dataset, folder, workers):
     found = dist.broadcast((layout_of(folder), read_manifest(folder)) if dist.is_main() else None)
     theirs = found[1].get("reading")
     if theirs is None and found[0]:
-        paths = [dataset.path(i) for i in range(len(dataset))]
-        counts = count_kinds(paths, dataset.reading, workers)
-        if changed := [*sentences(counts, len(paths), dataset.reading, CHANGED)]:
+        sources = Sources(dataset)
+        counts = count_kinds(sources, dataset.reading, workers)
+        if changed := [*sentences(counts, len(dataset), dataset.reading, CHANGED)]:
             raise ValueError(
                 f"{folder}: latents by an earlier version, which read otherwise: {changed[0]}; "
                 "pass another --cached_path"
@@ -101,7 +102,7 @@ def missing(writer, shape, pictures, workers):
 def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, device):
     """Like `cache_latents`, but into a few large files, see util/data/shards.py.
 
-    facts: entries of the manifest that identify the latents.
+    facts: entries of the manifest that identify the latents; `flips` is False for no mirror images.
     """
     facts = {
         **facts,
@@ -112,7 +113,8 @@ def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, 
 
     def read(batches):
         for images, sources in batch_loader(Sourced(dataset), batches, num_workers):
-            yield *moments_and_flips(tokenizer, images.to(device)), sources.numpy()
+            moments = moments_and_flips(tokenizer, images.to(device), has_flips(facts))
+            yield *moments, sources.numpy()
 
     names = [dataset.name(i) for i in range(len(dataset))]
     pictures = Pictures(dataset)
@@ -120,6 +122,8 @@ def cache_shards(tokenizer, dataset, folder, facts, *, batch_size, num_workers, 
 
 
 @torch.no_grad()
-def moments_and_flips(tokenizer, images):
-    """Moments of images (N, I, H, W) and of their mirror images, arrays (N, 2C, h, w), float32."""
-    return [tokenizer.encode(x).float().cpu().numpy() for x in (images, images.flip(-1))]
+def moments_and_flips(tokenizer, images, flip=True):
+    """Moments of images (N, I, H, W) and, with `flip`, of their mirror images: a list of arrays
+    (N, 2C, h, w), float32."""
+    views = (images, images.flip(-1)) if flip else (images,)
+    return [tokenizer.encode(x).float().cpu().numpy() for x in views]

@@ -55,9 +55,10 @@ class Memory:
     """
 
     def __init__(self, dataset, workers):
-        self.paths = [path for path, _ in dataset.samples]
+        indices = range(len(dataset))
+        self.paths = [dataset.where(i) for i in indices]
         with ThreadPool(max(1, workers)) as pool:
-            found = pool.map(_stat, self.paths, 256)
+            found = pool.map(dataset.stat, indices, 256)
         self.sizes, self.times = np.array(found, np.int64).reshape(-1, 2).T
         names = map("{} {}".format, dataset.listing.paths, self.sizes.tolist())
         self.key = _sha256("\n".join(names))
@@ -148,14 +149,6 @@ def _save(path, **arrays):
         np.savez(file, **arrays)
 
 
-def _stat(path):
-    try:
-        status = os.stat(path)
-    except OSError:  # reading it will fail with a message
-        return UNKNOWN, UNKNOWN
-    return status.st_size, status.st_mtime_ns
-
-
 def _sha256(text):
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:32]
 
@@ -164,7 +157,7 @@ def _sha256(text):
 
 
 def check_pictures(dataset, workers=4, record=None):
-    """Find out whether the pictures of an ImageFolder are whole, as its reading.check_data says.
+    """Find out whether the pictures of a PictureSet are whole, as its reading.check_data says.
 
     workers: number of threads. record: file that says which pictures a run has found whole, as
     earlier versions do; None for none. What the user should know of the pictures is printed. A
@@ -180,7 +173,7 @@ def check_pictures(dataset, workers=4, record=None):
 
 def _check_sizes(dataset, memory):
     sizes = broadcast(memory and memory.sizes)
-    if bad := [dataset.path(i) for i in np.flatnonzero(sizes <= 0)]:
+    if bad := [dataset.where(i) for i in np.flatnonzero(sizes <= 0)]:
         raise ValueError(f"{dataset.root}: {len(bad)} missing or empty images: {first_few(bad)}")
 
 
@@ -235,7 +228,7 @@ def _say(dataset, found):
 
 
 def read_crcs(dataset, workers=4):
-    """The CRC32s (N,) int64 of the pictures of an ImageFolder; those that are known are not read.
+    """The CRC32s (N,) int64 of the pictures of a PictureSet; those that are known are not read.
 
     A collective call. Raises ValueError for a picture that is not there.
     """
@@ -274,11 +267,12 @@ def _read(dataset, indices, decoded, workers):
 
 
 def _read_one(dataset, index, decoded):
-    path = dataset.path(index)
+    path = dataset.where(index)
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        return index, UNKNOWN, Probe(None, f"{path} ({error.strerror})", [])
+        content = dataset.read(index)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        return index, UNKNOWN, Probe(None, f"{path} ({reason})", [])
     crc = zlib.crc32(content)
     if decoded is None or crc == decoded:
         return index, crc, None

@@ -9,8 +9,16 @@ import numpy as np
 
 from util import dist
 from util.data import shard_writer, shards
-from util.data.cached import CachedFolder, FolderWriter, check_cache, read_moments
-from util.data.manifest import AGAIN, layout_of, read_manifest
+from util.data.cached import (
+    VIEWS,
+    CachedFolder,
+    FolderWriter,
+    check_cache,
+    check_views,
+    read_moments,
+    views_of,
+)
+from util.data.manifest import AGAIN, has_flips, layout_of, read_manifest
 from util.data.rounds import in_rounds
 from util.data.shards import ShardedCache
 from util.data.sources import UNKNOWN, Pictures, Recorded
@@ -110,14 +118,15 @@ def compare_pictures(folder, dataset, workers=4):
 def _damaged_files(folder, workers):
     """The number of images and messages about damaged files, as in shards.find_damage."""
     dataset = CachedFolder(folder)
-    shapes = (_probe(path)[1] for path, _ in dataset.samples)
+    shapes = (_probe(path, dataset.arrays)[1] for path, _ in dataset.samples)
     shape = next((shape for shape in shapes if shape), None)  # the same on every process
     mine = range(rank(), len(dataset), world_size())
     progress, bad = Progress(max(1, len(mine)), "verifying", "img"), []
 
     def probe(index):
         known = dataset.checksums
-        return _probe(dataset.samples[index][0], None if known is None else known[index])
+        path, checksums = dataset.samples[index][0], None if known is None else known[index]
+        return _probe(path, dataset.arrays, checksums)
 
     with ThreadPool(max(1, workers)) as pool:
         for path, found, problem in pool.imap_unordered(probe, mine, chunksize=16):
@@ -130,13 +139,13 @@ def _damaged_files(folder, workers):
     return len(dataset), bad
 
 
-def _probe(path, checksums=None):
-    """(path, shape of its moments or None, problem or None)."""
+def _probe(path, names, checksums=None):
+    """(path, shape of its moments or None, problem or None). names: of its arrays."""
     try:
-        one, other = read_moments(path, checksums=checksums).values()
+        one, *others = read_moments(path, names, checksums).values()
     except ValueError as error:
         return path, None, _problem(str(error))
-    if one.shape != other.shape:
+    if any(one.shape != other.shape for other in others):
         return path, None, "of two shapes"
     return path, one.shape, None
 
@@ -149,13 +158,14 @@ def _problem(message):
 # ---- converting ----------------------------------------------------------------------------------
 
 
-def convert(source, folder, layout, workers=4):
+def convert(source, folder, layout, workers=4, flip=True):
     """Write the latents of the cache `source` into `folder`, in the other layout, "shards" or
     "images". Existing files are not rewritten.
 
-    Shards are float16 (see util.data.shards), so moments converted from them are rounded.
-    Returns the numbers of images (written, skipped). Raises ValueError if `source` is no cache, has
-    that layout already or is damaged, or if `folder` holds other latents.
+    flip: whether to write those of mirror images, too, if `source` has them. Shards are float16
+    (see util.data.shards), so moments converted from them are rounded. Returns the numbers of
+    images (written, skipped). Raises ValueError if `source` is no cache, has that layout already or
+    is damaged, or if `folder` holds other latents.
     """
     found = layout_of(source)
     if found in (None, layout):
@@ -166,26 +176,29 @@ def convert(source, folder, layout, workers=4):
     known = read_manifest(source)
     facts = {name: known.get(name) for name in FACTS}  # null where unknown
     facts |= {name: known[name] for name in OPTIONAL if name in known}
+    flip = flip and views_of(source, known) == VIEWS
+    facts |= {} if flip else {"flips": False}
+    check_views(folder, flip)
     write = _to_shards if layout == "shards" else _to_images
     return write(source, Path(folder), facts, workers)
 
 
 def _to_shards(source, folder, facts, workers):
     dataset = CachedFolder(source)
-    first = read_moments(dataset.samples[0][0])["moments"]
+    first = read_moments(dataset.samples[0][0], VIEWS[:1])["moments"]
     # a single channel of integers: code indices, exact in float16 only up to 2,048
     numbers = len(first) == 1 and np.array_equal(first, first.round())
     facts |= {"shape": list(first.shape), "dtype": "int32" if numbers else "float16"}
-    sources = _sources(dataset.sources, len(dataset))
+    sources, count = _sources(dataset.sources, len(dataset)), 1 + has_flips(facts)
 
     def load(index):
-        one, other = dataset.pair(index)
-        if not one.shape == other.shape == first.shape:
+        views = dataset.views(index)[:count]
+        if any(moments.shape != first.shape for moments in views):
+            shapes = " and ".join(str(moments.shape) for moments in views)
             raise ValueError(
-                f"{dataset.samples[index][0]}: moments of shape {one.shape} and {other.shape}, "
-                f"expected {first.shape}"
+                f"{dataset.samples[index][0]}: moments of shape {shapes}, expected {first.shape}"
             )
-        return one, other
+        return views
 
     def read(batches):
         with ThreadPool(max(1, workers)) as pool:
@@ -219,13 +232,11 @@ def _to_images(source, folder, facts, workers):
     # a cache of the published code does not say these, nor does one converted from it
     known = is_main() and tokenizer is not None
     check_cache(folder, tokenizer, size, write=known, **facts, finished=False)
-    writer, sources = (
-        FolderWriter(folder, names, dataset.classes),
-        _sources(dataset.sources(), len(names)),
-    )
+    writer = FolderWriter(folder, names, dataset.classes, VIEWS[: 1 + has_flips(facts)])
+    sources = _sources(dataset.sources(), len(names))
 
     def write(index):
-        writer.write(index, *_pair(dataset, index), sources[index])
+        writer.write(index, _views(dataset, index, writer), sources[index])
 
     with ThreadPool(max(1, workers)) as pool, stop.deferred():
         todo = _missing(writer, dataset, sources, pool)
@@ -243,8 +254,9 @@ def _to_images(source, folder, facts, workers):
     return len(todo), len(names) - len(todo)
 
 
-def _pair(dataset, index):
-    return (moments.astype(np.float32) for moments in dataset.pair(index))
+def _views(dataset, index, writer):
+    views = dataset.views(index)[: len(writer.views)]
+    return [moments.astype(np.float32) for moments in views]
 
 
 def _missing(writer, dataset, sources, pool):
@@ -253,7 +265,7 @@ def _missing(writer, dataset, sources, pool):
     Raises ValueError if a file holds other moments.
     """
     mine = range(rank(), len(dataset), world_size())
-    whole = pool.map(lambda i: writer.holds(i, *_pair(dataset, i), sources[i]), mine, 16)
+    whole = pool.map(lambda i: writer.holds(i, _views(dataset, i, writer), sources[i]), mine, 16)
     dist.wait()
     todo = [i for i, is_whole in zip(mine, whole, strict=True) if not is_whole]
     return sorted(chain.from_iterable(all_gather(todo)))

@@ -6,6 +6,7 @@ without a header. A class is a text or an integer.
 """
 
 import csv
+import io
 import json
 
 # found by these names in a folder without class folders
@@ -19,13 +20,14 @@ class NoClasses(ValueError):
     """A file that describes pictures, such as by captions, but not their classes."""
 
 
-def read_labels(path):
+def read_labels(path, content=None):
     """Name of each file -> name of its class; None if it says that there are no classes.
 
-    Raises ValueError, and NoClasses if it is no file of classes at all.
+    content: the bytes of the file, if it is not on disk but in an archive. Raises ValueError, and
+    NoClasses if it is no file of classes at all.
     """
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with _opened(path, content) as file:
             pairs = _READERS.get(path.suffix.lower(), _rows)(file)
     except (OSError, UnicodeDecodeError, RecursionError, csv.Error, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a file of labels ({error}); {EXPECTED}") from None
@@ -39,18 +41,24 @@ def read_labels(path):
         raise ValueError(f"{path}: names no file; {EXPECTED}")
     found = {}
     for name, label in pairs:
-        label = _class(path, name, label)
+        label = class_name(path, name, label)
         if found.setdefault(name, label) != label:
             raise ValueError(f"{path}: {name} is of two classes, {found[name]} and {label}")
     return found
+
+
+def _opened(path, content):
+    if content is not None:
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline="")
+    return open(path, encoding="utf-8-sig", newline="")
 
 
 def _text(error):
     return str(error) if type(error) is ValueError else "not a file of labels"
 
 
-def _class(path, name, label):
-    """The name of a class, which is that of a folder in a cache."""
+def class_name(path, name, label):
+    """The name of a class, which is that of a folder in a cache. Raises ValueError."""
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise ValueError(f"{path}: {name} is of class {label!r}, expected a text or an integer")
     text = str(label).strip()

@@ -138,16 +138,22 @@ def _entries(folder):
 
 def _kind(entry):
     """FOLDER, PICTURE, or the kind of what is left out. Raises ValueError for a link to nothing."""
-    name, ending = entry.name, os.path.splitext(entry.name)[1].lower()
     is_folder = _holds(entry.is_dir)
+    kind = kind_of_name(entry.name, is_folder)
+    if is_folder or entry.name.startswith(".") or kind == entry.name or _holds(entry.is_file):
+        return kind
+    return _kind_of_other(entry, os.path.splitext(entry.name)[1].lower())
+
+
+def kind_of_name(name, is_folder=False):
+    """FOLDER, PICTURE, or the kind of what is left out, by its name alone."""
     if name.startswith("."):
         return "hidden folder{s}" if is_folder else "hidden file{s}"
     if name.lower() in OF_SYSTEMS:
         return name
     if is_folder:
         return FOLDER
-    if not _holds(entry.is_file):
-        return _kind_of_other(entry, ending)
+    ending = os.path.splitext(name)[1].lower()
     return PICTURE if ending in PICTURES else ending or "file{s} without an ending"
 
 
@@ -202,18 +208,18 @@ def list_data(path, split, label_file=None):
             f"there{seen and f' ({seen})'}"
         )
     if label_file:
-        return _by_labels(root, paths, left_out, Path(label_file))
+        return by_labels(root, paths, left_out, Path(label_file))
     own = next((file for name in LABEL_FILES if (file := Path(root, name)).is_file()), None)
     if any("/" in path for path in paths):
-        listing = _by_folders(root, paths, folders, left_out)
+        listing = by_folders(root, paths, folders, left_out)
         if own:
             listing.notes.append(f"{own} is not used: --label_file takes classes from it")
         return listing
     left_out["folder{s} without pictures"] += len(folders)
     try:
-        return _by_labels(root, paths, left_out, own) if own else _of_one(root, paths, left_out)
+        return by_labels(root, paths, left_out, own) if own else of_one(root, paths, left_out)
     except NoClasses as error:
-        return _of_one(root, paths, left_out, f"{error}: not used")
+        return of_one(root, paths, left_out, f"{error}: not used")
 
 
 def data_folder(path, split):
@@ -240,7 +246,8 @@ def class_folders(path):
     return in_order(entry.name for entry in entries if _kind(entry) is FOLDER)
 
 
-def _by_folders(root, paths, folders, left_out):
+def by_folders(root, paths, folders, left_out):
+    """The Listing of pictures in class folders, of these names. Raises ValueError."""
     classes, of = in_order(folders), {name: [] for name in folders}
     for path in paths:
         folder, inside, _ = path.partition("/")
@@ -255,17 +262,19 @@ def _by_folders(root, paths, folders, left_out):
     return Listing(root, classes, paths, labels, left_out, notes, by_folders=True)
 
 
-def _of_one(root, paths, left_out, why="no class folders and no labels"):
+def of_one(root, paths, left_out, why="no class folders and no labels"):
+    """The Listing of pictures without classes."""
     notes = [f"{root}: {why}: all pictures are of one class"]
     return Listing(root, [ALL], paths, [0] * len(paths), left_out, notes)
 
 
-def _by_labels(root, paths, left_out, file):
-    named = read_labels(file)
+def by_labels(root, paths, left_out, file, content=None):
+    """The Listing of pictures whose classes a file says. content: see `read_labels`."""
+    named = read_labels(file, content)
     if file.parent.resolve() == Path(root).resolve():
         left_out[file.suffix.lower()] -= 1
     if named is None:
-        return _of_one(root, paths, left_out, f"no classes in {file}")
+        return of_one(root, paths, left_out, f"no classes in {file}")
     of = _found(root, {*paths}, named, file)
     left_out[f"picture{{s}} that {file.name} does not name"] += len(paths) - len(of)
     paths, classes = [path for path in paths if path in of], in_order({*of.values()})

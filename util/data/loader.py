@@ -18,8 +18,8 @@ class Loader:
     batch_size: images per process. An incomplete last batch is dropped. A data set whose
     `__getitems__` returns complete batches has a `collate` that leaves them unchanged. What a data
     set draws at random from torch's default generator, such as flips, depends on (seed, epoch) and
-    the indices of the batch alone. Attributes: `steps`, batches per epoch; `images`, the size of
-    the data set; `dataset`.
+    the indices of the batch alone. A data set that can `keep` decoded images in memory does so.
+    Attributes: `steps`, batches per epoch; `images`, the size of the data set; `dataset`.
     """
 
     def __init__(self, dataset, batch_size, num_workers, seed, pin_memory=False):
@@ -30,6 +30,8 @@ class Loader:
                 f"batch_size {batch_size} on {world_size()} process(es): the data set has only "
                 f"{len(dataset)} images; pass a smaller --batch_size"
             )
+        if hasattr(dataset, "keep"):
+            dataset.keep()  # before workers are forked, which share this memory
         workers = _fitting(num_workers)
         self.batches = DataLoader(
             _Seeded(dataset),

@@ -47,6 +47,11 @@ def write_manifest(folder, manifest):
         beside.write_text(json.dumps({**manifest, "sha256": fingerprint(manifest)}))
 
 
+def has_flips(manifest):
+    """Whether a cache holds latents of mirror images; without an entry that says so, it does."""
+    return manifest.get("flips", True)
+
+
 def fingerprint(manifest):
     """The sha256 of what a manifest says."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -90,7 +95,7 @@ def _is_shard(k, value):
         and _is_count(value.get("count"))
         and _is_map(value.get("bytes"), int)
         and _is_map(value.get("sha256"), str)
-        and {"moments", "flips", "labels", "names"} <= value["sha256"].keys()
+        and {"moments", "labels", "names"} <= value["sha256"].keys()
         and value["bytes"].keys() == value["sha256"].keys()
     )
 
@@ -103,6 +108,7 @@ _CHECKS = {
     "count": _is_count,
     "shard_size": _is_count,
     "shards": _are_shards,
+    "flips": lambda value: isinstance(value, bool),
     "finished": lambda value: isinstance(value, bool),
     "parts": lambda value: _is_map(value, str),
     "reading": lambda value: _is_map(value, str | int),

@@ -99,9 +99,14 @@ def read_picture(source, reading, name=None):
         return picture if turn is None else picture.transpose(turn)
 
 
-def to_tensor(picture):
-    """A picture as a tensor (C, H, W) in [-1, 1]."""
-    return functional.to_tensor(picture) * 2 - 1
+def to_pixels(picture):
+    """A picture as a tensor (C, H, W), uint8."""
+    return functional.pil_to_tensor(picture)
+
+
+def to_range(pixels):
+    """Pixels of 8 bits in [-1, 1], float32, by the arithmetic of the published code."""
+    return pixels.float().div(255) * 2 - 1
 
 
 def size_of(source, reading):

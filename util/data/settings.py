@@ -29,8 +29,8 @@ class Reading(Settings):
 
     flip: bool = setting(
         True,
-        "never mirror images, as for letters, digits, or left and right in medicine (default: half "
-        "the images of a training batch)",
+        "never mirror images, as for letters, digits, or left and right in medicine; main_cache.py "
+        "then caches none mirrored (default: half the images of a training batch)",
         "no_flip",
     )
     orientation: str = setting(

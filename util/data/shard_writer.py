@@ -2,7 +2,8 @@
 
 Until all batches of shard k are there, each is a file of its own,
 
-    shard-00000.00128-00256.piece    a zip of moments, flips and sources of its rows 128 to 255
+    shard-00000.00128-00256.piece    a zip of the parts of its rows 128 to 255: moments, sources
+                                     and, if the cache has mirror images, flips
 
 so that a run goes on with those that are missing, also with another number of processes. A batch
 holds the same images whichever process encodes it, and so finished shards have the same bytes.
@@ -24,7 +25,7 @@ from util import dist
 from util.data import rounds, shards
 from util.data.cached import read_arrays
 from util.data.manifest import AGAIN, read_manifest, read_part, write_manifest, write_part
-from util.data.shards import PARTS, ROWS, checksums_of, damaged_parts, file_sha256, part_path
+from util.data.shards import checksums_of, damaged_parts, file_sha256, part_path, rows_of
 from util.data.sources import Pictures, Recorded
 from util.dist import all_gather, broadcast, is_main, rank, world_size
 from util.files import check_room, first_few, replacing
@@ -49,19 +50,26 @@ class Plan:
         size = shards.SHARD_SIZE
         return range(k * size, min((k + 1) * size, len(self.names)))
 
+    @property
+    def rows(self):
+        """The large parts: of the images and, unless the manifest says otherwise, mirror images."""
+        return rows_of(self.manifest)
+
     def row_bytes(self):
-        """Bytes of the moments of an image and of its mirror image."""
+        """Bytes of a row of one large part."""
         shape, dtype = self.manifest["shape"], np.dtype(self.manifest["dtype"])
-        return 2 * int(np.prod(shape)) * dtype.itemsize
+        return int(np.prod(shape)) * dtype.itemsize
 
 
 def write(folder, facts, names, labels, read, batch_size, pictures):
     """Write the shards of a data set that are missing or damaged, divided among the processes.
 
     facts: entries of the manifest: `tokenizer` (the sha256 of its weights), `img_size`, `shape` and
-    `dtype` of the moments of an image, `classes`, and others that may differ between runs. names,
+    `dtype` of the moments of an image, `classes`, `flips` (False without mirror images; otherwise
+    absent), and others that may differ between runs. names,
     labels: names and labels of all images. read: function of a list of batches, each a list of
-    indices, that yields their (moments, flips, sources), moments (n, C, h, w), sources (n, 3).
+    indices, that yields their (moments, flips, sources), moments (n, C, h, w), sources (n, 3);
+    (moments, sources) without mirror images.
     pictures: what the images are now, a Pictures or Recorded of util.data.sources. Returns the
     numbers of images (written, skipped) by all processes. Raises ValueError if the folder holds
     other latents or latents of other images, if there is no room, and for an image whose moments
@@ -98,7 +106,7 @@ def _finish(plan, records):
         "shard-*.piece"
     ):  # of a run that was killed when these were joined
         path.unlink()
-    found = [_read_record(plan.folder, k) for k in range(len(records))]
+    found = [_read_record(plan, k) for k in range(len(records))]
     for k, record in enumerate(records):
         if record and record != found[k]:
             _write_record(plan.folder, k, record)
@@ -142,11 +150,11 @@ def _write_record(folder, k, record):
         path.write_text(json.dumps(record))
 
 
-def _read_record(folder, k):
+def _read_record(plan, k):
     """The record of shard k; None if there is none, or one that cannot be read."""
     try:
-        record = json.loads(_record_path(folder, k).read_bytes())
-        return record if {*PARTS[:4]} <= record["sha256"].keys() else None
+        record = json.loads(_record_path(plan.folder, k).read_bytes())
+        return record if {*plan.rows, "labels", "names"} <= record["sha256"].keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -160,7 +168,7 @@ def _kept_shards(plan, every, trusted):
     trusted: records of the manifest, or None.
     """
     mine = every[rank() :: world_size()]
-    records = {k: trusted[k] if trusted else _read_record(plan.folder, k) for k in mine}
+    records = {k: trusted[k] if trusted else _read_record(plan, k) for k in mine}
     records = {k: r for k, r in records.items() if r and r["count"] == len(plan.shard(k))}
     total = sum(sum(record["bytes"].values()) for record in records.values())
     progress = Progress(max(1, total), "checking what is there", "B")
@@ -194,7 +202,7 @@ def _all_same(plan, indices, sources, time):
 
 def _completed(plan, k, record):
     """The record of a shard without checksums and sources, once these are written."""
-    rows = [np.load(part_path(plan.folder, k, part), mmap_mode="r") for part in ROWS]
+    rows = [np.load(part_path(plan.folder, k, part), mmap_mode="r") for part in plan.rows]
     _add_part(plan, k, record, "checksums", np.stack([_sums(part) for part in rows], 1))
     with ThreadPool(THREADS) as pool:
         sources = pool.map(plan.pictures.source, plan.shard(k))
@@ -258,9 +266,10 @@ def _is_usable(plan, k, start, end, path):
 
 
 def _read_piece(plan, path, count):
-    held = {name: array for name, (array, _) in read_arrays(path, (*ROWS, "sources")).items()}
+    held = {name: array for name, (array, _) in read_arrays(path, (*plan.rows, "sources")).items()}
     shape = (count, *plan.manifest["shape"])
-    if not all(held[part].shape == shape for part in ROWS) or held["sources"].shape != (count, 3):
+    shapes = dict.fromkeys(plan.rows, shape) | {"sources": (count, 3)}
+    if any(held[part].shape != expected for part, expected in shapes.items()):
         raise ValueError(f"{path}: not of this cache; delete it and {AGAIN}")
     return held
 
@@ -273,7 +282,7 @@ def _bytes_needed(plan, todo, written):
     """Room for the shards, and for the pieces of those that are not joined yet."""
     images = sum(len(plan.shard(k)) for k in todo)
     waiting = (2 + world_size()) * shards.SHARD_SIZE
-    return (images + min(written, waiting)) * plan.row_bytes()
+    return (images + min(written, waiting)) * len(plan.rows) * plan.row_bytes()
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -307,13 +316,15 @@ def _write_shards(plan, todo, batches, read):
     dist.wait()
 
 
-def _write_piece(plan, k, indices, moments, flips, sources):
+def _write_piece(plan, k, indices, *parts):
+    *views, sources = parts
     start = indices[0] - plan.shard(k).start
     path = plan.folder / f"shard-{k:05d}.{start:05d}-{start + len(indices):05d}.piece"
     names = [plan.names[i] for i in indices]
-    rows = [_cast(values, plan.manifest["dtype"], names) for values in (moments, flips)]
-    with replacing(path, 2 * rows[0].nbytes) as beside, beside.open("wb") as file:
-        np.savez(file, moments=rows[0], flips=rows[1], sources=np.asarray(sources, np.int64))
+    rows = [_cast(values, plan.manifest["dtype"], names) for values in views]
+    held = dict(zip(plan.rows, rows, strict=True))
+    with replacing(path, len(rows) * rows[0].nbytes) as beside, beside.open("wb") as file:
+        np.savez(file, **held, sources=np.asarray(sources, np.int64))
 
 
 def _cast(values, dtype, names):
@@ -339,8 +350,8 @@ def _join(plan, k):
     assert starts == ends, f"{plan.folder}: pieces of shard {k} from {starts} to {ends}"
     small = {part: [] for part in ("checksums", "sources")}
     with ExitStack() as stack:
-        paths = [part_path(plan.folder, k, part) for part in ROWS]
-        needed = len(plan.shard(k)) * plan.row_bytes() // 2
+        paths = [part_path(plan.folder, k, part) for part in plan.rows]
+        needed = len(plan.shard(k)) * plan.row_bytes()
         beside = [stack.enter_context(replacing(path, needed)) for path in paths]
         files = [stack.enter_context(path.open("wb")) for path in beside]
         for file in files:
@@ -350,8 +361,8 @@ def _join(plan, k):
         for start, end, path in pieces:
             held = _read_piece(plan, path, end - start)
             small["sources"].append(held["sources"])
-            small["checksums"].append(np.stack([checksums_of(held[part]) for part in ROWS], 1))
-            for file, part in zip(files, ROWS, strict=True):
+            small["checksums"].append(np.stack([checksums_of(held[part]) for part in plan.rows], 1))
+            for file, part in zip(files, plan.rows, strict=True):
                 file.write(held[part].tobytes())
     _finish_shard(plan, k, {part: np.concatenate(values) for part, values in small.items()})
     for _, _, path in pieces:
@@ -369,7 +380,7 @@ def _write_header(file, shape, dtype):
 def _finish_shard(plan, k, small):
     """Write the small parts of shard k, and its record."""
     record = {"file": f"shard-{k:05d}", "count": len(plan.shard(k)), "bytes": {}, "sha256": {}}
-    for part in ROWS:
+    for part in plan.rows:
         path = part_path(plan.folder, k, part)
         record["bytes"][part], record["sha256"][part] = path.stat().st_size, file_sha256(path)
     names, labels = ([of[i] for i in plan.shard(k)] for of in (plan.names, plan.labels))

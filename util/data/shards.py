@@ -3,10 +3,11 @@
 Such a cache is a folder with, for every SHARD_SIZE images,
 
     shard-00000.moments.npy    (n, C, h, w): float16, or int32 for code indices
-    shard-00000.flips.npy      the same, of the mirror images
+    shard-00000.flips.npy      the same, of the mirror images; absent if the cache has none
     shard-00000.labels.npy     (n,) int64
     shard-00000.names.npy      (n,) str, class/name.ext
-    shard-00000.checksums.npy  (n, 2) uint64, of the rows of the first two, see `checksums_of`
+    shard-00000.checksums.npy  (n, 2) uint64, of the rows of the first two, see `checksums_of`;
+                               (n, 1) without mirror images
     shard-00000.sources.npy    (n, 3) int64, the pictures, see util/data/sources.py
     shard-00000.json           its size, and bytes and sha256 of the others; written last
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from util.data.manifest import AGAIN, MANIFEST, fingerprint, read_manifest, read_part
+from util.data.manifest import AGAIN, MANIFEST, fingerprint, has_flips, read_manifest, read_part
 from util.dist import all_gather, is_main, rank, wait, world_size
 from util.files import first_few, replacing
 from util.logger import Progress
@@ -31,6 +32,11 @@ from util.logger import Progress
 SHARD_SIZE = 16384  # images: 0.5 GB of KL-16's latents at 256 pixels, which are 16 KB each
 PARTS = ("moments", "flips", "labels", "names", "checksums", "sources")
 ROWS = ("moments", "flips")  # the large ones, a row per image
+
+
+def rows_of(manifest):
+    """The large parts that a cache has: those in ROWS, or only the first."""
+    return ROWS if has_flips(manifest) else ROWS[:1]
 
 
 def part_path(folder, k, part):
@@ -98,7 +104,7 @@ def damaged_parts(folder, shard, progress=None):
 def _contradictions(folder, k, shard, manifest):
     """What a shard whose files are as they were written holds that cannot be; messages."""
     bad, read = [], {p: np.load(part_path(folder, k, p), mmap_mode="r") for p in shard["sha256"]}
-    for column, part in enumerate(ROWS):
+    for column, part in enumerate(rows_of(manifest)):
         finite, sums = _scan(read[part])
         if not finite.all():
             bad.append(f"{shard['file']}.{part}.npy (not finite, in row {int(finite.argmin())})")
@@ -132,6 +138,8 @@ def whole_manifest(folder):
 
 
 def _add_up(manifest):
+    if any({*rows_of(manifest)} - shard["sha256"].keys() for shard in manifest["shards"]):
+        return False
     counts, size = [shard["count"] for shard in manifest["shards"]], manifest["shard_size"]
     cut = [len(range(manifest["count"])[i : i + size]) for i in range(0, manifest["count"], size)]
     return len(counts) * size < manifest["count"] + size and counts == cut
@@ -141,27 +149,28 @@ def _add_up(manifest):
 
 
 class ShardedCache(Dataset):
-    """The moments of a folder of shards; those of the mirror image half the time.
+    """The moments of a folder of shards; those of the mirror image half the time, with `flip`.
 
     `__getitems__(indices)` gathers a batch: moments (N, C, h, w) in the dtype of the shards, labels
     (N,) int64; it raises ValueError for a damaged row. shape: expected shape (C, h, w) of the
     moments; None for any. record: file that remembers the checksums of shards that have none, so
     that they are read once only; None for none. Attributes: `classes`, their names; `labels`,
-    int64, of all images. Raises ValueError for an incomplete folder, damaged labels or names, or
-    another shape. A collective call.
+    int64, of all images; `flip`, as given, but False if the cache has no mirror images. Raises
+    ValueError for an incomplete folder, damaged labels or names, or another shape. A collective
+    call.
     """
 
-    def __init__(self, folder, shape=None, record=None):
-        self._open(folder, shape)
+    def __init__(self, folder, shape=None, record=None, flip=True):
+        self._open(folder, shape, flip)
         for shard in self.shards:
             self._read_part(shard, "names")  # its sha256
         self.passed_on = None  # to workers: checksums that no file holds
         if all("checksums" in shard["sha256"] for shard in self.shards):
-            self.checksums = self._read("checksums", 2)
+            self.checksums = self._read("checksums", len(self.maps))
         else:
             self.checksums = self.passed_on = _checksums_of_old(self.folder, self.shards, record)
 
-    def _open(self, folder, shape):
+    def _open(self, folder, shape, flip):
         self.folder = Path(folder)
         manifest = whole_manifest(self.folder)
         self.shape, self.classes = tuple(manifest["shape"]), manifest["classes"]
@@ -173,7 +182,8 @@ class ShardedCache(Dataset):
             raise ValueError(f"{folder}: labels of other classes than its {len(self.classes)}")
         self.dtype = np.dtype(manifest["dtype"])
         self.row_bytes = math.prod(self.shape) * self.dtype.itemsize
-        self.maps = [self._map(part) for part in ROWS]
+        self.maps = [self._map(part) for part in rows_of(manifest)]
+        self.flip = flip and has_flips(manifest)
 
     def expect(self, shape):
         """Raises ValueError unless moments have this shape."""
@@ -184,7 +194,7 @@ class ShardedCache(Dataset):
             )
 
     def __reduce__(self):  # spawned workers receive the names of the files, not the data
-        return _reopen, (self.folder, self.shape, self.passed_on, self.classes)
+        return _reopen, (self.folder, self.shape, self.flip, self.passed_on, self.classes)
 
     def follow(self, classes):
         """Take another order of the same classes."""
@@ -204,19 +214,21 @@ class ShardedCache(Dataset):
         return batch
 
     def __getitems__(self, indices):
-        flips = (torch.rand(len(indices)) < 0.5).tolist()
+        count = len(indices)
+        flips = (torch.rand(count) < 0.5).tolist() if self.flip else [False] * count
         # joining bytes takes two thirds of the time of copying array rows one by one
         rows = bytearray().join([self._row(i, f) for i, f in zip(indices, flips, strict=True)])
-        moments = np.frombuffer(rows, self.dtype).reshape(len(indices), *self.shape)
+        moments = np.frombuffer(rows, self.dtype).reshape(count, *self.shape)
         indices = np.asarray(indices)
         self._check(moments, indices, np.asarray(flips, np.intp))
         return torch.from_numpy(moments), torch.from_numpy(self.labels[indices])
 
-    def pair(self, index):
-        """The moments of an image and of its mirror image, arrays (C, h, w)."""
-        rows = b"".join([self._row(index, flip) for flip in (False, True)])
-        moments = np.frombuffer(rows, self.dtype).reshape(2, *self.shape)
-        self._check(moments, np.array([index, index]), np.arange(2))
+    def views(self, index):
+        """The moments of an image and, if there, of its mirror image, a list of (C, h, w)."""
+        count = len(self.maps)
+        rows = b"".join([self._row(index, flip) for flip in range(count)])
+        moments = np.frombuffer(rows, self.dtype).reshape(count, *self.shape)
+        self._check(moments, np.full(count, index), np.arange(count))
         return list(moments)
 
     def _row(self, index, flip):
@@ -278,13 +290,14 @@ class ShardedCache(Dataset):
         return array
 
 
-def _reopen(folder, shape, checksums, classes):
+def _reopen(folder, shape, flip, checksums, classes):
     """A ShardedCache in a worker, with what was checked when it was opened."""
     cache = ShardedCache.__new__(ShardedCache)
-    cache._open(folder, shape)
+    cache._open(folder, shape, flip)
     cache.follow(classes)
     cache.passed_on = checksums
-    cache.checksums = cache._read("checksums", 2) if checksums is None else checksums
+    width = len(cache.maps)
+    cache.checksums = cache._read("checksums", width) if checksums is None else checksums
     return cache
 
 

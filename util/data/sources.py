@@ -1,12 +1,12 @@
 """Which pictures latents are of: a picture's size in bytes, its time and its CRC32.
 
-A row of three int64 per image, all -1 where unknown. A data set whose images are files says which
-by a method `path(index)`.
+A row of three int64 per image, all -1 where unknown. A data set that knows them has the methods
+`stat(index)`, for (size, time in ns), and `crc(index)`.
 """
 
-import os
 import zlib
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ class Pictures:
     """The sources of a data set's images as they are now."""
 
     def __init__(self, dataset):
-        self.path = getattr(dataset, "path", None)
+        self.dataset = dataset if hasattr(dataset, "stat") else None
 
     def source(self, index):
         """The (size, time in ns, CRC32) of an image; UNKNOWN if it is no file."""
-        return _read(self.path(index)) if self.path else UNKNOWN
+        if self.dataset is None:
+            return UNKNOWN
+        return *self.dataset.stat(index), self.dataset.crc(index)
 
     def is_same(self, index, source, written):
         """Whether an image still is the picture that latents are of.
@@ -34,21 +36,21 @@ class Pictures:
         source: what was recorded of it. Where that is UNKNOWN, the picture must be older than the
         latents, written at the time `written`, in ns. A picture with another time is read.
         """
-        if not self.path:
+        if self.dataset is None:
             return True
         size, time, crc = map(int, source)
-        found = os.stat(self.path(index))
+        size_now, time_now = self.dataset.stat(index)
         if size < 0:
-            return found.st_mtime_ns <= written
-        if found.st_size != size:
+            return time_now <= written
+        if size_now != size:
             return False
-        return found.st_mtime_ns == time or _read(self.path(index))[2] == crc
+        return time_now == time or self.dataset.crc(index) == crc
 
     def holds(self, index, source):
         """Whether a picture has the size and CRC32 of a source; None if either is unknown."""
-        if not self.path or source[0] < 0:
+        if self.dataset is None or source[0] < 0:
             return None
-        size, _, crc = _read(self.path(index))
+        size, _, crc = self.source(index)
         return (size, crc) == (int(source[0]), int(source[2]))
 
 
@@ -63,14 +65,18 @@ def find_exchanged(cache, root):
     names = cache.names() if hasattr(cache, "names") else None
     first = np.unique(labels, return_index=True)[1].tolist()
     first = {index: names[index] if names else cache.name(index) for index in first}
-    paths = [os.path.join(root, name) for name in first.values()]
+    paths = [Path(root, name) for name in first.values()]
     with ThreadPool(THREADS) as pool:
-        found = pool.map(lambda path: _read(path)[2] if os.path.isfile(path) else None, paths)
+        found = pool.map(_crc, paths)
     for (index, name), crc in zip(first.items(), found, strict=True):
         others = labels[(crcs == crc) & (labels != labels[index])] if crc != crcs[index] else []
         if crc is not None and len(others):
             return name, cache.classes[others[0]]
     return None
+
+
+def _crc(path):
+    return zlib.crc32(path.read_bytes()) if path.is_file() else None
 
 
 class Recorded:
@@ -101,11 +107,3 @@ class Sourced(Dataset):
     def __getitem__(self, index):
         source = self.pictures.source(index)  # before reading: an edit in between is noticed
         return self.dataset[index][0], torch.tensor(source)
-
-
-def _read(path):
-    with open(path, "rb") as file:
-        status, crc = os.fstat(file.fileno()), 0
-        while chunk := file.read(1 << 20):
-            crc = zlib.crc32(chunk, crc)
-    return status.st_size, status.st_mtime_ns, crc
