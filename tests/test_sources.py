@@ -377,7 +377,7 @@ def test_large_data_do_not(images):
     dataset.keep(8 * 3 * 32 * 32 - 1)
     assert dataset.kept is None
     dataset.keep(8 * 3 * 32 * 32)
-    dataset[0]
+    assert dataset[0][0].is_contiguous() and dataset[0][0].is_contiguous()
     assert dataset.kept.there.tolist() == [1] + [0] * 7
     dataset.take_channels(1)
     assert dataset.kept is None and dataset[0][0].shape == (1, 32, 32)

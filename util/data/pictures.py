@@ -101,7 +101,7 @@ def read_picture(source, reading, name=None):
 
 def to_pixels(picture):
     """A picture as a tensor (C, H, W), uint8."""
-    return functional.pil_to_tensor(picture)
+    return functional.pil_to_tensor(picture).contiguous()  # as convolutions sum in this order
 
 
 def to_range(pixels):
