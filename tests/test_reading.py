@@ -17,7 +17,7 @@ import main_cache
 import main_mar
 from util.data import match_channels, open_data, pictures
 from util.data.manifest import read_manifest, write_manifest
-from util.data.pictures import KINDS, probe, read_picture, resolved, to_tensor
+from util.data.pictures import KINDS, probe, read_picture, resolved, to_pixels, to_range
 from util.data.settings import PLAIN, Reading
 
 STORED = Reading(flip=False, orientation="stored", channels=3)
@@ -45,7 +45,7 @@ def test_plain_pictures_keep_their_bits(tmp_path):
         with Image.open(path) as image:
             expected = np.asarray(image.convert("RGB"))
         assert np.array_equal(values(path), expected)
-        tensor = to_tensor(read_picture(path, STORED))
+        tensor = to_range(to_pixels(read_picture(path, STORED)))
         assert tensor.shape == (3, SIDE, SIDE)
         assert torch.equal(
             tensor, torch.from_numpy(expected / np.float32(255)).movedim(-1, 0) * 2 - 1
