@@ -12,11 +12,11 @@ def complete(args, given):
     """Set tokenizer, its file and the image size, where they are not among the flags given.
 
     They are those of the cache that is used and of the file that --vae_path names, if
-    main_tokenizer.py wrote it; a preset that fits itself to the pictures takes their size. given:
-    names of the flags on the command line, which win. Raises ValueError for a cache, a file or a
-    picture that is damaged.
+    main_tokenizer.py wrote it; a preset that fits itself to the pictures takes their size, unless
+    --init_from has one. Another network has its own scale and shift. given: names of the flags on
+    the command line, which win. Raises ValueError for a cache, a file or a picture that is damaged.
     """
-    fits = getattr(args, "preset", None) in presets.FITTED
+    fits = getattr(args, "preset", None) in presets.FITTED and not args.init_from
     if getattr(args, "use_cached", False):
         said = of_cache(args.cached_path)
     else:
@@ -25,10 +25,15 @@ def complete(args, given):
         said.pop("vae_path", None)  # the file of another one
     path = args.vae_path if "vae_path" in given else None
     said |= of_file(path) if path else {}
-    if said.get("tokenizer", args.tokenizer) != args.tokenizer and "patch_size" not in given:
+    said = {name: value for name, value in said.items() if name not in given}
+    own = str(Path(args.vae_path or "").absolute())
+    another = said.get("tokenizer", args.tokenizer) != args.tokenizer
+    if another and "patch_size" not in given:
         args.patch_size = None  # that of the data's usual tokenizer
-    for name in said.keys() - given:
-        setattr(args, name, said[name])
+    if another or said.get("vae_path", own) != own:
+        said |= dict.fromkeys({"vae_scale", "vae_shift"} - given)
+    for name, value in said.items():
+        setattr(args, name, value)
 
 
 def open_training_data(args, given, stored):
