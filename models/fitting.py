@@ -33,11 +33,11 @@ class Facts:
     length: int  # tokens of an image
     channels: int  # numbers of a token
     processes: int = 1
+    has_classes: bool = True  # without, there is no guidance
     batch_size: int | None = None  # per process; None, as all below, to choose it
     accum_iter: int = 1
     epochs: int | None = None
     model: str | None = None
-    has_classes: bool = True  # without, there is no guidance
 
     @property
     def numbers(self):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from models import fitting, presets
 from util.data import CACHE_CHECKED, follow_classes, kind_or_folder, open_data
-from util.data.settings import Reading
+from util.data.settings import PLAIN, Reading
 from util.settings import from_flags
 
 
@@ -49,11 +49,28 @@ def open_training_data(args, given, stored):
         record = Path(args.output_dir) / CACHE_CHECKED
         how = {"record": record, "data_path": args.data_path, "flip": args.flip}
         data = open_cache(args.cached_path, **how)
+        check_noted(args, given, data.noted)
     else:
         size = stored["model"]["img_size"] if stored else args.img_size
         data = open_data(args.data_path, "train", size, from_flags(Reading, args))
     follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
     return data
+
+
+def check_noted(args, given, noted):
+    """Raises ValueError for flags that contradict how the pictures of a cache were read.
+
+    noted: name -> value, as far as the cache says.
+    """
+    from util.data.pictures import pixel_settings
+
+    said = {name: getattr(args, name) for name in Reading.names(pixels=True) if name in given}
+    for name, value in pixel_settings(PLAIN.but(**said)).items():
+        if said.get(name, "auto") != "auto" and noted.get(name, value) != value:
+            raise ValueError(
+                f"--{name} {said[name]}: {args.cached_path} holds latents of pictures read with "
+                f"{noted[name]}; leave the flag out"
+            )
 
 
 def of_pictures(path, reading):
