@@ -67,7 +67,7 @@ def checkpoint_config(checkpoint, source):
     record = checkpoint.get("record")
     names = record.get("classes") if isinstance(record, dict) else None
     if isinstance(names, list) and not config.get("data"):  # an earlier version's
-        config = {**config, "data": {"classes": names}}
+        config = {**config, "data": {"classes": names, "reading": {"orientation": "stored"}}}
     check_config(config, checkpoint["model_ema"], source)
     if checkpoint["config"] and config["tokenizer"].get("scale") is not None:
         config["tokenizer"].setdefault("shift", 0.0)  # older files have a scale but no shift

@@ -17,6 +17,7 @@ from util.settings import destination
 from util.sizes import sides
 
 FLAGS = {field.name: field.metadata["flag"] or field.name for field in Model.fields()}
+FIXED = {destination(f) for f in Model.fields() if f.metadata.get("fixed")} - {""}  # by weights
 
 
 def as_flags(config):
@@ -170,10 +171,11 @@ def fit_preset(args, given, tokenizer, data, stored, before):
     """Set the flags that --preset derives from the data set; prints them. Raises ValueError.
 
     stored: name and arguments of the model of the checkpoint that is resumed, or {}. before: the
-    flags of its run, or {}.
+    flags of its run, or {}. What the weights of --init_from fix counts as given.
     """
     if args.preset not in presets.FITTED:
         return
+    given = given | FIXED if args.init_from and not stored else given
     size = (stored or vars(args))["img_size"]
     patch = stored.get("patch_size") or args.patch_size
     patch = patch or patch_for(sides(size, tokenizer.stride), tokenizer.channels)
@@ -184,6 +186,7 @@ def fit_preset(args, given, tokenizer, data, stored, before):
         channels=tokenizer.channels * patch**2,
         processes=world_size(),
         accum_iter=args.accum_iter,
+        has_classes=not are_none(data.classes),
         **{name: getattr(args, name) for name in {"batch_size", "epochs", "model"} & given},
     )
     shown = f"{facts.images} images of {facts.length} tokens of {facts.channels} numbers"

@@ -33,6 +33,7 @@ class Facts:
     length: int  # tokens of an image
     channels: int  # numbers of a token
     processes: int = 1
+    has_classes: bool = True  # without, there is no guidance
     batch_size: int | None = None  # per process; None, as all below, to choose it
     accum_iter: int = 1
     epochs: int | None = None
@@ -52,7 +53,8 @@ def small(facts):
     steps = epochs * an_epoch
     model = facts.model or model_for(facts)
     shown = max(1, epochs // 12)  # epochs between grids, and between checkpoints
-    return {
+    unguided = {} if facts.has_classes else {"cfg": 1.0}
+    return unguided | {
         "model": model,
         "diffloss_w": None if facts.model else head_width(facts),
         "buffer_size": min(64, max(1, facts.length // 4)),  # 64 are for 256 tokens

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from models import fitting, presets
 from util.data import CACHE_CHECKED, follow_classes, kind_or_folder, open_data
-from util.data.settings import Reading
+from util.data.settings import PLAIN, Reading
 from util.settings import from_flags
 
 
@@ -12,11 +12,11 @@ def complete(args, given):
     """Set tokenizer, its file and the image size, where they are not among the flags given.
 
     They are those of the cache that is used and of the file that --vae_path names, if
-    main_tokenizer.py wrote it; a preset that fits itself to the pictures takes their size. given:
-    names of the flags on the command line, which win. Raises ValueError for a cache, a file or a
-    picture that is damaged.
+    main_tokenizer.py wrote it; a preset that fits itself to the pictures takes their size, unless
+    --init_from has one. Another network has its own scale and shift. given: names of the flags on
+    the command line, which win. Raises ValueError for a cache, a file or a picture that is damaged.
     """
-    fits = getattr(args, "preset", None) in presets.FITTED
+    fits = getattr(args, "preset", None) in presets.FITTED and not args.init_from
     if getattr(args, "use_cached", False):
         said = of_cache(args.cached_path)
     else:
@@ -25,10 +25,15 @@ def complete(args, given):
         said.pop("vae_path", None)  # the file of another one
     path = args.vae_path if "vae_path" in given else None
     said |= of_file(path) if path else {}
-    if said.get("tokenizer", args.tokenizer) != args.tokenizer and "patch_size" not in given:
+    said = {name: value for name, value in said.items() if name not in given}
+    own = str(Path(args.vae_path or "").absolute())
+    another = said.get("tokenizer", args.tokenizer) != args.tokenizer
+    if another and "patch_size" not in given:
         args.patch_size = None  # that of the data's usual tokenizer
-    for name in said.keys() - given:
-        setattr(args, name, said[name])
+    if another or said.get("vae_path", own) != own:
+        said |= dict.fromkeys({"vae_scale", "vae_shift"} - given)
+    for name, value in said.items():
+        setattr(args, name, value)
 
 
 def open_training_data(args, given, stored):
@@ -44,11 +49,28 @@ def open_training_data(args, given, stored):
         record = Path(args.output_dir) / CACHE_CHECKED
         how = {"record": record, "data_path": args.data_path, "flip": args.flip}
         data = open_cache(args.cached_path, **how)
+        check_noted(args, given, data.noted)
     else:
         size = stored["model"]["img_size"] if stored else args.img_size
         data = open_data(args.data_path, "train", size, from_flags(Reading, args))
     follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
     return data
+
+
+def check_noted(args, given, noted):
+    """Raises ValueError for flags that contradict how the pictures of a cache were read.
+
+    noted: name -> value, as far as the cache says.
+    """
+    from util.data.pictures import pixel_settings
+
+    said = {name: getattr(args, name) for name in Reading.names(pixels=True) if name in given}
+    for name, value in pixel_settings(PLAIN.but(**said)).items():
+        if said.get(name, "auto") != "auto" and noted.get(name, value) != value:
+            raise ValueError(
+                f"--{name} {said[name]}: {args.cached_path} holds latents of pictures read with "
+                f"{noted[name]}; leave the flag out"
+            )
 
 
 def of_pictures(path, reading):

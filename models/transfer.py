@@ -10,13 +10,11 @@ import torch
 from torch.nn import functional as F
 
 from models import build_model, checkpoint_config
-from models.config import FLAGS, as_flags, check_same_latents, takes
-from models.settings import Model
+from models.config import FIXED, FLAGS, as_flags, check_same_latents, takes
 from util.data.classes import known_names, same_classes
 from util.dist import print0
 from util.files import first_few
 from util.run.resume import load_start
-from util.settings import destination
 from util.weights import digest, load_strictly
 
 TABLE = "class_emb.weight"
@@ -45,6 +43,8 @@ class Start:
         """
         with torch.device("meta"):
             source = build_model(**self.config["model"])
+        name = config["tokenizer"]["name"]  # maybe by a cache, or by the file of --vae_path
+        check_same_latents(name, self.config["tokenizer"]["name"], self.path)
         names = config["data"]["classes"]
         if len(names) != model.class_num:
             raise ValueError(f"--class_num {model.class_num}: the data have {len(names)} classes")
@@ -88,12 +88,14 @@ def fill_flags(args, given, config, source):
             f"--model {args.model}: {source} holds {own['name']}; leave the flag out to take it "
             "from there"
         )
-    names = {destination(f) for f in Model.fields() if f.metadata.get("fixed")} | {*OF_TOKENIZER}
+    names = FIXED | {*OF_TOKENIZER}
     if "tokenizer" in given and args.tokenizer != flags["tokenizer"]:
         check_same_latents(args.tokenizer, flags["tokenizer"], source)
         names -= {*OF_TOKENIZER}
+    if "vae_path" in given and args.vae_path != flags.get("vae_path"):
+        names -= {"vae_scale", "vae_shift"}  # another network has its own
     flags["order"] = own.get("order", args.order)  # of a causal model
-    for name in {*names, "order"} - {*given, ""}:
+    for name in {*names, "order"} - given:
         setattr(args, name, flags.get(name, getattr(args, name)))
     if args.max_timestep is None:
         args.max_timestep = own.get("max_timestep")
@@ -141,6 +143,8 @@ class Fit:
             here, there = ({name: s[name]} if name in s else {} for s in (self.own, self.state))
             if not (here and there):
                 self._replace(name, here, there)
+            elif here[name].shape[-1] != there[name].shape[-1]:
+                continue  # of another width: it does not fit
             elif _shapes(here) != _shapes(there) or old != now:
                 sizes = (before[name], *old), (after[name], *now)
                 self.state[name] = resize(there[name], *sizes, here[name])

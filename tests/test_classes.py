@@ -1,8 +1,12 @@
 """Names of classes. Run: python -m pytest tests/test_classes.py"""
 
 import pytest
+from cli import ROOT
 
+from models import checkpoint_config
+from util.checkpoint import load_checkpoint
 from util.data.classes import are_imagenet, find_labels, in_order, known_names
+from util.data.settings import PLAIN, plain_reading
 
 NAMES = ["African_elephant", "goldfish", "school_bus"]
 NUMBERS = ["1", "2", "10"]
@@ -62,3 +66,13 @@ def test_published_models_know_imagenet():
     assert are_imagenet(names) and find_labels("golden retriever", 1000, names) == [207]
     assert known_names({"model": {"class_num": 10}, "data": None}) is None
     assert known_names({"model": {"class_num": 3}, "data": {"classes": NAMES}}) == NAMES
+
+
+def test_earlier_versions_left_pictures_as_they_are_stored():
+    """What they keep of the data is the names of classes: evaluation reads as they did."""
+    content = load_checkpoint(ROOT / "tests/fixtures/checkpoint.pth")
+    content["config"].pop("data", None)
+    content["record"] = {"classes": [str(i) for i in range(10)]}
+    data = checkpoint_config(content, "file")["data"]
+    assert data["classes"] == content["record"]["classes"]
+    assert plain_reading(data, {}) == PLAIN.but(orientation="stored")

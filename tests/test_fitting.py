@@ -1,6 +1,7 @@
 """`--preset small`: what it chooses, and when. Run: python -m pytest tests/test_fitting.py"""
 
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import main_cache
 import main_mar
 import main_tokenizer
 from models import presets
+from models.config import fit_preset
 from models.fitting import Facts, components_for, patch_for, side_for, small, small_tokenizer
 from models.settings import MODELS
 from util.checkpoint import load_checkpoint
@@ -92,6 +94,23 @@ def test_principal_components_are_the_choice():
     assert "extractor" in small_tokenizer(1000, 3, 32)
     assert "extractor" not in small_tokenizer(1000, 3, 64)
     assert [components_for(n) for n in (12, 48, 147, 192)] == [12, 16, 18, 24]
+
+
+def test_without_classes_there_is_no_guidance():
+    """An unconditional model refuses it; otherwise the preset's guidance stays."""
+    assert small(Facts(1000, 16, 192, has_classes=False))["cfg"] == 1.0
+    assert "cfg" not in small(Facts(1000, 16, 192))
+
+
+@pytest.mark.parametrize("origin", ["", "checkpoint.pth"])
+def test_weights_that_a_run_begins_with_fix_the_model(origin):
+    """Their flags are not chosen anew, and the learning rate is that of their model."""
+    args = main_mar.get_parser().parse_args(["--preset", "small", "--init_from", origin])
+    args.model, args.img_size, args.buffer_size = "mar_small", 32, 64
+    data = mock.MagicMock(classes=["a", "b"], __len__=lambda _: 1000)
+    fit_preset(args, set(), mock.Mock(stride=1, channels=3), data, {}, {})
+    chosen = args.model, args.buffer_size, args.lr
+    assert chosen == (("mar_small", 64, 8e-4) if origin else ("mar_mini", 4, 2e-3))
 
 
 # ---- in the scripts ------------------------------------------------------------------------------

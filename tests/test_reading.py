@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_reading.py
 
 import io
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 import main_cache
 import main_mar
+from models.found import check_noted
 from util.data import match_channels, open_data, pictures
 from util.data.manifest import read_manifest, write_manifest
 from util.data.pictures import KINDS, probe, read_picture, resolved, to_pixels, to_range
@@ -271,6 +273,24 @@ def test_a_cache_is_of_one_reading(tmp_path):
         assert "reading" not in read_manifest(tmp_path / "cache"), layout
     cached(tmp_path, "--orientation", "stored")
     assert read_manifest(tmp_path / "cache")["reading"] == {**noted, "orientation": "stored"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--orientation", "stored"), "--orientation stored: .* read with exif; leave the flag"),
+        (("--background", "black"), "--background black: .* read with #ffffff; leave the flag"),
+        (("--channels", "1"), "--channels 1: .* read with 3; leave the flag"),
+        (("--orientation", "auto", "--background", "#FFFFFF", "--channels", "3"), None),
+    ],
+)
+def test_training_on_a_cache_reads_no_pictures(flags, message):
+    """A flag for reading them is refused unless the latents are of pictures read so."""
+    noted = {"orientation": "exif", "background": "#ffffff", "channels": 3}
+    args, given = main_mar.get_parser().parse_given(["--use_cached", *flags])
+    check_noted(args, given, {})  # an older cache does not say it
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_noted(args, given, noted)
 
 
 def test_the_check_says_what_was_decided(tmp_path, capsys):

@@ -10,8 +10,11 @@ from timm.data import ImageNetInfo
 
 import main_mar
 from models import build_model, presets
-from models.transfer import Fit, class_names, open_start, resize, rows_for
+from models.found import complete
+from models.pca import PatchPCA
+from models.transfer import Fit, class_names, fill_flags, open_start, resize, rows_for
 from util.checkpoint import LAST, export_ema, load_checkpoint
+from util.data.manifest import write_manifest
 from util.weights import digest, load_strictly
 
 TINY = {"img_size": 8, "vae_stride": 1, "patch_size": 2, "vae_embed_dim": 1, "class_num": 3}
@@ -131,11 +134,14 @@ def test_a_causal_model_may_learn_another_order():
     assert fitted(raster, random).unused == ["target_pos_embed_learned"]
 
 
-@pytest.mark.parametrize("changes", [{"mlp_ratio": 2}, {"encoder_depth": 1}, {"decoder_depth": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"mlp_ratio": 2}, {"encoder_depth": 1}, {"decoder_depth": 3}, {"encoder_embed_dim": 32}],
+)
 def test_what_is_not_understood_is_refused(changes):
-    """Blocks of another shape or number; the model stays as it was."""
+    """Blocks of another shape, width or number; the model stays as it was."""
     model, untouched = tiny(seed=1, **changes), tiny(seed=1, **changes)
-    with pytest.raises(ValueError, match="file does not fit this MAR: .*blocks"):
+    with pytest.raises(ValueError, match="file does not fit this MAR: .*"):
         fitted(model, tiny())
     assert not differing(model, untouched)
 
@@ -190,6 +196,47 @@ def test_a_published_checkpoint_brings_its_architecture():
     config = {"model": {**own, "class_num": 1000}}
     assert class_names({"config": None}, config)[1] == "n01443537"
     assert digest(start.weights) == digest(load_checkpoint(path)["model_ema"])
+
+
+def network_file(path, tokenizer):
+    """A file as main_tokenizer.py writes it, without weights; returns its path."""
+    torch.save({"config": {"network": {}, "tokenizer": tokenizer, "img_size": 8}}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["kl", "pca"])
+@pytest.mark.parametrize("flags", [(), ("--vae_scale", "3", "--vae_shift", "1")])
+def test_another_network_has_its_own_scale_and_shift(tmp_path, kind, flags):
+    """Those of the checkpoint are of its network only; flags win."""
+    flags = "--init_from", "x", "--vae_path", network_file(tmp_path / "a", kind), *flags
+    args, given = main_mar.get_parser().parse_given(flags)
+    own = {"name": "kl", "vae_path": "b", "scale": 0.5, "shift": 0.25}
+    config = {"model": {"name": "mar_tiny"}, "tokenizer": own, "sampling": {}}
+    fill_flags(args, given, config, "x")
+    complete(args, given)
+    expected = (3.0, 1.0) if "vae_scale" in given else (None, None)
+    assert (args.tokenizer, args.vae_scale, args.vae_shift) == (kind, *expected)
+
+
+def test_an_autoencoder_for_pixels_is_refused(tmp_path, capsys):
+    """Also where it is the file of the network that says what it is."""
+    network, config = PatchPCA(4, 2, 1), {"network": {}, "tokenizer": "pca", "img_size": 8}
+    path = tmp_path / "tokenizer.ckpt"
+    torch.save({"model": network.state_dict(), "scale": 1.0, "config": config}, path)
+    flags = ["--output_dir", tmp_path / "out", "--init_from", CHECKPOINT, "--vae_path", path]
+    said = complain(capsys, main_mar.main, *DIGITS, *flags)
+    assert f"--tokenizer pca: {CHECKPOINT} was trained with pixels" in said
+
+
+def test_a_cache_brings_its_network(tmp_path):
+    """Its scale and shift are those of its file, unless the checkpoint has the same."""
+    for own, expected in (("a", 0.5), ("b", None)):
+        path = network_file(tmp_path / own, "kl")
+        flags = ["--use_cached", "--cached_path", str(tmp_path), "--vae_scale", "0.5"]
+        args = main_mar.get_parser().parse_args([*flags, "--vae_path", path, "--tokenizer", "kl"])
+        write_manifest(tmp_path, {"tokenizer_name": "kl", "vae_path": str(tmp_path / "a")})
+        complete(args, set())
+        assert (args.vae_path, args.vae_scale) == (str(tmp_path / "a"), expected)
 
 
 def test_a_run_begins_with_the_ema_and_is_resumed_without_it(tmp_path, capsys):
