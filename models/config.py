@@ -171,11 +171,12 @@ def fit_preset(args, given, tokenizer, data, stored, before):
     """Set the flags that --preset derives from the data set; prints them. Raises ValueError.
 
     stored: name and arguments of the model of the checkpoint that is resumed, or {}. before: the
-    flags of its run, or {}. What the weights of --init_from fix counts as given.
+    flags of its run, or {}. What weights fix, its own or those of --init_from, counts as given.
     """
     if args.preset not in presets.FITTED:
         return
-    given = given | FIXED if args.init_from and not stored else given
+    args.model = stored.get("name", args.model)
+    given = given | FIXED if args.init_from or stored else given
     size = (stored or vars(args))["img_size"]
     patch = stored.get("patch_size") or args.patch_size
     patch = patch or patch_for(sides(size, tokenizer.stride), tokenizer.channels)

@@ -63,7 +63,7 @@ def small(facts):
         "proj_dropout": dropout(epochs),
         "batch_size": batch,
         "epochs": epochs,
-        "lr": RATES.get(model.split("_")[1], 4e-4),
+        "lr": RATES.get(model.rpartition("_")[2], 4e-4),
         "warmup_epochs": round(min(max(steps / 50, 200), steps / 10) / an_epoch, 3),
         "ema_rate": round(1 - 1 / max(1, steps / 20), 5),  # remembers a twentieth of the run
         "eval_freq": shown,

@@ -5,6 +5,7 @@ from pathlib import Path
 from models import fitting, presets
 from util.data import CACHE_CHECKED, follow_classes, kind_or_folder, open_data
 from util.data.settings import PLAIN, Reading
+from util.dist import print0
 from util.settings import from_flags
 
 
@@ -25,7 +26,12 @@ def complete(args, given):
         said.pop("vae_path", None)  # the file of another one
     path = args.vae_path if "vae_path" in given else None
     said |= of_file(path) if path else {}
-    said = {name: value for name, value in said.items() if name not in given}
+    preset = getattr(args, "preset", None)
+    chosen = given | (presets.PRESETS.get(preset, {}).keys() if not fits else set())
+    said = {name: value for name, value in said.items() if name not in chosen}
+    if told := [f"--{n} {v}" for n, v in said.items() if v != getattr(args, n)]:
+        cache = args.cached_path if getattr(args, "use_cached", False) else None
+        print0(f"NOTE: {' '.join(told)}, by {path or cache or args.data_path}")
     own = str(Path(args.vae_path or "").absolute())
     another = said.get("tokenizer", args.tokenizer) != args.tokenizer
     if another and "patch_size" not in given:
@@ -52,9 +58,19 @@ def open_training_data(args, given, stored):
         check_noted(args, given, data.noted)
     else:
         size = stored["model"]["img_size"] if stored else args.img_size
+        follow_reading(args, given, (stored.get("data") or {}).get("reading") or {})
         data = open_data(args.data_path, "train", size, from_flags(Reading, args))
     follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
     return data
+
+
+def follow_reading(args, given, read):
+    """Read pictures as in the run that is resumed, where flags do not say how.
+
+    read: name -> value, of that run.
+    """
+    for name in {"orientation", "background"} & read.keys() - given:
+        setattr(args, name, read[name])
 
 
 def check_noted(args, given, noted):

@@ -5,12 +5,13 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import main_cache
 import main_mar
 import main_tokenizer
-from models import presets
+from models import found, presets
 from models.config import fit_preset
 from models.fitting import Facts, components_for, patch_for, side_for, small, small_tokenizer
 from models.settings import MODELS
@@ -167,3 +168,17 @@ def test_three_commands_without_a_number(pictures, tmp_path):
 def test_a_listing_has_it():
     """--list_presets says what the preset sets for all data."""
     assert "small\n    --lr_schedule cosine" in presets.listing()
+
+
+def test_a_file_says_what_it_sets_and_a_preset_wins(tmp_path, capsys):
+    """--vae_path sets tokenizer and image size, in a line; not those of a row of the paper."""
+    config = {"network": {"embed_dim": 4}, "img_size": 16, "tokenizer": "kl"}
+    torch.save({"model": {}, "config": config}, path := tmp_path / "tokenizer.ckpt")
+    args, given = presets.apply(main_mar.get_parser(), ["--vae_path", str(path)])
+    found.complete(args, given)
+    assert (args.tokenizer, args.img_size) == ("kl", 16)
+    assert f"NOTE: --tokenizer kl --img_size 16, by {path}" in capsys.readouterr().out
+    flags = ["--preset", "table2-kl8", "--vae_path", str(path)]
+    args, given = presets.apply(main_mar.get_parser(), flags)
+    found.complete(args, given)
+    assert (args.tokenizer, args.img_size) == ("kl8", 256) and not capsys.readouterr().out

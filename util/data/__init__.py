@@ -155,7 +155,8 @@ def check_classes(dataset, class_num, source):
     if len(dataset.classes) != class_num:
         raise ValueError(
             f"{source}: found {len(dataset.classes)} classes, --class_num is {class_num}: "
-            f"pass --class_num {len(dataset.classes)}"
+            f"pass --class_num {len(dataset.classes)}, or, where a checkpoint has other classes, "
+            "begin a run with its weights by --init_from"
         )
 
 
