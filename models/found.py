@@ -60,7 +60,10 @@ def open_training_data(args, given, stored):
         size = stored["model"]["img_size"] if stored else args.img_size
         follow_reading(args, given, (stored.get("data") or {}).get("reading") or {})
         data = open_data(args.data_path, "train", size, from_flags(Reading, args))
-    follow_classes(data, (stored.get("data") or {}).get("classes"), "the checkpoint")
+    classes = (stored.get("data") or {}).get("classes")
+    if stored and not classes:  # of the published code, which sorts names as texts
+        classes = sorted(map(str, data.classes))
+    follow_classes(data, classes, "the checkpoint")
     return data
 
 

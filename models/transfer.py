@@ -209,7 +209,9 @@ def rows_for(names, old, count):
     old: names of the classes in the table, or None if not known. None if all rows stay: the classes
     are the same, or as many without known names.
     """
-    if names == old or (not old and len(names) == count):
+    if not old and len(names) == count:
+        old = sorted(names)  # as in the published code, where numbers are texts
+    if names == old:
         return None
     return same_classes(names, old or [])
 

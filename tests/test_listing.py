@@ -14,6 +14,7 @@ from torchvision import datasets
 
 import main_cache
 import main_mar
+from models.found import open_training_data
 from models.mar import mar_tiny
 from models.settings import Sampling
 from util.checkpoint import LAST, load_checkpoint
@@ -23,6 +24,7 @@ from util.data.classes import ALL
 from util.data.label_files import read_labels
 from util.data.listing import describe_left_out, list_data, pictures_below, walk
 from util.data.settings import Reading
+from util.run import record
 from util.run.record import compare, contents_of
 
 TINY = "--model mar_tiny --buffer_size 4 --tokenizer pixels --patch_size 4 --img_size 16 --lr 1e-3"
@@ -169,6 +171,15 @@ def test_numbers_are_in_their_order_unless_a_checkpoint_has_another(tmp_path, ca
     assert not capsys.readouterr().out and dataset.classes == before.classes
 
 
+def test_checkpoints_of_the_published_code_sort_names_as_texts(tmp_path):
+    """They name no classes; label 1 is that of class 10, of images and of latents alike."""
+    touch(tmp_path, *(f"{name}/{i}.png" for name in (1, 10, 2) for i in range(2)))
+    args = main_mar.get_parser().parse_args(["--data_path", str(tmp_path), "--img_size", "16"])
+    assert open_training_data(args, {"img_size"}, {}).classes == ["1", "2", "10"]
+    dataset = open_training_data(args, {"img_size"}, {"model": {"img_size": 16}})
+    assert dataset.classes == ["1", "10", "2"] and dataset.name(2) == "10/0.png"
+
+
 RECORDS = [{"file_name": "cat0.jpg", "label": "a"}, {"file_name": "./dog1.jpg", "label": "b"}]
 FORMS = {
     "dataset.json": json.dumps({"labels": [["cat0.jpg", "a"], ["dog1.jpg", "b"]]}),
@@ -235,6 +246,7 @@ def test_a_file_of_captions_is_not_used(images, tmp_path, capsys):
     [
         ("cat0.jpg,a\nnone.jpg,b\n", "1 of its 2 files are no pictures below .*flat: none.jpg"),
         ("cat0.jpg,a\ncat0.jpg,b\n", "cat0.jpg is of two classes, a and b"),
+        ("cat0.jpg,a\n./cat0.jpg,b\n", "cat0.jpg is of two classes, a and b"),
         ("cat0.jpg,a/b\n", "cat0.jpg is of class 'a/b', expected a name without slashes"),
         ("cat0.jpg,\n", "cat0.jpg is of class ''"),
         ("cat0.jpg\n", "not a file of labels; expected file and class"),
@@ -382,6 +394,15 @@ def test_check_data(images, tmp_path, monkeypatch, how):
         return dataset.check(2, None)
     with pytest.raises(ValueError, match="1 missing or empty images: .*cat/0.jpg"):
         dataset.check(2, None)
+
+
+def test_processes_with_other_pictures_are_refused(images, monkeypatch):
+    """As on nodes with disks of their own: before one reads what another one has listed."""
+    monkeypatch.setattr(
+        record, "all_gather", lambda own: [own, ("other", {"pictures": "f"}, {"pictures": "7"})]
+    )
+    with pytest.raises(ValueError, match=r"pictures: expected the same .* 8 in .*on other: 7"):
+        open_data(images, "train", 16).check(2, None)
 
 
 def test_exchanged_classes_are_noticed(images, tmp_path):

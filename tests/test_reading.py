@@ -19,7 +19,7 @@ import main_mar
 from models.found import check_noted
 from util.data import match_channels, open_data, pictures
 from util.data.manifest import read_manifest, write_manifest
-from util.data.pictures import KINDS, probe, read_picture, resolved, to_pixels, to_range
+from util.data.pictures import KINDS, probe, read_picture, resolved, size_of, to_pixels, to_range
 from util.data.settings import PLAIN, Reading
 
 STORED = Reading(flip=False, orientation="stored", channels=3)
@@ -142,7 +142,19 @@ def test_orientations(tmp_path, orientation, suffix):
         assert np.abs(values(path, reading).astype(int) - expected).max() < 9
         found = probe(path, reading)
         assert found.size == expected.shape[1::-1]
+        assert size_of(path, reading) == expected.shape[:2]
         assert found.kinds == ([] if orientation == 1 else [TURN_KIND[reading.orientation]])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_tiffs_are_always_upright(tmp_path, orientation):
+    """Their header alone gives the same size as their pixels, whatever the reading."""
+    Image.new("RGB", (16, 8)).save(tmp_path / "x.tif", tiffinfo={ORIENTATION: orientation})
+    for reading in (EXIF, STORED):
+        shape = values(tmp_path / "x.tif", reading).shape[:2]
+        assert shape == ((8, 16) if orientation == 1 else (16, 8))
+        assert size_of(tmp_path / "x.tif", reading) == shape
+        assert probe(tmp_path / "x.tif", reading).size == shape[::-1]
 
 
 TURN_KIND = {"exif": "turned", "stored": "stored"}

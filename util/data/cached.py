@@ -23,7 +23,7 @@ from torchvision import datasets
 
 from util import dist
 from util.data import check_classes
-from util.data.classes import in_order
+from util.data.classes import are_none, in_order
 from util.data.listing import class_folders, data_folder
 from util.data.manifest import (
     AGAIN,
@@ -408,7 +408,7 @@ def open_cache(path, shape=None, class_num=None, record=None, data_path=None, fl
 def _other_classes(dataset, data_path):
     """What differs between the classes of a cache and those of a folder of images, or None."""
     found = class_folders(data_path) if data_path else []
-    if not found or len(found) != len(dataset.classes):
+    if not found or len(found) != len(dataset.classes) or are_none(dataset.classes):
         return None  # another data set, not these images
     if others := sorted({*found} ^ {*dataset.classes}):
         return first_few(others)

@@ -28,6 +28,7 @@ from util.data.pictures import Probe, described, probe, sentences, warned
 from util.dist import all_gather, broadcast, is_main, print0, rank, world_size
 from util.files import first_few, replacing
 from util.logger import Progress
+from util.run.record import agree
 from util.sizes import shown, sides
 
 PLACES = 4  # folders of the same data whose times are remembered
@@ -77,7 +78,8 @@ class Memory:
 
     def _load_found(self):
         held = self._load(self.probes, ("crcs", "sides", "index"))
-        return Found(**held) if held else Found.of_nothing(len(self.paths))
+        own = Found.of_nothing(len(self.paths))
+        return Found(**held) if held.keys() == vars(own).keys() else own
 
     def _load(self, path, rows):
         """Name -> array of a file; {} if there is none or it is damaged. rows: those of N rows."""
@@ -163,7 +165,10 @@ def check_pictures(dataset, workers=4, record=None):
     earlier versions do; None for none. What the user should know of the pictures is printed. A
     collective call, which divides the work. Raises ValueError for damaged pictures.
     """
-    how = dataset.reading.check_data
+    how, paths = dataset.reading.check_data, dataset.listing.paths
+    names = _sha256("\n".join(paths))  # nodes may have disks of their own
+    text = f"{len(paths)} in {dataset.root}, sha256 of names {names[:12]}"
+    agree({"pictures": names}, {"pictures": text})
     memory = Memory(dataset, workers) if is_main() and how != "none" else None
     if how == "sizes":
         _check_sizes(dataset, memory)

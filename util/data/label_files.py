@@ -39,9 +39,13 @@ def read_labels(path, content=None):
         return None
     if not pairs:
         raise ValueError(f"{path}: names no file; {EXPECTED}")
+    return one_class_each(path, ((name, class_name(path, name, label)) for name, label in pairs))
+
+
+def one_class_each(path, pairs):
+    """Pairs (name, class) of a file of labels as a dict. Raises ValueError for a name of two."""
     found = {}
     for name, label in pairs:
-        label = class_name(path, name, label)
         if found.setdefault(name, label) != label:
             raise ValueError(f"{path}: {name} is of two classes, {found[name]} and {label}")
     return found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.data.classes import ALL, in_order
-from util.data.label_files import LABEL_FILES, NoClasses, read_labels
+from util.data.label_files import LABEL_FILES, NoClasses, one_class_each, read_labels
 from util.files import first_few
 
 PICTURES = frozenset(
@@ -295,7 +295,7 @@ def _found(root, known, named, file):
             return path
         return os.path.relpath(os.path.join(file.parent, path), root).replace(os.sep, "/")
 
-    found = {path_of(name): label for name, label in named.items()}
+    found = one_class_each(file, ((path_of(name), label) for name, label in named.items()))
     if missing := sorted(found.keys() - known):
         raise ValueError(
             f"{file}: {len(missing)} of its {len(named)} files are no pictures below {root}: "

@@ -265,10 +265,12 @@ def flattened(picture, background):
 
 
 def _turn(image):
-    """How a decoded picture is to be turned according to EXIF, of Image.Transpose; None if not.
+    """How a picture is to be turned according to EXIF, of Image.Transpose; None if not.
 
-    PIL has turned TIFFs, whose format has an orientation of its own.
+    PIL turns TIFFs, whose format has an orientation of its own, and opens them with upright sizes.
     """
+    if image.format == "TIFF":
+        return None
     try:
         return TURNS.get(image.getexif().get(ORIENTATION))
     except Exception:  # damaged EXIF data say nothing

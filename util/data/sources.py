@@ -76,7 +76,10 @@ def find_exchanged(cache, root):
 
 
 def _crc(path):
-    return zlib.crc32(path.read_bytes()) if path.is_file() else None
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError:  # not there, or not for us
+        return None
 
 
 class Recorded:
