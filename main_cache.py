@@ -76,6 +76,8 @@ def main(argv=None):
     if args.verify:
         verify_cache(args, "data_path" in given)
         return
+    if folder.resolve() in {Path(args.data_path, name).resolve() for name in ("", "train")}:
+        raise ValueError(f"--cached_path {folder}: holds the images, expected another folder")
     if args.convert_from:
         written, skipped = convert_cache(args, folder)
     else:

@@ -179,8 +179,7 @@ def configure(args, given, stored, source, data, before=None):
     from util.dist import print0
 
     tokenizer, own = open_tokenizer(args, given, stored.get("tokenizer"), source, data)
-    if data:
-        fit_preset(args, given, tokenizer, data, stored.get("model", {}), before or {})
+    fit_preset(args, given, tokenizer, data, stored.get("model", {}), before or {})
     sampling = from_flags(Sampling, args)
     requested = from_flags(
         Model,
@@ -271,8 +270,11 @@ def check_data(this):
 def open_loader(this):
     """The loader of images or, with --use_cached, of moments. Raises ValueError for bad data."""
     from util.data import loader
+    from util.dist import print0
 
     check_data(this)
+    if getattr(this.data, "flip", False):
+        print0("half the images are mirrored at random; --no_flip: none")
     args, pin = this.args, this.args.pin_mem and this.device.type == "cuda"
     return loader.open_loader(this.data, args.batch_size, args.num_workers, args.seed, pin)
 

@@ -167,7 +167,24 @@ def open_checkpoint(args):
     model, config = load_model(args.ckpt, args.weights)
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
     own = {k: v for k, v in own.items() if v is not None}
-    return model, build_tokenizer(**{**config["tokenizer"], **own}), config
+    tokenizer = build_tokenizer(**{**config["tokenizer"], **own})
+    if args.vae_path:
+        compare_tokenizer(args, tokenizer)
+    return model, tokenizer, config
+
+
+def compare_tokenizer(args, tokenizer):
+    """Say it if a tokenizer is not the one of the training, as far as that is known."""
+    from util.checkpoint import load_checkpoint
+    from util.dist import print0
+    from util.weights import digest
+
+    trained = (load_checkpoint(args.ckpt).get("record") or {}).get("tokenizer")
+    if trained not in (None, digest(tokenizer.state_dict())):
+        print0(
+            f"NOTE: --vae_path {args.vae_path}: the model was trained with other weights of a "
+            "tokenizer, whose latents these may not decode"
+        )
 
 
 def pick_sampling(args, config, model, points):

@@ -175,6 +175,10 @@ def fit_preset(args, given, tokenizer, data, stored, before):
     """
     if args.preset not in presets.FITTED:
         return
+    if data is None:  # an evaluation samples as the run did
+        for name in presets.PRESETS[args.preset].keys() & before.keys() - given:
+            setattr(args, name, before[name])
+        return
     args.model = stored.get("name", args.model)
     given = given | FIXED if args.init_from or stored else given
     size = (stored or vars(args))["img_size"]

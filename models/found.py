@@ -28,6 +28,8 @@ def complete(args, given):
     said |= of_file(path) if path else {}
     preset = getattr(args, "preset", None)
     chosen = given | (presets.PRESETS.get(preset, {}).keys() if not fits else set())
+    if not getattr(args, "use_cached", False):  # data that have one size only
+        chosen |= kind_or_folder(args.data_path).defaults.keys() & {"img_size"}
     said = {name: value for name, value in said.items() if name not in chosen}
     if told := [f"--{n} {v}" for n, v in said.items() if v != getattr(args, n)]:
         cache = args.cached_path if getattr(args, "use_cached", False) else None
@@ -56,6 +58,8 @@ def open_training_data(args, given, stored):
         how = {"record": record, "data_path": args.data_path, "flip": args.flip}
         data = open_cache(args.cached_path, **how)
         check_noted(args, given, data.noted)
+        if args.label_file:
+            print0(f"NOTE: --label_file {args.label_file} is not used: the cache has its labels")
     else:
         size = stored["model"]["img_size"] if stored else args.img_size
         follow_reading(args, given, (stored.get("data") or {}).get("reading") or {})
@@ -72,7 +76,7 @@ def follow_reading(args, given, read):
 
     read: name -> value, of that run.
     """
-    for name in {"orientation", "background"} & read.keys() - given:
+    for name in {"orientation", "background", "flip"} & read.keys() - given:
         setattr(args, name, read[name])
 
 

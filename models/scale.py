@@ -101,8 +101,10 @@ def check_numbers(name, value, channels, positive=False):
         if positive and not number > 0:
             raise ValueError(f"{name} {number}: expected a number above 0")
     if several and len(numbers) != channels:
+        shown = ",".join(map(str, numbers))
+        shown = shown if len(shown) < 40 else f"{shown[:30]}…"
         raise ValueError(
-            f"{name} {','.join(map(str, numbers))}: expected one number, or {channels}, one per "
-            f"channel of the latents; got {len(numbers)}"
+            f"{name} {shown}: expected one number, or {channels}, one per "
+            f"channel of the latents; got {len(numbers)}: is it another tokenizer's?"
         )
     return [float(number) for number in numbers] if several else float(value)

@@ -32,7 +32,7 @@ from util.dist import (
 from util.files import first_few, replacing
 from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
 from util.weights import (
-    A_TOKENIZER,
+    OF_TOKENIZERS,
     load_strictly,
     read_file,
     read_metadata,
@@ -286,7 +286,7 @@ def _refuse_tokenizer(content, path):
     """Raises ValueError for the file of a tokenizer's network."""
     parts = [content, *content.values()] if isinstance(content, dict) else []
     names = [str(name) for part in parts if isinstance(part, dict) for name in part]
-    if any(f".{name}".endswith(f".{A_TOKENIZER}") for name in names):
+    if any(f".{name}".endswith(tuple(f".{own}" for own in OF_TOKENIZERS)) for name in names):
         raise ValueError(
             f"{path}: the network of a tokenizer, expected a checkpoint of a model; --vae_path "
             "takes this file"

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from util import dist
+from util.data.listing import pictures_below
 from util.dist import print0
 from util.files import (
     check_room,
@@ -69,7 +70,8 @@ class ImageFolder:
     def check_names(self, num_images):
         """Raises ValueError for other PNGs than those of num_images images."""
         ours = {_png(index) for index in range(num_images)}
-        others = sorted(path.name for path in self.path.glob("*.png") if path.name not in ours)
+        found = pictures_below(self.path)[0] if self.path.is_dir() else []
+        others = sorted(path.name for path in map(Path, found) if path.name not in ours)
         if others:
             raise ValueError(
                 f"--out {self.path}: holds {len(others)} other images, such as {others[0]}, which "
@@ -139,6 +141,8 @@ def claim(folder, num_images, settings, machine, disposable=False):
     with images of other settings, or of unknown ones.
     """
     there = folder.count()
+    if not there:
+        folder.check_names(num_images)  # another's photographs
     try:
         if there:
             found = _read_record(folder, there)

@@ -22,6 +22,7 @@ from util.stored import check_tensors
 
 # A weight that every one has
 A_MODEL, A_TOKENIZER = "class_emb.weight", "encoder.conv_in.weight"
+OF_TOKENIZERS = (A_TOKENIZER, "components")  # the second is of principal components
 _WRAPPERS = {"module", "_orig_mod"}  # what DDP and torch.compile put into names
 _SHOWN = 3  # differences of each kind that a message lists
 # Files are memory-mapped, so that the processes of a node share one copy; not on Windows, where a
