@@ -58,16 +58,25 @@ def load_model(path, weights="ema", **overrides):
     return model.eval(), {**config, "model": arguments}
 
 
+def _data_of_record(record, config):
+    """What the record of an earlier version says of the data; {} if that makes no sense."""
+    names = record.get("classes") if isinstance(record, dict) else None
+    model = config.get("model")
+    fits = isinstance(names, list) and isinstance(model, dict)
+    if not fits or len(names) != model.get("class_num"):
+        return {}
+    return {"classes": names, "reading": {"orientation": "stored"}}
+
+
 def checkpoint_config(checkpoint, source):
     """The configuration of a loaded checkpoint. Raises ValueError if it cannot be determined."""
     from models.published import published_config
     from models.stored import check_config
 
     config = checkpoint["config"] or published_config(checkpoint, source)
-    record = checkpoint.get("record")
-    names = record.get("classes") if isinstance(record, dict) else None
-    if isinstance(names, list) and not config.get("data"):  # an earlier version's
-        config = {**config, "data": {"classes": names, "reading": {"orientation": "stored"}}}
+    data = config.get("data") or _data_of_record(checkpoint.get("record"), config)
+    if data:
+        config = {**config, "data": data}
     check_config(config, checkpoint["model_ema"], source)
     if checkpoint["config"] and config["tokenizer"].get("scale") is not None:
         config["tokenizer"].setdefault("shift", 0.0)  # older files have a scale but no shift

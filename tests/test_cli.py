@@ -143,8 +143,9 @@ def test_classes_take_turns_but_for_a_grid(ckpt, tmp_path):
     """ADM's Inception Score splits consecutive images: sorted by class it would be far too low."""
     args, _ = presets.apply(main_mar.get_parser(), [*DIGITS, "--num_images", "25"])
     config = {"model": {"class_num": 10}}
-    labels = main_mar.Run(args, config, None, None, None, "fp32").labels()
+    labels, said = main_mar.Run(args, config, None, None, None, "fp32").labels()
     assert labels[:12] == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert said["labels"].startswith("balanced, ")
     writer = GridWriter(tmp_path / "a.png", [7, 0, 7, 0], columns=2)
     assert writer.order == [0, 2, 1, 3]
 
