@@ -56,7 +56,10 @@ def test_published_checkpoint_evaluates_and_resumes(tmp_path, vae_path, capsys):
     assert {int(s["step"]) for s in after["optimizer"]["state"].values()} == {22}
 
 
-@pytest.mark.parametrize("backbone", ["ar_tiny", "ar_tiny --order random", "dit_tiny"])
+@pytest.mark.parametrize(
+    "backbone",
+    ["ar_tiny", pytest.param("ar_tiny --order random", marks=pytest.mark.slow), "dit_tiny"],
+)
 def test_other_backbones_train_resume_and_sample(tmp_path, backbone, capsys):
     """The same scripts serve them all; the checkpoint says which it is."""
     flags = f"--preset digits --device cpu --model {backbone} --batch_size 512"
@@ -186,6 +189,7 @@ def test_pixels_lose_nothing(tmp_path, capsys):
     assert "--tokenizer vq: expected --epochs to train one, or a --vae_path" in line
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_no_other_files(tmp_path):
     """Scripts write where they are told: nothing appears in the folder they are called from."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -82,6 +82,7 @@ def test_waiting_is_a_barrier(hearts):
     together(*(lambda heart=heart: call(heart) for heart in hearts(world=3)))
 
 
+@pytest.mark.slow
 def test_a_busy_process_is_waited_for(hearts):
     """Longer than the timeout, in which a collective would end."""
     one, two = hearts()

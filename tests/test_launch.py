@@ -247,7 +247,9 @@ OMPI_COMM_WORLD_LOCAL_RANK=$i OMPI_COMM_WORLD_LOCAL_SIZE=3 {} & done; wait"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
-@pytest.mark.parametrize(("loop", "by"), [(SRUN, "Slurm"), (MPIRUN, "Open MPI")])
+@pytest.mark.parametrize(
+    ("loop", "by"), [(SRUN, "Slurm"), pytest.param(MPIRUN, "Open MPI", marks=pytest.mark.slow)]
+)
 def test_processes_of_a_loop_meet(loop, by):
     """They reduce a tensor, and one of them says what was understood."""
     port = free_port()

@@ -182,6 +182,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_all_processes_are_refused(tmp_path):
     """Each of two raises the same line, or holds the folder and knows the last run."""
     answers = {}

@@ -161,7 +161,7 @@ def record_of(folder):
     return {name: record[name] for name in record if name not in ("time", "seconds_per_image")}
 
 
-@pytest.mark.parametrize("script", ["sample", "main_mar"])
+@pytest.mark.parametrize("script", ["sample", pytest.param("main_mar", marks=pytest.mark.slow)])
 def test_metrics_of_a_resumed_run(script, ckpt, tmp_path, stop_after, monkeypatch):
     """All numbers and settings are those of a run that was never stopped; speed is apart."""
 
@@ -192,6 +192,7 @@ def test_metrics_of_a_resumed_run(script, ckpt, tmp_path, stop_after, monkeypatc
     assert times == [True, False]
 
 
+@pytest.mark.slow
 def test_a_stopped_sweep(ckpt, tmp_path, stop_after, monkeypatch, capsys):
     """Stops within a point; the points before are not evaluated again."""
     flags = ["--reference", "digits", "--stats_dir", tmp_path, "--output_dir", tmp_path]

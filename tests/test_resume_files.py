@@ -150,7 +150,7 @@ def two_nodes(*flags):
     return [node.returncode for node in nodes], found
 
 
-@pytest.mark.parametrize("second", ["none", "other"])
+@pytest.mark.parametrize("second", ["none", pytest.param("other", marks=pytest.mark.slow)])
 def test_nodes_that_find_different_checkpoints_end(run, tmp_path, second):
     """Both say who found what: of one that has none, and of one that has an earlier one."""
     shutil.copytree(run, tmp_path / "node0")

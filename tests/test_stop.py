@@ -113,6 +113,7 @@ def test_loader_processes_outlive_a_signal_to_all(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "killpg"), reason="POSIX")
+@pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_run(tmp_path):
     """torchrun and schedulers signal the loader's processes too: they go on until the run stops."""
     flags = f"{CACHED}-shards --num_workers 2 --epochs 999".replace(str(FIXTURES), "tests/fixtures")
