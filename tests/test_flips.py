@@ -87,6 +87,19 @@ def test_images_are_not_mirrored(pictures):
         assert same_pixels(main_tokenizer.open_split(args, "train", False), pictures)
 
 
+def test_it_is_said_and_a_resumed_run_keeps_it(pictures, tmp_path, capsys):
+    """A line where images are mirrored; --no_flip need not be given again."""
+    model = "--model mar_tiny --buffer_size 4 --diffloss_d 1 --diffloss_w 16 --num_sampling_steps 2"
+    common = f"{SMALL} {model} --batch_size 8 --lr 1e-4 --data_path {pictures} --num_iter 1"
+    for name, flags, said in (
+        ("with", "--epochs 1", True),
+        ("without", "--epochs 1 --no_flip", False),
+        ("without", f"--epochs 2 --resume {tmp_path / 'without'}", False),
+    ):
+        main_mar.main(shlex.split(f"{common} {flags} --output_dir {tmp_path / name}"))
+        assert ("half the images are mirrored" in capsys.readouterr().out) == said
+
+
 # ---- caches with mirror images -------------------------------------------------------------------
 
 

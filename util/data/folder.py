@@ -71,6 +71,11 @@ class PictureSet(Dataset):
         self.crcs = self.kept = None
 
     @property
+    def flip(self):
+        """Whether images are mirrored at random."""
+        return self.reading.flip
+
+    @property
     def channels(self):
         return self.reading.channels
 

@@ -30,7 +30,7 @@ class Reading(Settings):
     flip: bool = setting(
         True,
         "never mirror images, as for letters, digits, or left and right in medicine; main_cache.py "
-        "then caches none mirrored (default: half the images of a training batch)",
+        "then caches none mirrored. Else half the images of a training batch are",
         "no_flip",
     )
     orientation: str = setting(
