@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from models import sampling_of
 from models.settings import Sampling
 from util.data import check_data_set
 from util.data.classes import find_labels, known_names
@@ -160,14 +161,12 @@ def check(args):
 
 def open_checkpoint(args):
     """(model, tokenizer, configuration) of --ckpt; a folder is replaced by its checkpoint file."""
-    from models import build_tokenizer, load_model
+    import models
     from util.checkpoint import find_checkpoint
 
     args.ckpt = str(find_checkpoint(args.ckpt) or args.ckpt)
-    model, config = load_model(args.ckpt, args.weights)
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
-    own = {k: v for k, v in own.items() if v is not None}
-    tokenizer = build_tokenizer(**{**config["tokenizer"], **own})
+    model, tokenizer, config = models.load(args.ckpt, args.weights, **own)
     if args.vae_path:
         compare_tokenizer(args, tokenizer)
     return model, tokenizer, config
@@ -190,11 +189,7 @@ def compare_tokenizer(args, tokenizer):
 def pick_sampling(args, config, model, points):
     """The checkpoint's Sampling, overridden by flags and checked at all points of a sweep."""
     given = {k: v for k, v in said_flags(Sampling, args).items() if v is not None}
-    model_own = {k: config["model"].get(k) for k in ("num_sampling_steps", "max_timestep")}
-    stored = {k: v for k, v in config["sampling"].items() if v is not None}
-    sampling = Sampling.of(**{**model_own, **stored, **given})
-    if args.num_iter is None:
-        sampling = sampling.but(num_iter=min(sampling.num_iter, model.seq_len))
+    sampling = sampling_of(model, config, **given)
     for point in points:
         model.check(sampling.but(**point))
         num_iter = point.get("num_iter", 1)

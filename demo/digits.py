@@ -22,7 +22,6 @@ METRICS = ("frechet_distance", "pixel_distance", "accuracy")
 GUIDANCE = (1.0, 1.5, 2.0)
 TEMPERATURE = (0.9, 0.95, 1.0)
 STRIP_STEPS = (0, 1, 2, 4, 8, 12, 16)  # of 16: one token per step
-UNKNOWN = (110, 120, 140)  # color of unknown tokens
 
 
 def main(argv=None):
@@ -66,12 +65,12 @@ def main(argv=None):
 
 def open_checkpoint(path):
     """(model, tokenizer, configuration). Raises ValueError for a model of other data."""
-    from models import build_tokenizer, load_model
+    import models
 
-    model, config = load_model(path)
+    model, tokenizer, config = models.load(path)
     if config["model"]["img_size"] != 8 or config["model"]["class_num"] != CLASSES:
         raise ValueError(f"{path}: expected a model of 8×8 images of {CLASSES} classes")
-    return model, build_tokenizer(**config["tokenizer"]), config
+    return model, tokenizer, config
 
 
 def grid_of_settings():
@@ -151,13 +150,11 @@ def strip_states(model, sampling, seed):
 
 def show_state(model, tokenizer, latents, mask):
     """Images uint8 (N, 8, 8, 3) with the unknown tokens in gray."""
-    from util.images import to_uint8
+    from util.images import hide_unknown, to_uint8
 
-    images = to_uint8(tokenizer.decode(latents)).copy()
-    side = images.shape[1] // model.seq_w
-    hidden = mask.view(-1, model.seq_h, model.seq_w).numpy() > 0
-    images[hidden.repeat(side, 1).repeat(side, 2)] = UNKNOWN
-    return images
+    return hide_unknown(
+        to_uint8(tokenizer.decode(latents)), mask.view(-1, model.seq_h, model.seq_w)
+    )
 
 
 def write_loss(path, log):

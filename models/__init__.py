@@ -8,7 +8,7 @@ import torch.
 
 from inspect import signature
 
-from models.settings import MODELS
+from models.settings import MODELS, Sampling
 from models.settings import TOKENIZERS as TOKENIZERS
 
 
@@ -56,6 +56,32 @@ def load_model(path, weights="ema", **overrides):
         raise ValueError(f"{path}: holds one set of weights only, expected --weights ema")
     load_strictly(model, checkpoint["model_ema" if weights == "ema" else "model"], path)
     return model.eval(), {**config, "model": arguments}
+
+
+def load(path, weights="ema", **tokenizer):
+    """(model in evaluation mode, its tokenizer, configuration) from a checkpoint, see `load_model`.
+
+    path: a file, or a folder that holds one. tokenizer: arguments of `build_tokenizer` that replace
+    those in the checkpoint, such as vae_path. Raises ValueError.
+    """
+    from util.checkpoint import find_checkpoint
+
+    model, config = load_model(find_checkpoint(path) or path, weights)
+    own = {name: value for name, value in tokenizer.items() if value is not None}
+    return model, build_tokenizer(**{**config["tokenizer"], **own}), config
+
+
+def sampling_of(model, config, **given):
+    """The models.settings.Sampling of a loaded model, with `given` settings in place of its own.
+
+    A number of steps that is not given is at most the number of tokens. Raises ValueError.
+    """
+    own = {name: config["model"].get(name) for name in ("num_sampling_steps", "max_timestep")}
+    stored = {name: value for name, value in config["sampling"].items() if value is not None}
+    sampling = Sampling.of(**{**own, **stored, **given})
+    if "num_iter" in given:
+        return sampling
+    return sampling.but(num_iter=min(sampling.num_iter, model.seq_len))
 
 
 def _data_of_record(record, config):

@@ -15,6 +15,8 @@ from util.sizes import sides
 MAX_GRID = 1024  # images
 GAP = (80, 110, 170)  # color between the images of a grid: neither black nor white
 
+UNKNOWN = (110, 120, 140)  # color of unknown tokens
+
 
 def to_uint8(images):
     """Images (N, C, H, W), clipped to [-1, 1], as a NumPy array uint8 (N, H, W, 3)."""
@@ -23,6 +25,13 @@ def to_uint8(images):
     if images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def hide_unknown(images, mask):
+    """Images uint8 (N, H, W, 3), with the tokens in gray where a mask (N, h, w) is above 0."""
+    hidden, (height, width) = mask.cpu().numpy() > 0, images.shape[1:3]
+    hidden = hidden.repeat(height // hidden.shape[1], 1).repeat(width // hidden.shape[2], 2)
+    return np.where(hidden[..., None], np.uint8(UNKNOWN), images)
 
 
 def grid(images, columns=None, padding=2, min_side=0):
