@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from util.files import replacing
 from util.sizes import sides
@@ -54,10 +55,23 @@ def grid(images, columns=None, padding=2, min_side=0):
     return canvas
 
 
-def save_image(path, image):
-    """Write an image uint8 (H, W, 3) in the format given by the suffix of the path."""
+def save_image(path, image, text=None):
+    """Write an image uint8 (H, W, 3) in the format given by the suffix of the path.
+
+    text: key -> text to write beside it into a PNG, see util.provenance.
+    """
+    more = {"pnginfo": _chunks(text)} if text else {}
     with replacing(path) as beside:
-        Image.fromarray(image).save(beside, Image.registered_extensions()[Path(path).suffix])
+        kind = Image.registered_extensions()[Path(path).suffix]
+        Image.fromarray(image).save(beside, kind, **more)
+
+
+def _chunks(text):
+    """Key -> text as the text chunks of a PNG."""
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_itxt(key, value)
+    return chunks
 
 
 def read_png(path, img_size):
