@@ -11,6 +11,7 @@ util.images.save_image. Imports neither torch nor models.
 import json
 import math
 import re
+from pathlib import Path
 
 from util.files import first_line
 from util.flags import PRECISIONS
@@ -93,6 +94,9 @@ def read(path):
 
 def _text_in(path):
     """The text under KEY; None if there is none. The image itself is not decoded."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file, expected a PNG")
+
     from PIL import Image
 
     try:
@@ -100,8 +104,6 @@ def _text_in(path):
             text = image.info.get(KEY)
             image.verify()  # all checksums
         return text
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file, expected a PNG") from None
     except Exception as error:  # PIL can raise nearly anything for a damaged file
         reason = first_line(error).removesuffix(f" {str(path)!r}")
         raise ValueError(f"{path}: not a whole PNG ({reason})") from None
