@@ -19,6 +19,25 @@ def get_parser():
     """The parser of all flags; those for sampling and evaluation are fields of settings."""
     parser = Parser(description=__doc__)
     add_image_flags(parser.add_argument_group("images"))
+    add_model_flags(parser)
+    add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
+    add_sweep_flags(parser.add_argument_group("sweep"))
+    add_machine_flags(parser, num_workers=None)
+    return parser
+
+
+def add_checkpoint_flags(group):
+    """Flags for the model."""
+    group.add_argument(
+        "--ckpt", required=True, metavar="FILE", help="a checkpoint, or its export as safetensors"
+    )
+    group.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
+    )
+
+
+def add_model_flags(parser):
+    """Flags for the tokenizer and for sampling, whose defaults are the checkpoint's."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vae_path", metavar="PATH", help="weights (default: as in training)")
     add_latent_flags(group, "as in training")
@@ -27,20 +46,11 @@ def get_parser():
     add_flags(group, Sampling, Sampling.names(approximates=None), **stored)
     group = parser.add_argument_group("faster sampling that approximates")
     add_flags(group, Sampling, Sampling.names(approximates=True), **stored)
-    add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
-    add_sweep_flags(parser.add_argument_group("sweep"))
-    add_machine_flags(parser, num_workers=None)
-    return parser
 
 
 def add_image_flags(group):
     """Flags for the images to sample and the files to write."""
-    group.add_argument(
-        "--ckpt", required=True, metavar="FILE", help="a checkpoint, or its export as safetensors"
-    )
-    group.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
-    )
+    add_checkpoint_flags(group)
     group.add_argument(
         "--labels",
         help="classes by name, as in goldfish,school_bus, or by index, as in 207,360,980-989; all; "
