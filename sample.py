@@ -20,6 +20,29 @@ def get_parser():
     """The parser of all flags; those for sampling and evaluation are fields of settings."""
     parser = Parser(description=__doc__)
     add_image_flags(parser.add_argument_group("images"))
+    add_model_flags(parser)
+    add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
+    add_sweep_flags(parser.add_argument_group("sweep"))
+    add_machine_flags(parser, num_workers=None)
+    return parser
+
+
+def add_checkpoint_flags(group, otherwise=None):
+    """Flags for the model. otherwise: the checkpoint if none is given; if None, one is required."""
+    default = f" (default: {otherwise})" if otherwise else ""
+    group.add_argument(
+        "--ckpt",
+        required=not otherwise,
+        metavar="FILE",
+        help=f"a checkpoint, or its export as safetensors{default}",
+    )
+    group.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
+    )
+
+
+def add_model_flags(parser):
+    """Flags for the tokenizer and for sampling, whose defaults are the checkpoint's."""
     group = parser.add_argument_group("tokenizer")
     group.add_argument("--vae_path", metavar="PATH", help="weights (default: as in training)")
     add_latent_flags(group, "as in training")
@@ -28,27 +51,16 @@ def get_parser():
     add_flags(group, Sampling, Sampling.names(approximates=None), **stored)
     group = parser.add_argument_group("faster sampling that approximates")
     add_flags(group, Sampling, Sampling.names(approximates=True), **stored)
-    add_flags(parser.add_argument_group("metrics"), Evaluation, reference=None)
-    add_sweep_flags(parser.add_argument_group("sweep"))
-    add_machine_flags(parser, num_workers=None)
-    return parser
 
 
 def add_image_flags(group):
     """Flags for the images to sample and the files to write."""
-    group.add_argument(
-        "--ckpt",
-        metavar="FILE",
-        help="a checkpoint, or its export as safetensors (default: the one that --like names)",
-    )
+    add_checkpoint_flags(group, "the one that --like names")
     group.add_argument(
         "--like",
         metavar="FILE.png",
         help="make this picture again, one image or a grid, by what it says it was made by; other "
         "flags change that, and --num_images asks for more like it (default: none)",
-    )
-    group.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
     )
     group.add_argument(
         "--labels",

@@ -161,8 +161,9 @@ class Autoregressive(LatentModel):
         In the mask, 1 marks a token not yet generated. labels: (bsz,), or None for no class.
         generator: as in util.rng; a sequence holds one per image. orders: (bsz, L), drawn if not
         given. latents, mask: for inpainting; tokens are preserved where the mask, of bsz·L entries,
-        is 0, the same number in each image. settings: the other fields of models.settings.Sampling.
-        Raises ValueError for arguments that do not fit.
+        is 0, any number in each image. An image with fewer than num_iter unknown tokens takes a
+        step for each, and stays as it is in the steps of the others. settings: the other fields of
+        models.settings.Sampling. Raises ValueError for arguments that do not fit.
         """
         sampling = Sampling.of(
             num_iter=num_iter,

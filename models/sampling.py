@@ -1,10 +1,13 @@
 """The loop over autoregressive steps, and the schedules of guidance (paper, sections 3.4 and 4)."""
 
+from itertools import islice
+
 import torch
 
 from models.latents import columns, take
 from models.order import token_counts
 from models.settings import CFG_SCHEDULES, ORDERS, TOKEN_SCHEDULES
+from util.rng import generator_of
 
 
 def constant(cfg, remaining, length):
@@ -24,19 +27,46 @@ def linear(cfg, remaining, length):
 def sample_steps(
     model, bsz, sampling, labels=None, generator=None, orders=None, latents=None, mask=None
 ):
-    """See `Autoregressive.sample_steps`. sampling: a models.settings.Sampling."""
-    policy = _pick_order(model, sampling)
-    interval = _guidance_interval(sampling)
-    _check_batch(model, bsz, orders)
-    orders, tokens, unknown = _start(model, bsz, policy, orders, generator, latents, mask)
-    model.check_orders(orders, sampling.order)
-    _check_steps(model, sampling.num_iter, unknown)
-    guidance = CFG_SCHEDULES[sampling.cfg_schedule]
-    both = torch.cat([model.embed_labels(labels, bsz), model.embed_labels(None, bsz)])  # (2N, D)
-    cache = model.start_cache(sampling)
-    draw = model.head.sampler(sampling)
+    """See `Autoregressive.sample_steps`. sampling: a models.settings.Sampling.
 
+    Images with equally many unknown tokens form a group, which is sampled as if it were alone.
+    """
+    policy = _pick_order(model, sampling)
+    _guidance_interval(sampling)
+    _check_batch(model, bsz, orders)
+    orders, tokens, mask = _start(model, bsz, policy, orders, generator, latents, mask)
+    model.check_orders(orders, sampling.order)
+    counts = mask.sum(1).tolist()
+    _check_steps(model, sampling.num_iter, max(counts))
+    both = torch.stack([model.embed_labels(labels, bsz), model.embed_labels(None, bsz)])
+    draw = model.head.sampler(sampling)
+    groups = []
+    for count in sorted({*counts} - {0}):
+        rows = [i for i, unknown in enumerate(counts) if unknown == count]
+        own = sampling.but(num_iter=min(sampling.num_iter, count))
+        own = own, generator_of(generator, rows, bsz)
+        rows = torch.tensor(rows, device=orders.device)
+        batch = both[:, rows].flatten(0, 1), orders[rows], tokens[rows]
+        groups.append((rows, _sample_group(model, policy, draw, *own, *batch, count)))
+
+    still, in_place = mask.float(), _in_place(orders, tokens)
+    for _ in range(sampling.num_iter if groups else 1):
+        for rows, steps in groups:
+            for tokens, unknown in islice(steps, 1):  # none from groups that are done
+                in_place = in_place.index_copy(0, rows, tokens)
+                still = still.index_copy(0, rows, unknown)
+        yield model.unpatchify(in_place), still
+
+
+def _sample_group(model, policy, draw, sampling, generator, both, orders, tokens, unknown):
+    """Yields tokens (N, L, C·p²), in raster order, and the mask (N, L) after each step.
+
+    draw: see Head.sampler. both: class embeddings (2N, D), see `Autoregressive.predict`. tokens:
+    in the order of orders (N, L), whose first `unknown` are to be generated.
+    """
+    guidance, interval = CFG_SCHEDULES[sampling.cfg_schedule], _guidance_interval(sampling)
     schedule = TOKEN_SCHEDULES[sampling.token_schedule]
+    cache, bsz = model.start_cache(sampling), len(orders)
     for step, remaining in enumerate(token_counts(schedule, unknown, sampling.num_iter)):
         done = step / sampling.num_iter
         to_predict = slice(policy.first_to_predict(remaining), unknown)
@@ -59,9 +89,13 @@ def sample_steps(
         )
         tokens[:, remaining:unknown] = sampled
         unknown = remaining
-        in_place = torch.zeros_like(tokens).scatter(1, columns(orders, tokens), tokens)
         still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :unknown], 1.0)
-        yield model.unpatchify(in_place), still
+        yield _in_place(orders, tokens), still
+
+
+def _in_place(orders, tokens):
+    """Tokens (N, L, C·p²) in the order of orders (N, L), put in raster order."""
+    return torch.zeros_like(tokens).scatter(1, columns(orders, tokens), tokens)
 
 
 def check_sampling(model, sampling):
@@ -113,18 +147,19 @@ def _check_batch(model, bsz, orders):
 
 
 def _check_steps(model, num_iter, unknown):
-    if model.one_at_a_time and num_iter != unknown:
+    """unknown: the largest number of unknown tokens in an image; with 0 there are no steps."""
+    if model.one_at_a_time and num_iter != unknown > 0:
         raise ValueError(
             f"num_iter {num_iter}: expected {unknown}, causal attention gives one token per step"
         )
-    if not 1 <= num_iter <= unknown:
+    if not 1 <= num_iter <= unknown and unknown:
         raise ValueError(
             f"num_iter {num_iter}: expected 1 to {unknown}, the number of tokens to generate"
         )
 
 
 def _start(model, bsz, policy, orders, generator, latents, mask):
-    """Orders (N, L), initial tokens in them (N, L, C·p²), and the number of unknown tokens."""
+    """Orders (N, L), initial tokens in them (N, L, C·p²), and the mask (N, L), booleans."""
     device = model.fake_latent.device
     if orders is None:
         orders = policy.start(bsz, model.seq_len, generator, device)
@@ -132,26 +167,20 @@ def _start(model, bsz, policy, orders, generator, latents, mask):
         raise ValueError("latents and mask: expected both (inpainting) or neither")
     if latents is None:
         tokens = torch.zeros(bsz, model.seq_len, model.token_embed_dim, device=device)
-        return orders, tokens, model.seq_len
-    mask, unknown = _check_mask(model, bsz, latents, mask)
+        return orders, tokens, torch.ones_like(tokens[..., 0], dtype=torch.bool)
+    mask = _check_mask(model, bsz, latents, mask)
     # known tokens move to the end of the order, as if already generated
     unknown_first = (~mask).gather(1, orders).byte().argsort(dim=1, stable=True)
     orders = orders.gather(1, unknown_first)
     tokens = model.patchify(latents).float().masked_fill(mask.unsqueeze(-1), 0.0)
-    return orders, take(tokens, orders), unknown
+    return orders, take(tokens, orders), mask
 
 
 def _check_mask(model, bsz, latents, mask):
-    """The mask as (N, L) booleans, and the number of tokens it hides in each image."""
+    """The mask as (N, L) booleans."""
     if len(latents) != bsz or mask.numel() != bsz * model.seq_len:
         raise ValueError(
             f"latents of shape {tuple(latents.shape)} and mask of shape {tuple(mask.shape)}: "
             f"expected {bsz} latents, and a mask of ({bsz}, {model.seq_len}), one entry per token"
         )
-    mask = mask.reshape(bsz, model.seq_len) > 0
-    unknown = mask.sum(1)
-    if unknown.min() != unknown.max() or not unknown.min():
-        raise ValueError(
-            f"masks with {unknown.tolist()} unknown tokens: expected the same in each, above 0"
-        )
-    return mask, int(unknown[0])
+    return mask.reshape(bsz, model.seq_len) > 0

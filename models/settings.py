@@ -62,6 +62,10 @@ CFG_SCHEDULES = Table(
     "cfg_schedule", {"linear": "models.sampling:linear", "constant": "models.sampling:constant"}
 )
 
+FILL_ORDERS = Table(
+    "fill", {"random": "models.editing:given_order", "border": "models.editing:border_first"}
+)
+
 
 @dataclass(frozen=True)
 class Model(Settings):
@@ -217,4 +221,35 @@ class Sampling(Settings):
         type=positive_int,
         metavar="P",
         approximates=True,
+    )
+
+
+@dataclass(frozen=True)
+class Editing(Settings):
+    """What is filled in of an image, and how."""
+
+    strength: float = setting(
+        1.0,
+        "fraction of the tokens to fill in that are drawn anew, chosen at random; the others keep "
+        "what is there",
+        type=fraction,
+    )
+    order: str = setting(
+        "random",
+        "order in which tokens are filled in: random: as in sampling, --order; border: from the "
+        "known tokens inwards",
+        "fill",
+        choices=FILL_ORDERS,
+    )
+    blend: bool = setting(
+        True,
+        "return pixels as they are decoded; else known ones are put back as they were, and those "
+        "next to them corrected",
+        "no_blend",
+    )
+    seam: float = setting(
+        0.5, "width of this correction, in tokens; it fades out", type=nonnegative
+    )
+    overlap: float = setting(
+        0.5, "fraction of a window of outpainting that is known already", type=fraction
     )

@@ -81,6 +81,10 @@ class Tokenizer(nn.Module):
         raw = DiagonalGaussian(moments).sample(generator) if self.gaussian else moments
         return self.to_latents(raw)
 
+    def mode(self, moments):
+        """Moments (N, M, h, w) to their most likely latents (N, C, h, w): no random draw."""
+        return self.to_latents(DiagonalGaussian(moments).mode() if self.gaussian else moments)
+
     def decode(self, latents, generator=None):
         """Latents (N, C, h, w) to images (N, I, H, W), about [-1, 1], unclipped.
 
@@ -203,8 +207,8 @@ class VQTokenizer(Tokenizer):
     def encode(self, images):
         return self.vae.quantize(self.vae.encode(images)).unsqueeze(1).float()
 
-    def sample(self, moments, generator=None):
-        return moments
+    def to_latents(self, raw):
+        return raw
 
     def decode(self, latents, generator=None):
         """Code indices (N, 1, h, w) to images. Raises ValueError for an index out of range."""

@@ -24,6 +24,14 @@ def rand(shape, generator=None, device=None):
     return _draw(torch.rand, shape, generator, device)
 
 
+def generator_of(generator, rows, bsz):
+    """The generator of some entries of a batch of bsz, given that of all. rows: their indices."""
+    if not isinstance(generator, Sequence):
+        return generator
+    _check_count(generator, bsz)
+    return [generator[i] for i in rows]
+
+
 def image_generators(seed, indices):
     """A generator for each image index: a function of (seed, index) alone."""
     # torch's CPU generator uses 32 bits only; an offset keeps the images of one seed distinct
@@ -88,12 +96,14 @@ def drawing_from(seed):
         torch.set_rng_state(before)
 
 
+def _check_count(generators, bsz):
+    if len(generators) != bsz:
+        raise ValueError(f"{len(generators)} generators for a batch of {bsz}: expected one each")
+
+
 def _draw(function, shape, generator, device):
     if isinstance(generator, Sequence):
-        if len(generator) != shape[0]:
-            raise ValueError(
-                f"{len(generator)} generators for a batch of {shape[0]}: expected one each"
-            )
+        _check_count(generator, shape[0])
         draws = torch.stack([function(shape[1:], generator=g, device=g.device) for g in generator])
         if draws.device.type != "cpu" or torch.device(device or "cpu").type == "cpu":
             return draws.to(device)
