@@ -34,6 +34,7 @@ def _place(name):
 
 
 CHECKS = Table("check", {name: _place(name) for name in FUNCTIONS.split()})
+LEAST = 5.0  # seconds; with fewer, nothing is begun
 ROOT = Path(__file__).parent.parent
 SPEED = "--anyway --tolerance 1e-4 --cfg 2.9 --peak_tflops 989 --peak_tbs 3.35"  # of an H100
 # name -> flags of benchmarks.speed, the most important first
@@ -193,7 +194,7 @@ class Report:
         """(status or what stopped it, output, seconds) of a command; its output is logged."""
         start = time.monotonic()
         limit = min(limit, self.left)
-        if limit < 5:
+        if limit < LEAST:
             return "left out, no time", "", 0.0
         with tempfile.TemporaryFile("w+") as file:
             both = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT}

@@ -134,7 +134,6 @@ def dry_run(device, quick):
     model = "" if quick else "--model mar_small --batch_size 256"
     flags = f"{DIGITS} {model} --device {device} --epochs 2 --eval_freq 99"
     with folder() as path:
-        call(main_mar.main, f"{flags} --epochs 1 --output_dir {path}/warm")
         said = call(main_mar.main, f"{flags} --output_dir {path}/dry --dry_run")
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -249,7 +248,7 @@ def tests(device, quick):
     files = [f"tests/{name}.py" for name in TESTS.split()]
     if quick:
         files = files[:1]
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-x", "--maxfail=20"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"]
     command += ["-n", "6"] if not quick and has_xdist() else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *files], cwd=ROOT, env=environment, text=True, stdout=-1)
