@@ -97,8 +97,8 @@ class Pretrained:
             "weights_sha256": digest(state),
         }
         check_config(config, state, folder)
-        make_folder(folder, "save_pretrained")
         picture = _picture(self, config, tokenizer, samples, run)
+        make_folder(folder, "save_pretrained")
         _write(Path(folder), state, config, tokenizer, picture)
         results = jsonl.read(Path(run, "results.jsonl")) if run else []
         text = _card(self, config, name or Path(folder).resolve().name, picture, results)
