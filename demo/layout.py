@@ -31,11 +31,18 @@ CSS = """
 #gallery .thumbnail-item img {aspect-ratio: 1; height: auto; border-radius: 0}
 #gallery .caption-label {position: static; max-width: 100%; border: 0; text-align: center}
 """
-LOCAL = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 FEW_PIXELS = 128  # of pictures that are enlarged without smoothing
+AGAIN = "`python sample.py --like FILE.png` makes a picture again from what its PNG says."
 INPAINTED = "inpainted: the picture and the mask are not in this file"
 SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": ["fullscreen"]}
 ONE_AT_A_TIME = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
+
+
+def theme():
+    """The colours and fonts of the page; fonts of the reader's machine, none are fetched."""
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    darker = {"block_info_text_color": "*neutral_600", "block_info_text_color_dark": "*neutral_300"}
+    return gr.themes.Base(**fonts).set(**darker)
 
 
 @contextmanager
@@ -47,8 +54,8 @@ def told():
         known = explain(error)
         if known is None:
             raise
-        text = html.escape(known.line.removeprefix("error: "))
-        raise gr.Error(text, print_exception=False, title="This cannot be done") from None
+        text = html.escape(known.line.removeprefix("error: ").removeprefix("--"))
+        raise gr.Error(text, print_exception=False) from None
 
 
 class Layout:
@@ -89,7 +96,8 @@ class Layout:
         with gr.Accordion("More settings", open=False):
             for field in fields.values():
                 if field.name not in FIRST:
-                    boxes[field.name] = self.add_field(field, info=field.metadata["help"])
+                    words = field.metadata["help"].replace("--", "")
+                    boxes[field.name] = self.add_field(field, info=words)
         return [name, count, seed, *(boxes[name] for name in fields)]
 
     def add_field(self, field, label=None, info=None):
@@ -134,35 +142,29 @@ class Layout:
         self.filled = gr.Image(elem_id="filled", **SHOWN)
 
     def add_gallery(self, classes):
-        gr.Markdown(
-            "### Made in this session\n`python sample.py --like FILE.png` makes a picture "
-            "again from what its PNG says.",
-            elem_classes="quiet",
-        )
-        self.gallery = gr.Gallery(
-            show_label=False,
-            elem_id="gallery",
-            elem_classes=classes,
-            columns=8,
-            height="auto",
-            object_fit="contain",
-            interactive=False,
-            fit_columns=False,
-            buttons=[],
-            allow_preview=False,
-        )
-        self.detail = gr.Markdown(elem_classes="quiet", elem_id="detail")
-        with gr.Row():
-            how = {"interactive": False, "size": "md"}
-            self.download = gr.DownloadButton("Download PNG", elem_id="download", **how)
-            self.edit = gr.Button("Inpaint this picture", elem_id="edit", **how)
+        with gr.Column(visible=False) as self.session:
+            gr.Markdown(f"### Made in this session\n{AGAIN}", elem_classes="quiet")
+            self.gallery = gr.Gallery(
+                show_label=False,
+                elem_id="gallery",
+                elem_classes=classes,
+                height="auto",
+                object_fit="contain",
+                interactive=False,
+                buttons=[],
+                allow_preview=False,
+            )
+            self.detail = gr.Markdown(elem_classes="quiet", elem_id="detail")
+            with gr.Row():
+                self.download = gr.DownloadButton("Download PNG", elem_id="download", size="md")
+                self.edit = gr.Button("Inpaint this picture", elem_id="edit", size="md")
 
     # ---- what it does --------------------------------------------------------------------------
 
     def connect(self):
         """Tie the buttons to the methods below."""
-        about = [self.chosen, self.detail, self.download, self.edit]
-        results = [self.made, self.gallery, *about]
+        about = [self.chosen, self.detail, self.download]
+        results = [self.made, self.session, self.gallery, *about]
         generating = self.generate.click(
             self.on_generate,
             [self.made, *self.inputs],
@@ -212,7 +214,7 @@ class Layout:
         words = f"{len(images)} pictures in {time.monotonic() - start:.1f} s"
         made = self.studio.keep(images, *drawn, **how) + made
         gallery = gr.Gallery(made, selected_index=0)
-        yield gr.skip(), words, made, gallery, *self.about(made[0])
+        yield gr.skip(), words, made, gr.Column(visible=True), gallery, *about(made[0])
 
     def on_upload(self, path):
         with told():
@@ -228,14 +230,7 @@ class Layout:
         return picture, {"background": shown, "layers": [], "composite": shown}
 
     def on_select(self, made, event: gr.SelectData):
-        return self.about(made[event.index])
-
-    def about(self, kept):
-        """What is below the gallery for a (path, name) in it: its path, words and two buttons."""
-        path, name = kept
-        words = f"**{name}** · {summary(path)}"
-        there = {"interactive": True}
-        return path, words, gr.DownloadButton(value=path, **there), gr.Button(**there)
+        return about(made[event.index])
 
     def launch(self, host, port):
         """Serve the page in other threads; its address."""
@@ -245,7 +240,7 @@ class Layout:
             share=False,
             prevent_thread_lock=True,
             quiet=True,
-            theme=gr.themes.Base(**LOCAL),
+            theme=theme(),
             css=CSS,
             footer_links=[],
             run_history=False,
@@ -253,3 +248,9 @@ class Layout:
             max_file_size="100mb",
         )
         return address
+
+
+def about(kept):
+    """What is below the gallery for a (path, name) in it: the path, a few words, the download."""
+    path, name = kept
+    return path, f"**{name}** · {summary(path)}", path

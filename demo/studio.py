@@ -63,11 +63,13 @@ class Studio:
 
     def fields(self):
         """The fields of Sampling that have an effect on this model."""
-        return [field for field in Sampling.fields() if field.name not in self.model.without_effect]
+        used = [field for field in Sampling.fields() if field.name not in self.model.without_effect]
+        return [field for field in used if len(self.choices(field)) != 1]
 
     def choices(self, field):
-        """The choices of a field that the model accepts."""
-        return [value for value in field.metadata["choices"] if self._accepts(field.name, value)]
+        """The choices of a field that the model accepts; [] if it is none that one chooses."""
+        offered = field.metadata.get("choices") or ()
+        return [value for value in offered if self._accepts(field.name, value)]
 
     def _accepts(self, name, value):
         try:

@@ -110,10 +110,6 @@ class DiT(Diffused, LatentModel):
                 raise ValueError(f"{name} {value}: DiT samples in one step; leave it out")
         self.plan(sampling)
 
-    def sample_steps(self, *arguments, **settings):
-        """Raises ValueError: there is one step. See `sample_tokens`."""
-        raise ValueError("DiT generates all tokens at once and cannot keep any: no editing")
-
     @torch.no_grad()
     def sample_tokens(
         self,
