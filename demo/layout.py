@@ -85,9 +85,10 @@ class Layout:
         studio, choices = self.studio, self.studio.class_choices()
         how = {"label": "Class", "allow_custom_value": True, "visible": bool(choices)}
         name = gr.Dropdown(choices, value="all" if choices else "", elem_id="class", **how)
+        small = {"precision": 0, "min_width": 100}
         with gr.Row():
-            count = gr.Number(studio.few(), label="Pictures", precision=0, min_width=100)
-            seed = gr.Number(1, label="Seed", precision=0, min_width=100)
+            count = gr.Number(studio.few(), label="Pictures", elem_id="count", **small)
+            seed = gr.Number(1, label="Seed", elem_id="seed", **small)
         fields = {field.name: field for field in studio.fields()}
         boxes = {}
         with gr.Row():

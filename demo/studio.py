@@ -171,10 +171,9 @@ class Studio:
     def identity(self):
         """What util.provenance says alike of all pictures."""
         return {
-            "ckpt": self.ckpt,
+            **engine.source_of(self.ckpt, self.config["tokenizer"], self.tokenizer),
             "weights": "ema",
             "weights_sha256": digest(self.model.state_dict()),
-            "tokenizer": self.config["tokenizer"],
             "tokenizer_sha256": digest(self.tokenizer.state_dict()),
             "precision": self.precision,
         }
@@ -183,7 +182,7 @@ class Studio:
         """The name of a class, for people."""
         if label is None or not self.class_choices():
             return "no class"
-        return spoken([self.names[label]])[0] if self.names else f"class {label}"
+        return spoken([self.names[label]])[0] if self.names else str(label)
 
     def text_of(self, path):
         """The text for `labels` of the class of a picture that `keep` wrote."""
