@@ -52,6 +52,7 @@ def main(argv=None):
         raise ValueError(f"--ckpt {args.ckpt}: no such file{made}")
     check_address(args.host, args.port)
     stay_local()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes the folder
     with tempfile.TemporaryDirectory(prefix="mar-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         serve(args, folder)
@@ -88,7 +89,6 @@ def serve(args, folder):
         raise ValueError(f"{error}: expected `make app`, or `pip install gradio`") from None
     address = Layout(studio).launch(args.host, args.port)
     print(f"{studio.ckpt}: {address} (Ctrl-C ends it)", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     signal.pause()
 
 

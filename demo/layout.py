@@ -24,7 +24,7 @@ CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
 .quiet p {font-size: var(--text-sm); overflow-wrap: anywhere; opacity: .75}
 .small img {image-rendering: pixelated}
-#editor [title="Color"] {display: none}  /* the brush has only one */
+#editor [title="Color"], #editor [title="Clear canvas"] {display: none}
 #gallery .grid-wrap {min-height: 0}
 #gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(104px, 1fr))}
 #gallery .thumbnail-item {aspect-ratio: auto; height: auto}
@@ -117,7 +117,7 @@ class Layout:
         with gr.Row():
             self.generate = gr.Button("Generate", variant="primary", elem_id="generate", scale=3)
             self.stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-        self.status = gr.Markdown(elem_classes="quiet")
+        self.status = gr.Markdown(elem_classes="quiet", elem_id="status")
         self.drawn = gr.Image(elem_id="drawn", **SHOWN)
 
     def add_inpainting(self):

@@ -331,7 +331,10 @@ class Visit:
 
 
 @pytest.fixture
-def visit():
+def visit(monkeypatch):
+    """A Visit, with no proxy between the test and the browser."""
+    monkeypatch.setenv("NO_PROXY", "localhost,127.0.0.1")
+    monkeypatch.setenv("no_proxy", "localhost,127.0.0.1")
     pytest.importorskip("selenium", reason="selenium is not installed: pip install -e '.[test]'")
     if not CHROMIUM or not DRIVER:
         pytest.skip("no Chromium: apt-get install chromium chromium-driver")
