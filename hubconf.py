@@ -110,7 +110,10 @@ def tokenizer(name="kl16", vae_path=None, scale=None, shift=None, pretrained=Fal
     """
     if pretrained:
         vae_path = _fetch(module("util.published").file_of_tokenizer(name))
-    return module("models").build_tokenizer(name, vae_path, scale, shift, **kwargs)
+    models = module("models")
+    if vae_path is None and models.arguments_of_tokenizer(name, vae_path=vae_path):
+        raise ValueError(f"tokenizer {name}: expected vae_path, or pretrained=True")
+    return models.build_tokenizer(name, vae_path, scale, shift, **kwargs)
 
 
 def _fetch(name):
