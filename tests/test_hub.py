@@ -176,7 +176,9 @@ def test_all_our_imports_get_the_prefix(hubconf):
         before = list(imports(tree))
         after = list(imports(hubconf._Prefixed("prefix").visit(tree)))
         ours = [name.split(".")[0] in hubconf._OURS for name in before]
-        expected = [f"prefix.{name}" if own else name for name, own in zip(before, ours, strict=True)]
+        expected = [
+            f"prefix.{name}" if own else name for name, own in zip(before, ours, strict=True)
+        ]
         assert after == expected, path
 
 
