@@ -297,7 +297,8 @@ class Visit:
             "headless=new",
             "no-sandbox",
             "disable-dev-shm-usage",
-            "window-size=1200,1400",
+            "window-size=1000,1200",
+            "enable-unsafe-swiftshader",  # WebGL without a GPU, for the brush
         ):
             options.add_argument(f"--{flag}")
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -308,7 +309,7 @@ class Visit:
         from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.support.ui import WebDriverWait
 
-        wait = WebDriverWait(self.driver, PATIENCE, 0.05, [WebDriverException, IndexError])
+        wait = WebDriverWait(self.driver, PATIENCE, 0.2, [WebDriverException, IndexError])
         return wait.until(lambda driver: found())
 
     def all(self, css):
