@@ -25,8 +25,7 @@ demo-sweep: digits
 
 # the demo's model: kept if it is there, resumed if its training was stopped
 digits: .venv/installed
-	$(BIN)/python main_mar.py --preset digits --epochs 45 --warmup_epochs 2 --lr 4e-3 \
-	  --output_dir $(DIGITS) --resume $(DIGITS)
+	$(BIN)/python main_mar.py --preset digits --epochs 45 --output_dir $(DIGITS) --resume $(DIGITS)
 
 # a page of the demo's model, in the browser
 app: .venv/app
