@@ -223,22 +223,25 @@ def generate_images(
     latent_range=None,
     progress=None,
     known=None,
+    first=0,
+    fit=True,
 ):
     """Sample an image per label, yielding batches (indices, images uint8 (n, H, W, 3)).
 
     labels: a sequence of class indices, or of None for no class, the same on every process; each
     process generates every world_size-th batch, possibly empty ones at the end. sampling: a
-    models.settings.Sampling. Image i depends on (seed, i) alone. latent_range: the largest |latent|
-    of the data; samples far outside this range are counted and reported. progress: name of the
-    progress bar. known: function of the indices of a batch that returns its images if they were
-    sampled before, else None.
+    models.settings.Sampling. Image i depends on (seed, first + i) alone. latent_range: the largest
+    |latent| of the data; samples far outside this range are counted and reported. progress: name of
+    the progress bar. known: function of the indices of a batch that returns its images if they were
+    sampled before, else None. fit: see `fitting_batch`; False leaves the batches as they are, for
+    the same rounding with any number of processes.
     Raises ValueError for a tokenizer that does not fit the model, and Stopped between batches.
     """
     if tokenizer.channels != model.vae_embed_dim:
         raise ValueError(
             f"the tokenizer has {tokenizer.channels} channels, the model {model.vae_embed_dim}"
         )
-    batch_size = fitting_batch(labels, batch_size)
+    batch_size = fitting_batch(labels, batch_size) if fit else batch_size
     extremes = []
     rounds = math.ceil(len(labels) / (batch_size * dist.world_size()))
     bar = Progress(rounds, progress, "batch")
@@ -251,7 +254,7 @@ def generate_images(
             images = known(indices) if known else None
         if images is None:
             chosen = [labels[i] for i in indices]
-            generators = image_generators(seed, indices)
+            generators = image_generators(seed, [first + i for i in indices])
             latents = sample_latents(model, chosen, sampling, generators, device, precision)
             images = decode(tokenizer, latents, generators)
             extremes.append(latents.abs().flatten(1).amax(1))
@@ -378,11 +381,24 @@ def identify(model, tokenizer, labels, batch_size):
     }
 
 
-def open_images(paths, model, tokenizer, labels, sampling, *, weights, columns=None, **kwargs):
+def open_images(
+    paths,
+    model,
+    tokenizer,
+    labels,
+    sampling,
+    *,
+    weights,
+    columns=None,
+    only=None,
+    source=None,
+    **kwargs,
+):
     """The util.outputs.Outputs at `paths` of the images that `generate_images` samples.
 
-    weights: name of the weights, "ema" or "raw". columns: columns of a grid. kwargs: arguments of
-    `generate_images`.
+    weights: name of the weights, "ema" or "raw". columns: columns of a grid. only: index of the one
+    image to write, in place of a grid. source: see `source_of`; PNGs then say what they were made
+    by. kwargs: arguments of `generate_images`.
     """
     scale = model.patch_size * tokenizer.stride
     size = model.seq_h * scale, model.seq_w * scale
@@ -390,19 +406,43 @@ def open_images(paths, model, tokenizer, labels, sampling, *, weights, columns=N
     def settings():
         return {"weights": weights, **origin(model, tokenizer, labels, sampling, **kwargs)}
 
-    return open_outputs(paths, labels, size, settings, kwargs["device"], columns)
+    if source:
+        source = {**source, "sampling": sampling.asdict(), "first": kwargs.get("first", 0)}
+    return open_outputs(paths, labels, size, settings, kwargs["device"], columns, only, source)
 
 
-def origin(model, tokenizer, labels, sampling, *, seed, batch_size, precision="fp32", **rest):
+def source_of(ckpt, arguments, tokenizer):
+    """The entries `ckpt` and `tokenizer` of util.provenance.describe.
+
+    arguments: those of models.build_tokenizer that `tokenizer` was built by.
+    """
+    used = {"scale": tokenizer.scale, "shift": tokenizer.shift}
+    return {"ckpt": str(ckpt), "tokenizer": {**arguments, **used}}
+
+
+def origin(
+    model,
+    tokenizer,
+    labels,
+    sampling,
+    *,
+    seed,
+    batch_size,
+    precision="fp32",
+    first=0,
+    fit=True,
+    **rest,
+):
     """All that images of `generate_images` with these arguments depend on: name -> value."""
     identity = identify(model, tokenizer, labels, batch_size)
     del identity["processes"]  # each samples whole batches
+    identity |= {"first": first} if first else {}
     return {
         "images": len(labels),
         "seed": seed,
         "precision": precision,
         **identity,
         "tokenizer_shift": tokenizer.shift,
-        "batch_size": fitting_batch(labels, batch_size),
+        "batch_size": fitting_batch(labels, batch_size) if fit else batch_size,
         **sampling.asdict(),
     }

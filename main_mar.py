@@ -293,6 +293,7 @@ def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
     logger = Logger(this.args.log_dir or this.args.output_dir, resumed=True)
     drawn = model, this.tokenizer, this.labels()[0], this.sampling
     how = {"weights": "ema", **this.generation()}
+    how["source"] = engine.source_of(path, this.config["tokenizer"], this.tokenizer)
     with engine.open_images(this.args.out, *drawn, **how) as outputs, stop.deferred():
         evaluate(this, model, "ema", evaluator, logger, steps_done(checkpoint), outputs)
     logger.close()

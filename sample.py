@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from models import sampling_of
+from models.again import check_labels, compare_digests, find_places, is_again, read_like
 from models.settings import Sampling
 from util.data import check_data_set
 from util.data.classes import find_labels, known_names
@@ -26,10 +27,14 @@ def get_parser():
     return parser
 
 
-def add_checkpoint_flags(group):
-    """Flags for the model."""
+def add_checkpoint_flags(group, otherwise=None):
+    """Flags for the model. otherwise: the checkpoint if none is given; if None, one is required."""
+    default = f" (default: {otherwise})" if otherwise else ""
     group.add_argument(
-        "--ckpt", required=True, metavar="FILE", help="a checkpoint, or its export as safetensors"
+        "--ckpt",
+        required=not otherwise,
+        metavar="FILE",
+        help=f"a checkpoint, or its export as safetensors{default}",
     )
     group.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
@@ -50,7 +55,13 @@ def add_model_flags(parser):
 
 def add_image_flags(group):
     """Flags for the images to sample and the files to write."""
-    add_checkpoint_flags(group)
+    add_checkpoint_flags(group, "the one that --like names")
+    group.add_argument(
+        "--like",
+        metavar="FILE.png",
+        help="make this picture again, one image or a grid, by what it says it was made by; other "
+        "flags change that, and --num_images asks for more like it (default: none)",
+    )
     group.add_argument(
         "--labels",
         help="classes by name, as in goldfish,school_bus, or by index, as in 207,360,980-989; all; "
@@ -71,10 +82,14 @@ def add_image_flags(group):
         nargs="+",
         metavar="PATH",
         help=".png: a grid of all; .npz: one file of uint8 NHWC, for ADM's evaluator; any other "
-        "name: a folder of PNGs (default: samples.png, or none with --reference)",
+        "name: a folder of PNGs (default: samples.png; FILE_like.png with --like FILE.png; none "
+        "with --reference)",
     )
     group.add_argument(
-        "--batch_size", type=positive_int, default=64, help="images per batch and process"
+        "--batch_size",
+        type=positive_int,
+        default=64,
+        help="images per batch and process; that of --like, if given",
     )
 
 
@@ -104,8 +119,9 @@ def add_sweep_flags(group):
 
 def main(argv=None):
     """Run the script."""
-    args = get_parser().parse_args(argv)
+    args, given = get_parser().parse_given(argv)
     check(args)
+    like = read_like(args, given) if args.like else None
 
     import engine_mar as engine
     from util import dist
@@ -115,10 +131,10 @@ def main(argv=None):
 
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(**machine(args))
-    model, tokenizer, config = open_checkpoint(args)
+    model, tokenizer, config = open_checkpoint(args, like)
     last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
-    sampling = pick_sampling(args, config, model, points)
-    labels, balance = pick_labels(args, config)
+    sampling = pick_sampling(args, config, model, points, like)
+    labels, balance = pick_labels(args, config, like)
     precision = pick_precision(args.precision, device)  # also used for the features
     generation = {
         "seed": args.seed,
@@ -130,10 +146,15 @@ def main(argv=None):
     }
     drawn = model.to(device), tokenizer.to(device), labels
     how = {"weights": args.weights, "columns": args.per_class if args.per_class != 1 else None}
+    how["source"] = engine.source_of(args.ckpt, config["tokenizer"], tokenizer)
+    if is_again(args):
+        generation |= {"first": like["first"], "fit": False}
+        how |= {"columns": like["columns"], "only": like["index"]}
     with engine.open_images(args.out, *drawn, sampling, **how, **generation) as outputs:
         evaluator = open_evaluation(args, config, len(labels), device)
         shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
-        print0(f"{args.ckpt} ({args.weights}): {len(labels)} images, {shown}, seed {args.seed}")
+        number = len(labels) if how.get("only") is None else f"1 of {len(labels)}"
+        print0(f"{args.ckpt} ({args.weights}): {number} images, {shown}, seed {args.seed}")
         with stop.deferred():
             if evaluator:
                 measure(args, points, drawn, sampling, evaluator, outputs, generation, balance)
@@ -147,6 +168,8 @@ def main(argv=None):
 
 def check(args):
     """Raises ValueError for flags that contradict each other."""
+    if not args.ckpt and not args.like:
+        raise ValueError("expected --ckpt FILE, or --like FILE.png")
     if args.sweep and not args.reference:
         raise ValueError("--sweep: expected a --reference to measure against")
     if args.metrics and not args.reference:
@@ -161,25 +184,42 @@ def check(args):
         raise ValueError(
             f"--labels {args.labels}: expected --num_images, how many there are of all"
         )
-    if not args.num_images:
+    if not args.num_images and not args.like:
         args.per_class = args.per_class or 8
+    if is_again(args) and args.reference:
+        raise ValueError(
+            f"--reference {args.reference}: with --like, expected --num_images, how many to measure"
+        )
     if args.sweep and args.out:
         raise ValueError("--sweep keeps no images: expected no --out")
     if args.out is None:
         args.out = [] if args.reference else ["samples.png"]
+        if args.like:
+            args.out = [f"{Path(args.like).stem}_like.png"]
+    for path in args.out if args.like else ():
+        if Path(path).exists() and Path(path).samefile(args.like):
+            raise ValueError(f"--out {path}: the picture of --like, expected another name")
 
 
-def open_checkpoint(args):
-    """(model, tokenizer, configuration) of --ckpt; a folder is replaced by its checkpoint file."""
+def open_checkpoint(args, like=None):
+    """(model, tokenizer, configuration) of --ckpt; a folder is replaced by its checkpoint file.
+
+    like: see `read_like`, or None. The configuration has the tokenizer's arguments as used.
+    """
     import models
     from util.checkpoint import find_checkpoint
 
-    args.ckpt = str(find_checkpoint(args.ckpt) or args.ckpt)
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
+    own = {name: value for name, value in own.items() if value is not None}
+    if like:
+        own = {**find_places(args, like), **own}
+    args.ckpt = str(find_checkpoint(args.ckpt) or args.ckpt)
     model, tokenizer, config = models.load(args.ckpt, args.weights, **own)
     if args.vae_path:
         compare_tokenizer(args, tokenizer)
-    return model, tokenizer, config
+    if like:
+        compare_digests(args, like, model, tokenizer)
+    return model, tokenizer, {**config, "tokenizer": {**config["tokenizer"], **own}}
 
 
 def compare_tokenizer(args, tokenizer):
@@ -196,10 +236,11 @@ def compare_tokenizer(args, tokenizer):
         )
 
 
-def pick_sampling(args, config, model, points):
-    """The checkpoint's Sampling, overridden by flags and checked at all points of a sweep."""
+def pick_sampling(args, config, model, points, like=None):
+    """The checkpoint's Sampling, or that of --like, overridden by flags; checked at all points of a
+    sweep."""
     given = {k: v for k, v in said_flags(Sampling, args).items() if v is not None}
-    sampling = sampling_of(model, config, **given)
+    sampling = sampling_of(model, config, **{**(like["sampling"] if like else {}), **given})
     for point in points:
         model.check(sampling.but(**point))
         num_iter = point.get("num_iter", 1)
@@ -210,7 +251,7 @@ def pick_sampling(args, config, model, points):
     return sampling
 
 
-def pick_labels(args, config):
+def pick_labels(args, config, like=None):
     """(a label per image, entries of reports on them). Raises ValueError.
 
     Images cycle through the labels, because splits of the Inception Score consist of consecutive
@@ -219,11 +260,14 @@ def pick_labels(args, config):
     class_num = config["model"]["class_num"]
     if args.labels in LABELS:
         return LABELS[args.labels](args.num_images, config, args.seed)
-    chosen = range(min(10, class_num))
+    chosen = like["labels"] if like else range(min(10, class_num))
     if args.labels is not None:
         chosen = find_labels(args.labels, class_num, known_names(config))
-    args.labels = args.labels or f"0-{len(chosen) - 1}"
-    count = args.num_images or len(chosen) * args.per_class
+    if like:
+        check_labels(args, like, chosen, class_num)
+    else:
+        args.labels = args.labels or f"0-{len(chosen) - 1}"
+    count = args.num_images or len(chosen) * (args.per_class or 0) or len(like["labels"])
     text = None if args.labels == "all" else args.labels
     return cycle_labels(chosen, count, config, text)
 

@@ -3,7 +3,7 @@
 import re
 
 from models.diffusers_files import weights_file
-from util.download import source_of
+from util.published import source_of
 from util.weights import A_MODEL, A_TOKENIZER, read_weights
 
 _CODEBOOK = "quantize.embedding.weight"  # only VQ autoencoders have it

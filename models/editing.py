@@ -15,6 +15,7 @@ models.settings.Editing.
 """
 
 from collections import deque
+from functools import partial
 
 import numpy as np
 import torch
@@ -109,16 +110,23 @@ def outpaint(
     images: None for new ones, which are generated and then extended.
     """
     token = model.patch_size * tokenizer.stride
-    sides = [-(-pixels // token) * token for pixels in (top, bottom, left, right)]
     size = len(generators), model.seq_h * token, model.seq_w * token
-    fill = images is None
-    images = np.zeros((*size, 3), np.uint8) if fill else images
-    edges = (0, 0), sides[:2], sides[2:]
-    mask = np.pad(np.full(images.shape[:3], fill), edges, constant_values=True)
-    images = np.pad(images, (*edges, (0, 0)))
-    given = images, mask, labels, sampling, generators, precision
-    corner = sides[0] // token, sides[2] // token
-    return _last(_edit(model, tokenizer, *given, corner, **settings))
+    known = np.zeros((*size, 3), np.uint8) if images is None else images
+    canvas, mask = extended(known, token, left, right, top, bottom)
+    mask |= images is None
+    given = canvas, mask, labels, sampling, generators, precision
+    return _last(_edit(model, tokenizer, *given, **settings))
+
+
+def extended(images, token, left=0, right=0, top=0, bottom=0):
+    """Images (N, H, W, 3) with margins to fill in, and their mask (N, H, W), True in the margins.
+
+    token: side of a token in pixels, to a multiple of which margins are rounded up.
+    """
+    top, bottom, left, right = (-(-n // token) * token for n in (top, bottom, left, right))
+    edges = (0, 0), (top, bottom), (left, right)
+    mask = np.pad(np.zeros(images.shape[:3], bool), edges, constant_values=True)
+    return np.pad(images, (*edges, (0, 0))), mask
 
 
 def _last(steps):
@@ -139,13 +147,9 @@ def _edit(
     sampling,
     generators,
     precision,
-    first=(0, 0),
     **settings,
 ):
-    """Yields (a function that gives the images, the unknown tokens (N, h, w)) after each step.
-
-    first: row and column, in tokens, of the first window.
-    """
+    """Yields (a function that gives the images, the unknown tokens (N, h, w)) after each step."""
     settings = Editing.of(**settings)
     device = model.fake_latent.device
     _check(model, tokenizer, images, mask, labels, generators)
@@ -153,15 +157,17 @@ def _edit(
     known = _Known(images, mask, settings, model.patch_size * tokenizer.stride)
     latents = _encode(tokenizer, images, device)  # (N, C, h·p, w·p)
     hidden = torch.from_numpy(_tokens_of(mask, model.patch_size * tokenizer.stride)).to(device)
+    first = _corner(~hidden)
     hidden = _share(hidden, settings.strength, generators)
     labels = None if labels is None else torch.tensor(labels, device=device)
     given = labels, sampling, generators, settings
-    for latents, hidden in _fill(model, latents, hidden, first, precision, *given):  # noqa: B020
+    for found, hidden in _fill(model, latents, hidden, first, precision, *given):  # noqa: B020
+        yield partial(_show, tokenizer, known, found, generators), hidden
 
-        def show(latents=latents):
-            return known.put_back(_decode(tokenizer, latents, generators))
 
-        yield show, hidden
+def _show(tokenizer, known, latents, generators):
+    """The images that the latents stand for."""
+    return known.put_back(_decode(tokenizer, latents, generators))
 
 
 def _fill(model, latents, hidden, first, precision, labels, sampling, generators, settings):
@@ -220,6 +226,12 @@ def _starts(first, length, window, overlap):
     step, last = max(1, window - round(overlap * window)), length - window
     starts = [*range(first, last, step), last, *range(first - step, 0, -step), 0]
     return list(dict.fromkeys(min(start, last) for start in starts))
+
+
+def _corner(known):
+    """The first row and column of cells (N, h, w) with a known one; 0 if there is none."""
+    known = known.any(0)
+    return [int(known.any(side).byte().argmax()) for side in (1, 0)]
 
 
 def _tokens_of(mask, token):

@@ -27,9 +27,7 @@ def check_config(config, weights, path):
         fits = isinstance(values, dict) and all(isinstance(name, str) for name in values)
         expect(fits, path, f"config's {part}", values, "values by name")
     _check_settings(Model, config["model"], path, "model")
-    _check_settings(Sampling, config["sampling"], path, "sampling")
-    for name in config["sampling"]:
-        expect(name in Sampling.names(), path, "config's sampling", name, "a known setting")
+    _check_sampling(config["sampling"], path)
     _check_tokenizer(config["tokenizer"], config["model"].get("vae_embed_dim"), path)
     range_ = config.get("latent_range", 0.0)
     expect(is_number(range_) and range_ >= 0, path, "config's latent_range", range_, "a number")
@@ -38,6 +36,18 @@ def check_config(config, weights, path):
     fits = isinstance(origin, dict) and all(map(_is_name, [*origin, *origin.values()]))
     expect(fits, path, "config's init_from", origin, "texts by name")
     _check_sizes(config["model"], weights, path)
+
+
+def check_made(made, path):
+    """Raises ValueError unless what a picture was made by, see util.provenance, is known here."""
+    _check_sampling(made["sampling"], path)
+    _check_tokenizer(made["tokenizer"], None, path)
+
+
+def _check_sampling(values, path):
+    _check_settings(Sampling, values, path, "sampling")
+    for name in values:
+        expect(name in Sampling.names(), path, "config's sampling", name, "a known setting")
 
 
 def _check_data(data, class_num, path):

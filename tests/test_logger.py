@@ -15,7 +15,7 @@ from cli import DIGITS, ROOT, read_lines
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_mar
-import util.logger
+import util.progress
 from demo.digits import write_loss
 from util import jsonl
 from util.evaluation.reports import report
@@ -235,7 +235,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(util.logger, "time", clock)
+    monkeypatch.setattr(util.progress, "time", clock)
     return clock
 
 

@@ -71,7 +71,8 @@ WRONG = {
         "table1 --seeds -1": "--seeds: -1: expected an integer, at least 0",
     },
     "sample": {
-        "": "the following arguments are required: --ckpt",
+        "": "expected --ckpt FILE, or --like FILE.png",
+        "--like nowhere.png": "nowhere.png: no such file, expected a PNG",
         "--ckpt c --cfg x": "--cfg: x: expected a number",
         "--ckpt c --anneal slowly": "--anneal: anneal 'slowly': expected",
         "--ckpt c --num_sampling_steps 2000": "--num_sampling_steps: diffusion steps '2000'",

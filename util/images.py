@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from util.files import replacing
 from util.sizes import sides
@@ -68,10 +69,23 @@ def animation(frames, seconds=0.25):
     return file.getvalue()
 
 
-def save_image(path, image):
-    """Write an image uint8 (H, W, 3) in the format given by the suffix of the path."""
+def save_image(path, image, text=None):
+    """Write an image uint8 (H, W, 3) in the format given by the suffix of the path.
+
+    text: key -> text to write beside it into a PNG, see util.provenance.
+    """
+    more = {"pnginfo": _chunks(text)} if text else {}
     with replacing(path) as beside:
-        Image.fromarray(image).save(beside, Image.registered_extensions()[Path(path).suffix])
+        kind = Image.registered_extensions()[Path(path).suffix]
+        Image.fromarray(image).save(beside, kind, **more)
+
+
+def _chunks(text):
+    """Key -> text as the text chunks of a PNG."""
+    chunks = PngInfo()
+    for key, value in text.items():
+        chunks.add_itxt(key, value)
+    return chunks
 
 
 def read_png(path, img_size):
@@ -87,12 +101,13 @@ def read_png(path, img_size):
 
 
 class GridWriter:
-    """Writes all images to one PNG, class by class."""
+    """Writes all images to one PNG, class by class; or image number `only` alone, as it is."""
 
     bytes = 0  # needed on disk: few
+    text = None  # function that returns the text of the PNG, see util.outputs
 
-    def __init__(self, path, labels, columns=None):
-        self.path, self.columns, self.images = path, columns, []
+    def __init__(self, path, labels, columns=None, only=None):
+        self.path, self.columns, self.only, self.images = path, columns, only, []
         shown = list(dict.fromkeys(labels))  # classes in the order of their first label
         self.order = sorted(range(len(labels)), key=lambda i: shown.index(labels[i]))
 
@@ -104,8 +119,15 @@ class GridWriter:
 
     def __exit__(self, kind, *rest):
         if kind is None:
-            images = np.stack(self.images)[self.order]
-            save_image(self.path, grid(images, self.columns, min_side=64))
+            save_image(self.path, *self._whole())
+
+    def _whole(self):
+        """The image to write, and its text."""
+        count, text = range(len(self.images)), self.text or (lambda *_, **more: None)
+        if self.only is not None:
+            return self.images[self.only], text(count, self.only)
+        images = grid(np.stack(self.images)[self.order], self.columns, min_side=64)
+        return images, text(count, columns=self.columns)
 
 
 class NpzWriter:

@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from util.files import (
     replacing,
 )
 from util.images import MAX_GRID, GridWriter, NpzWriter, read_png, save_image
+from util.provenance import KEY, describe, dumps
 from util.run import lock
 from util.run.stop import Stopped
 from util.sizes import sides
@@ -44,14 +46,16 @@ class ImageFolder:
     """A folder that is an output: a PNG per image, named by its index."""
 
     hidden = False
+    text = None  # function that returns the text of a PNG, see `_text`
 
     def __init__(self, path, img_size):
         self.path, self.img_size = Path(path), img_size
 
     def add(self, indices, images):
         """Write images uint8 (n, H, W, 3) with their indices."""
-        for index, image in zip(indices, images, strict=True):
-            save_image(self.path / _png(index), image)
+        for place, (index, image) in enumerate(zip(indices, images, strict=True)):
+            text = self.text and self.text(indices, place)
+            save_image(self.path / _png(index), image, text)
 
     def read(self, indices):
         """The images of a batch, uint8 (n, H, W, 3); None unless all are there and intact."""
@@ -266,20 +270,37 @@ def in_order(indices, images):
     return [batch for batch in dist.gather((indices, images)) or [] if len(batch[0])]
 
 
+def _text(labels, source, settings, indices, index=None, **grid):
+    """The text of a PNG: what image number `index` of a batch was made by, or a grid of all.
+
+    source, settings: see `open_outputs`. grid: columns of a grid.
+    """
+    names = ["weights", "weights_sha256", "tokenizer_sha256", "seed", "precision"]
+    names += ["batch_size"] if grid else []
+    entries = {name: settings[name] for name in names} | grid | source
+    entries["first"] += indices.start
+    entries["labels"] = labels[indices.start : indices.stop]
+    return {KEY: dumps(describe(**entries, index=index))}
+
+
 @contextmanager
-def open_outputs(paths, labels, img_size, settings, device, columns=None):
+def open_outputs(paths, labels, img_size, settings, device, columns=None, only=None, source=None):
     """The Outputs of a run with one image per label; complete at the end. A collective call.
 
-    .png is a grid, .npz one file, any other name a folder of PNGs. settings: function that returns
-    what the images depend on, as plain data. device: where they are sampled. columns: columns of
-    the grid.
+    .png is a grid, or image number `only`; .npz is one file, any other name a folder of PNGs.
+    settings: function that returns what the images depend on, as plain data. device: where they are
+    sampled. columns: columns of the grid. source: if given, PNGs say what they were made by: the
+    entries of util.provenance.describe that are neither among the settings nor labels.
     Raises ValueError for a grid of too many images, for a folder in use or with other images, and
     where there is no room; Stopped, with the number of images that are there, if the run is.
     """
-    outputs = _check_paths([Path(path) for path in paths], labels, img_size, columns)
+    outputs = _check_paths([Path(path) for path in paths], labels, img_size, columns, only)
     machine = {"torch": torch.__version__, "device": torch.device(device).type}
     with _held(outputs):
-        _claim_all(outputs, settings, machine)
+        known = _claim_all(outputs, settings, machine)
+        if source:
+            for each in (*outputs.folders, *outputs.files):
+                each.text = partial(_text, labels, source, known)
         try:
             with ExitStack() as stack:
                 for writer in outputs.files if dist.is_main() else ():
@@ -308,18 +329,18 @@ def _held(outputs):
                 shutil.rmtree(folder.path, ignore_errors=True)
 
 
-def _check_paths(paths, labels, img_size, columns):
+def _check_paths(paths, labels, img_size, columns, only):
     """Outputs of these names. Raises ValueError."""
     folders, files = [], []
     for path in paths:
         _check_path(path)
-        if path.suffix == ".png" and len(labels) > MAX_GRID:
+        if path.suffix == ".png" and only is None and len(labels) > MAX_GRID:
             raise ValueError(
                 f"--out {path}: a grid of {len(labels)} images, expected at most {MAX_GRID}; "
                 "name a folder or an .npz"
             )
         if path.suffix == ".png":
-            files.append(GridWriter(path, labels, columns))
+            files.append(GridWriter(path, labels, columns, only))
         elif path.suffix == ".npz":
             files.append(NpzWriter(path, len(labels), img_size))
         else:
@@ -342,8 +363,11 @@ def _check_path(path):
 
 
 def _claim_all(outputs, settings, machine):
-    """Make the folders of Outputs ready, on rank 0. Raises ValueError, on every process."""
-    problem, count = None, outputs.num_images
+    """Make the folders of Outputs ready, on rank 0; returns the settings on every process.
+
+    Raises ValueError, on every process.
+    """
+    problem, known, count = None, None, outputs.num_images
     if dist.is_main() and outputs.folders:
         try:
             known = json.loads(json.dumps(settings()))
@@ -355,8 +379,10 @@ def _claim_all(outputs, settings, machine):
                     print0(f"{folder.path}: {there} of {count} images are there: resuming")
         except (ValueError, OSError) as error:
             problem = str(error)
-    if problem := dist.broadcast(problem):
+    problem, known = dist.broadcast((problem, known))
+    if problem:
         raise ValueError(problem)
+    return known
 
 
 def _make_room(outputs, folder, there):

@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+_ROOT = __name__.removesuffix("util.table")  # "" unless hubconf.py gave our modules a prefix
+
 
 class Table(dict):
     """Name -> object. A row may be the text "module:attribute", imported when it is looked up.
@@ -20,7 +22,7 @@ class Table(dict):
             raise ValueError(f"{self.kind} {name!r}: expected one of {', '.join(self)}")
         if isinstance(row, str):
             module, _, attribute = row.partition(":")
-            row = self[name] = getattr(import_module(module), attribute)
+            row = self[name] = getattr(import_module(_ROOT + module), attribute)
         return row
 
     def rows(self):
