@@ -1,8 +1,8 @@
-# `make demo`, `make test` and `make test-slow`. All first create .venv and install into it.
+# `make demo`, `make app`, `make test` and `make test-slow`. All first create .venv and install into it.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow clean
+.PHONY: demo app test test-slow clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -12,6 +12,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/python main_mar.py --preset digits --output_dir output_dir/digits
 	$(BIN)/python -m demo.digits --ckpt output_dir/digits/checkpoint-last.pth
+
+.venv/app: .venv/installed
+	$(BIN)/pip install -e '.[app]'
+	touch $@
+
+# a page of the demo's model, in the browser
+app: .venv/app
+	$(BIN)/python -m demo.app
 
 test: .venv/installed
 	$(BIN)/ruff check .

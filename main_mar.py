@@ -93,6 +93,7 @@ class Run:
     precision: str
     data: object = None  # the data set to train on; None if nothing is trained
     start: object = None  # see models.transfer; None for new weights
+    argv: list = None  # the flags as they were given; None for those of the process
 
     def generation(self):
         """Arguments of `generate_images` that are the same for all samples."""
@@ -135,6 +136,7 @@ def main(argv=None):
         before = checkpoint["args"] if checkpoint else {}
         config, sampling, tokenizer = configure(args, given, stored, path, data, before)
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
+        this.argv = argv
         model = build(this)
         evaluator = open_evaluation(this)
         if args.evaluate:
@@ -391,22 +393,25 @@ def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
     from util.dist import print0
     from util.logger import Progress
     from util.run import lock
+    from util.run.page import Page
 
     keep_others(saver.folder, resumed)
     lock.sign(saver.folder)
     logger = open_logger(this.args, saver)
+    page = Page(this.args, get_parser(), this.argv, epochs)
+    saver.after_save = page.write
     progress = Progress(epochs * saver.steps, "training", "step", done=saver.step)
     run_epoch = partial(run_epoch, logger=logger, progress=progress, after_step=saver.after_step)
-    follow = partial(after_epoch, this, saver.state, epochs, evaluator, logger)
+    follow = partial(after_epoch, this, saver.state, epochs, evaluator, logger, page)
     try:
-        with stop.deferred():
+        with page.following(), stop.deferred():
             engine.run_epochs(saver, run_epoch, follow, epochs)
     except stop.Stopped:
         logger.close()  # trackers send what they still hold
         raise
     progress.close()
     logger.close()
-    print0(f"done: {saver.last}, samples in {saver.folder / 'samples'}")
+    print0(f"done: {saver.last}, samples and curves in {page.path}")
 
 
 def open_logger(args, saver):
@@ -453,13 +458,14 @@ def start_state(this, model, recipe, checkpoint, path, loader):
     return state
 
 
-def after_epoch(this, state, epochs, evaluator, logger, step):
+def after_epoch(this, state, epochs, evaluator, logger, page, step):
     """Sample grids and evaluate when due. epochs: those of the run. step: optimizer steps done."""
     if state.epoch % this.args.eval_freq == 0 or state.epoch == epochs:
         for name in ("ema", "raw"):
             draw_grid(this, state, name, logger, step)
             if this.args.online_eval:
                 evaluate(this, state.network(name), name, evaluator, logger, step)
+        page.write()
 
 
 def draw_grid(this, state, name, logger, step):

@@ -33,8 +33,9 @@ def add_checkpoint_flags(group, otherwise=None):
     group.add_argument(
         "--ckpt",
         required=not otherwise,
-        metavar="FILE",
-        help=f"a checkpoint, or its export as safetensors{default}",
+        metavar="PATH",
+        help="a checkpoint, its export as safetensors, a folder with one, or the name of a model "
+        f"on the Hugging Face hub, user/name{default}",
     )
     group.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
@@ -207,33 +208,19 @@ def open_checkpoint(args, like=None):
     like: see `read_like`, or None. The configuration has the tokenizer's arguments as used.
     """
     import models
-    from util.checkpoint import find_checkpoint
+    from util.checkpoint import find_weights
 
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
     own = {name: value for name, value in own.items() if value is not None}
     if like:
         own = {**find_places(args, like), **own}
-    args.ckpt = str(find_checkpoint(args.ckpt) or args.ckpt)
+    if not Path(args.ckpt).exists():
+        args.output_dir = args.output_dir or "."  # not where the hub's files are kept
+    args.ckpt = str(find_weights(args.ckpt))
     model, tokenizer, config = models.load(args.ckpt, args.weights, **own)
-    if args.vae_path:
-        compare_tokenizer(args, tokenizer)
     if like:
         compare_digests(args, like, model, tokenizer)
     return model, tokenizer, {**config, "tokenizer": {**config["tokenizer"], **own}}
-
-
-def compare_tokenizer(args, tokenizer):
-    """Say it if a tokenizer is not the one of the training, as far as that is known."""
-    from util.checkpoint import load_checkpoint
-    from util.dist import print0
-    from util.weights import digest
-
-    trained = (load_checkpoint(args.ckpt).get("record") or {}).get("tokenizer")
-    if trained not in (None, digest(tokenizer.state_dict())):
-        print0(
-            f"NOTE: --vae_path {args.vae_path}: the model was trained with other weights of a "
-            "tokenizer, whose latents these may not decode"
-        )
 
 
 def pick_sampling(args, config, model, points, like=None):

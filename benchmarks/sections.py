@@ -7,6 +7,7 @@ import tempfile
 from collections import defaultdict, deque
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from benchmarks.approximate import measure
 from benchmarks.sides import Updates
 from benchmarks.steps import pick_steps
 from benchmarks.timing import TITLES, Counter, compare, count_launches, table, timed
+from models.fast import graphs
 from util.data import convert
 from util.data.cached import open_cache, write_moments
 from util.data.loader import Loader
@@ -78,6 +80,37 @@ def sampling(sides, args):
         once, _ = timed(partial(sides.model.head.sampler, sides.sampling), sides.device)
     print(f"\nbesides, {1e3 * once:.3g} ms once per batch: the head's weights arranged")
     print_peak_memory(sides)
+
+
+def images(sides, args):
+    """Time ours on whole batches of images: the first call, a later one, and without graphs."""
+    print(f"\n## Sampling whole images, {args.num_iter} steps, ours, s\n")
+    if not sides.gpu and args.model != "tiny" and not args.sections:
+        print("left out: minutes on a CPU; `--sections images` runs it there too")
+        return
+    rows = [[f"batch {bsz}", *time_images(sides, bsz, args.rounds)] for bsz in args.batch_sizes]
+    table(["", "first call", "later", "images/s", "without graphs", "peak GiB"], rows)
+
+
+def time_images(sides, bsz, rounds):
+    """Seconds of a batch of images, images per second, and peak memory, as text."""
+    model, sampling = sides.model, sides.sampling.but(max_timestep=RANDOM_START)
+    labels = torch.arange(bsz, device=sides.device) % model.class_num
+    model.diffloss.fast = type(model.diffloss.fast)()  # without what was recorded before
+
+    def sample():
+        generators = image_generators(0, range(bsz))
+        with sides.autocast():
+            model.sample_tokens(bsz, labels=labels, generator=generators, **sampling.asdict())
+
+    if sides.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    first = timed(sample, sides.device)[0]
+    later = statistics.median(timed(sample, sides.device)[0] for _ in range(rounds))
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if sides.gpu else "–"
+    with mock.patch.object(graphs, "enabled", False):
+        without = min(timed(sample, sides.device)[0] for _ in range(1 + rounds))
+    return [*(f"{x:.4g}" for x in (first, later, bsz / later, without)), peak]
 
 
 def compare_steps(sides, steps, bsz, rounds):
@@ -149,10 +182,7 @@ def training(sides, args):
     """Time forward and backward passes of a batch."""
     print(f"\n## Training: forward and backward of {args.train_batch} images, ms\n")
     model = sides.model
-    sides.train()
-    if args.compile:
-        for module, dynamic in model.to_compile():
-            module.compile(dynamic=dynamic)
+    prepare_training(sides, args)
     pair = sides.training(args.train_batch)
     row = compare("with dropout", *pair, args.rounds, sides.device)
     sides.eval()
@@ -164,6 +194,40 @@ def training(sides, args):
     rate = flops / (float(row[1]) / 1e3) / 1e12
     mfu = f", {rate / args.peak_tflops:.0%} of the peak (MFU)" if sides.gpu else ""
     print(f"\nours: {rate:.3g} TFLOP/s by the shapes{mfu}")
+
+
+def prepare_training(sides, args):
+    """Training mode; ours compiled if that is asked for."""
+    sides.train()
+    if args.compile and not sides.model.compiled:
+        for module, dynamic in sides.model.to_compile():
+            module.compile(dynamic=dynamic)
+
+
+def step(sides, args):
+    """Time whole optimizer steps: forward, backward, clipping, AdamW, EMA."""
+    print(f"\n## A training step of {args.train_batch} images: all of it, ms\n")
+    updates = Updates(sides)
+    prepare_training(sides, args)
+    pair = sides.training(args.train_batch)
+
+    def side(model, passes, update):
+        def run():
+            passes()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+            update()
+
+        return run
+
+    ours = side(sides.model, pair[0], updates.ours)
+    plain = side(sides.plain, pair[1], updates.plain)
+    if args.compile:
+        print(f"the first step, with what is compiled for it: {timed(ours, sides.device)[0]:.1f} s")
+    rows = [compare("whole step", ours, plain, args.rounds, sides.device)]
+    sides.eval()
+    table(TITLES, rows)
+    print(f"\n{args.train_batch / float(rows[0][1]) * 1e3:.4g} images/s")
+    print_peak_memory(sides)
 
 
 def optimizer(sides, args):
@@ -191,10 +255,10 @@ def loader(sides, args):
     print("\nPlain is one file per image, as published; ours is `main_cache.py --layout shards`.")
 
 
-def write_cache(folder):
+def write_cache(folder, count=CACHED):
     """Write random moments in eight classes, one file per image."""
     generator = np.random.default_rng(0)
-    for i in range(CACHED):
+    for i in range(count):
         moments = generator.standard_normal((2, 32, 16, 16), np.float32)
         write_moments(folder / f"{i % 8}" / f"{i}.JPEG.npz", *moments)
 

@@ -8,6 +8,7 @@ speed-up and exits with status 1. Exact methods are compared with plain, approxi
 
 import contextlib
 import platform
+import sys
 from pathlib import Path
 
 from util.flags import Parser, add_device_flag, finite, positive, positive_int, run
@@ -18,7 +19,10 @@ SECTIONS = Table(
     "section",
     {
         name: f"benchmarks.sections:{name}"
-        for name in ("head", "sampling", "training", "optimizer", "loader", "approximate")
+        for name in (
+            *("head", "sampling", "images", "training", "step", "optimizer", "loader"),
+            "approximate",
+        )
     },
 )
 
@@ -42,10 +46,12 @@ def add_model_flags(parser):
     parser.add_argument("--num_sampling_steps", default="100", help="diffusion steps")
     parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale")
     parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), help="(default: fp32, on a GPU bf16)"
+        "--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32, on a GPU bf16)"
     )
     parser.add_argument(
-        "--compile", action="store_true", help="ours with --compile, in the section training"
+        "--compile",
+        action="store_true",
+        help="ours with --compile, in training",
     )
     parser.add_argument(
         "--torch_linear",
@@ -80,6 +86,15 @@ def add_timing_flags(parser):
         help="how many autoregressive steps are timed, from the middle of equal parts of all",
     )
     parser.add_argument(
+        "--tolerance",
+        type=positive,
+        default=1e-5,
+        help="largest relative difference between the two sides with which speed is measured",
+    )
+    parser.add_argument(
+        "--anyway", action="store_true", help="measure even if the sides differ by more"
+    )
+    parser.add_argument(
         "--peak_tflops",
         type=positive,
         default=790,
@@ -100,7 +115,8 @@ def main(argv=None):
     args.batch_sizes = args.batch_sizes or ([1, 16, 256] if sides.gpu else [1, 4])
     args.train_batch = args.train_batch or (64 if sides.gpu else 2)
     print(describe(sides, args))
-    differences.check(sides, args.timed_steps)
+    if not differences.check(sides, args.timed_steps, args.tolerance) and not args.anyway:
+        sys.exit(1)
     for name in SECTIONS:
         if name in (args.sections or SECTIONS):
             SECTIONS[name](sides, args)
@@ -112,10 +128,12 @@ def open_sides(args):
     from benchmarks.sides import Sides
     from models.settings import Sampling
     from util import dist
+    from util.precision import pick_precision
 
     device = dist.init(args.device)
     models.fast.linear.enabled = not args.torch_linear
     depth, width = HEADS[args.model]
+    precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
     return Sides(
         f"mar_{args.model}",
         args.diffloss_d or depth,
@@ -123,7 +141,7 @@ def open_sides(args):
         args.num_sampling_steps,
         Sampling(num_iter=args.num_iter, cfg=args.cfg),
         device,
-        args.precision or ("fp32" if device.type == "cpu" else "bf16"),
+        pick_precision(precision, device),
     )
 
 

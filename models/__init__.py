@@ -14,7 +14,9 @@ from models.settings import TOKENIZERS as TOKENIZERS
 
 def build_model(name, **kwargs):
     """A new model. Raises ValueError for an unknown name, and for unknown arguments."""
-    return MODELS[name](**kwargs)
+    model = MODELS[name](**kwargs)
+    model.config = {"model": {"name": name, **kwargs}}
+    return model
 
 
 def arguments_of_tokenizer(name, **offered):
@@ -34,20 +36,26 @@ def build_tokenizer(name, vae_path=None, scale=None, shift=None, **kwargs):
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if "vae_path" in kwargs and not arguments_of_tokenizer(name, vae_path=vae_path):
         raise ValueError(f"vae_path {vae_path}: the tokenizer {name} has no weights")
-    return build(**kwargs)
+    tokenizer = build(**kwargs)
+    tokenizer.config = {"name": name, **kwargs}
+    return tokenizer
 
 
 def load_model(path, weights="ema", **overrides):
     """(model in evaluation mode, configuration) from one of our checkpoints or a published one.
 
-    weights: "ema" or "raw". overrides: arguments of the model to replace, e.g. num_sampling_steps.
+    path: a file, a folder that holds one or was written by `save_pretrained`, or the name of a
+    repository of the Hugging Face hub. weights: "ema" or "raw". overrides: arguments of the model
+    to replace, e.g. num_sampling_steps. The model's attribute `config` is the configuration.
     Raises ValueError for any other weights, and for a file that is no such checkpoint.
     """
-    from util.checkpoint import load_checkpoint
+    from models.stored import facts_of
+    from util.checkpoint import find_weights, load_checkpoint
     from util.weights import load_strictly
 
     if weights not in ("ema", "raw"):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'raw'")
+    path = find_weights(path)
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(checkpoint, path)
     arguments = {**config["model"], **{k: v for k, v in overrides.items() if v is not None}}
@@ -55,20 +63,34 @@ def load_model(path, weights="ema", **overrides):
     if weights == "raw" and checkpoint["model"] is checkpoint["model_ema"]:
         raise ValueError(f"{path}: holds one set of weights only, expected --weights ema")
     load_strictly(model, checkpoint["model_ema" if weights == "ema" else "model"], path)
-    return model.eval(), {**config, "model": arguments}
+    model.config = {**config, **facts_of(checkpoint, config, weights), "model": arguments}
+    return model.eval(), model.config
 
 
 def load(path, weights="ema", **tokenizer):
     """(model in evaluation mode, its tokenizer, configuration) from a checkpoint, see `load_model`.
 
-    path: a file, or a folder that holds one. tokenizer: arguments of `build_tokenizer` that replace
-    those in the checkpoint, such as vae_path. Raises ValueError.
+    tokenizer: arguments of `build_tokenizer` that replace those in the checkpoint, such as
+    vae_path. Raises ValueError.
     """
-    from util.checkpoint import find_checkpoint
-
-    model, config = load_model(find_checkpoint(path) or path, weights)
+    model, config = load_model(path, weights)
     own = {name: value for name, value in tokenizer.items() if value is not None}
-    return model, build_tokenizer(**{**config["tokenizer"], **own}), config
+    tokenizer = build_tokenizer(**{**config["tokenizer"], **own})
+    compare_tokenizer(tokenizer, config)
+    return model, tokenizer, config
+
+
+def compare_tokenizer(tokenizer, config):
+    """Say it if a tokenizer is not the one of the training, as far as that is known."""
+    from util.dist import print0
+    from util.weights import digest
+
+    trained = config.get("tokenizer_sha256")
+    if trained not in (None, digest(tokenizer.state_dict())):
+        print0(
+            f"NOTE: {tokenizer.config.get('vae_path')}: the model was trained with other weights "
+            "of a tokenizer, whose latents these may not decode"
+        )
 
 
 def sampling_of(model, config, **given):

@@ -149,7 +149,7 @@ class AR(Autoregressive):
         if not torch.equal(orders, learned.expand_as(orders)):
             raise ValueError(
                 f"order {name or 'as given'}: this model learned the {self.order} order only, and "
-                "fills in the tokens that come last in it"
+                f"fills in {ORDERS[self.order].last}"
             )
 
 

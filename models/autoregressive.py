@@ -91,6 +91,12 @@ class Autoregressive(LatentModel):
         """The Head that turns z into a loss or into tokens."""
         return self.get_submodule(self.head_name)
 
+    @property
+    def without_effect(self):
+        """Names of the fields of models.settings.Sampling that this model does not use."""
+        fixed = ("num_iter", "token_schedule", "refresh_every") if self.one_at_a_time else ()
+        return (*self.head.without_effect, *fixed)
+
     def sample_orders(self, bsz, generator=None):
         """Orders (bsz, L) to train in."""
         return ORDERS[self.order]().start(bsz, self.seq_len, generator, self.fake_latent.device)

@@ -29,6 +29,11 @@ class DiT(Diffused, LatentModel):
 
     head_name = ""  # no head: weight decay applies throughout
     one_at_a_time = False
+    # names of the fields of models.settings.Sampling that this model does not use
+    without_effect = (
+        *("num_iter", "cfg_schedule", "token_schedule", "order"),
+        *("anneal", "cfg_interval", "refresh_every"),
+    )
 
     def __init__(
         self,
@@ -105,10 +110,6 @@ class DiT(Diffused, LatentModel):
                 raise ValueError(f"{name} {value}: DiT samples in one step; leave it out")
         self.plan(sampling)
 
-    def sample_steps(self, *arguments, **settings):
-        """Raises ValueError: there is one step. See `sample_tokens`."""
-        raise ValueError("DiT generates all tokens at once and cannot keep any: no editing")
-
     @torch.no_grad()
     def sample_tokens(
         self,
@@ -140,6 +141,12 @@ class DiT(Diffused, LatentModel):
         noise = self.scale_start(noise, sampling)
         predict = self._predictor(bsz, labels, cfg, steps[0])
         return self.unpatchify(reverse(steps, predict, noise[0], noise[1:], temperature))
+
+    def sample_steps(self, bsz, **settings):
+        """Yield latents (bsz, C, h, w) and the mask (bsz, L), 1 for each token not yet generated,
+        after its only step. Arguments and ValueError as of `sample_tokens`."""
+        latents = self.sample_tokens(bsz, **settings)
+        yield latents, torch.zeros(bsz, self.seq_len, device=latents.device)
 
     def _predictor(self, bsz, labels, cfg, first):
         """Noise and v, each (N, L, C), as a function of x (N, L, C) and a ReverseStep.

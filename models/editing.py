@@ -22,7 +22,7 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from models.order import RandomOrder
-from models.settings import FILL_ORDERS, Editing
+from models.settings import FILL_ORDERS, ORDERS, Editing
 from util.data.pictures import to_range
 from util.images import to_uint8
 from util.precision import autocast
@@ -114,6 +114,8 @@ def outpaint(
     known = np.zeros((*size, 3), np.uint8) if images is None else images
     canvas, mask = extended(known, token, left, right, top, bottom)
     mask |= images is None
+    if settings.get("strength", 1.0) != 1.0:
+        raise ValueError(f"strength {settings['strength']}: nothing is there yet, expected 1")
     given = canvas, mask, labels, sampling, generators, precision
     return _last(_edit(model, tokenizer, *given, **settings))
 
@@ -150,19 +152,19 @@ def _edit(
     **settings,
 ):
     """Yields (a function that gives the images, the unknown tokens (N, h, w)) after each step."""
-    settings = Editing.of(**settings)
-    device = model.fake_latent.device
-    _check(model, tokenizer, images, mask, labels, generators)
-    images, mask = _as_seen(images, tokenizer), np.asarray(mask) > 0
-    known = _Known(images, mask, settings, model.patch_size * tokenizer.stride)
+    settings, mask = Editing.of(**settings), np.asarray(mask) > 0
+    device, token = model.fake_latent.device, model.patch_size * tokenizer.stride
+    _check(model, token, images, mask, labels, generators, settings)
+    images = _as_seen(images, tokenizer)
+    known = _Known(images, mask, settings, token)
     latents = _encode(tokenizer, images, device)  # (N, C, h·p, w·p)
-    hidden = torch.from_numpy(_tokens_of(mask, model.patch_size * tokenizer.stride)).to(device)
+    hidden = torch.from_numpy(_tokens_of(mask, token)).to(device)
     first = _corner(~hidden)
     hidden = _share(hidden, settings.strength, generators)
-    labels = None if labels is None else torch.tensor(labels, device=device)
+    labels = None if labels is None else torch.as_tensor(labels, device=device)
     given = labels, sampling, generators, settings
-    for found, hidden in _fill(model, latents, hidden, first, precision, *given):  # noqa: B020
-        yield partial(_show, tokenizer, known, found, generators), hidden
+    for found, still in _fill(model, latents, hidden, first, precision, *given):
+        yield partial(_show, tokenizer, known, found, generators), still
 
 
 def _show(tokenizer, known, latents, generators):
@@ -182,12 +184,15 @@ def _fill(model, latents, hidden, first, precision, labels, sampling, generators
         most = int(inside.flatten(1).sum(1).max())
         if not most:
             continue
+        orders = FILL_ORDERS[settings.order](inside, generators)
+        if orders is not None and ORDERS[sampling.order or model.order].by_confidence:
+            raise ValueError(f"fill {settings.order}: the confidence order finds its own")
         own = sampling.but(num_iter=most if model.one_at_a_time else min(sampling.num_iter, most))
         steps = model.sample_steps(
             len(latents),
             labels=labels,
             generator=generators,
-            orders=FILL_ORDERS[settings.order](inside, generators),
+            orders=orders,
             latents=latents[cells],
             mask=inside,
             **own.asdict(),
@@ -342,22 +347,25 @@ def _decode(tokenizer, latents, generators):
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _check(model, tokenizer, images, mask, labels, generators):
-    """Raises ValueError for what does not fit."""
-    token = model.patch_size * tokenizer.stride
-    least = model.seq_h * token, model.seq_w * token
+def _check(model, token, images, mask, labels, generators, settings):
+    """Raises ValueError for what does not fit. token: its side in pixels."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
         raise ValueError(
             f"images of shape {images.shape} and type {images.dtype}: expected uint8 (N, H, W, 3)"
         )
-    size = images.shape[1:3]
-    if any(side < low or side % token for side, low in zip(size, least, strict=True)):
+    (height, width), least = images.shape[1:3], (model.seq_h * token, model.seq_w * token)
+    if height < least[0] or width < least[1] or height % token or width % token:
         raise ValueError(
-            f"images of {size[0]}×{size[1]} pixels: expected {least[0]}×{least[1]}, the model's "
-            f"size, or more in steps of {token}"
+            f"images of {height}×{width} pixels: expected {least[0]}×{least[1]}, the model's size, "
+            f"or more in steps of {token}"
         )
     if mask.shape != images.shape[:3]:
         raise ValueError(f"mask of shape {mask.shape}: expected {images.shape[:3]}")
     for name, given in {"labels": labels, "generators": generators}.items():
-        if given is not None and len(given) != len(images):
-            raise ValueError(f"{len(given)} {name} for {len(images)} images: expected one each")
+        if given is not None and np.shape(given) != (len(images),):
+            raise ValueError(
+                f"{name} of shape {np.shape(given)}: expected one for each of {len(images)} images"
+            )
+    for name in ("strength", "overlap"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name} {getattr(settings, name)}: expected a number from 0 to 1")

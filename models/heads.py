@@ -20,6 +20,7 @@ class Head(nn.Module):
     """
 
     discrete = False  # whether tokens are code indices, floats (..., 1)
+    without_effect = ()  # fields of models.settings.Sampling that the head does not use
     aliases = {}  # field of models.settings.Model -> argument, where their names differ
     confidence = None  # method (tokens, z, cfg, z_uncond) -> log p (...), if the head has one
 
@@ -59,6 +60,8 @@ class Head(nn.Module):
 
 class LinearHead(Head):
     """One linear layer on z and no diffusion: the baselines of Diffusion Loss."""
+
+    without_effect = ("num_sampling_steps", "max_timestep", "solver", "anneal")
 
     def __init__(self, out_channels, z_channels):
         super().__init__()
@@ -131,6 +134,8 @@ class L2(LinearHead):
 
     The paper reports that it fails (FID above 100). Temperature has no effect.
     """
+
+    without_effect = (*LinearHead.without_effect, "temperature")
 
     def forward(self, target, z, mask=None, generator=None):
         """The mean squared error: target (..., C), z (..., D), mask (...), 1 = included."""

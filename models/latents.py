@@ -4,11 +4,12 @@ import torch
 from torch import nn
 
 from models.fast.linear import speed_up
+from models.pretrained import Pretrained
 from util.rng import rand
 from util.sizes import shown, sides
 
 
-class LatentModel(nn.Module):
+class LatentModel(Pretrained, nn.Module):
     """Latents as a sequence of tokens, each a patch of p×p latents, and a class per image.
 
     img_size: side of the images, or (height, width). num_codes: number of codes of a discrete

@@ -20,6 +20,7 @@ class RandomOrder:
     varies = (
         True  # whether images have different orders; a causal model is then told the next position
     )
+    last = "the tokens that come last in it"  # what is filled in of an image in this order alone
     by_confidence = False  # whether `commit` chooses by confidence, which changes the orders
 
     def start(self, bsz, length, generator=None, device=None):
@@ -43,6 +44,7 @@ class RasterOrder(RandomOrder):
     """Row by row from the top left."""
 
     varies = False
+    last = "the tokens that come last in it, the rows at the bottom"
 
     def start(self, bsz, length, generator=None, device=None):
         return torch.arange(length - 1, -1, -1, device=device).expand(bsz, -1)

@@ -2,7 +2,6 @@
 
 import math
 
-from models.mar import MAR
 from models.settings import MODELS
 
 NEEDED = ("z_proj.weight", "class_emb.weight", "diffloss.net.input_proj.weight")
@@ -52,7 +51,7 @@ def _name(weights, source):
     sizes = {
         (build.keywords["encoder_embed_dim"], 2 * build.keywords["encoder_depth"]): name
         for name, build in MODELS.rows()
-        if build.func is MAR
+        if "encoder_embed_dim" in build.keywords  # of MAR
     }
     if (width, depth) not in sizes:
         raise ValueError(

@@ -10,11 +10,62 @@ from typing import get_args
 from models.settings import MODELS, TOKENIZERS, Model, Sampling
 from util.data.settings import Reading
 from util.files import first_line
+from util.recipe import Recipe
+from util.settings import destination
 from util.stored import expect, is_count, is_number
 
 PARTS = ("model", "tokenizer", "sampling")
 KINDS = {int: (int,), float: (int, float), tuple: (list, tuple)}  # field -> stored values
 DEPTHS = ("diffloss_d", "depth", "encoder_depth", "decoder_depth")
+
+
+# ---- what a checkpoint says besides --------------------------------------------------------------
+
+
+def facts_of(checkpoint, config, weights):
+    """What a checkpoint says besides its configuration: further entries of it, name -> value.
+
+    tokenizer_sha256: of the weights of the tokenizer of the training; training: numbers by name,
+    with the rate of the EMA if these are the weights, and `flags`, those that are not the defaults.
+    weights: "ema" or "raw".
+    """
+    record = checkpoint.get("record") or {}
+    tokenizer = record.get("tokenizer")
+    facts = {"tokenizer_sha256": tokenizer} if _is_name(tokenizer) else {}
+    if checkpoint["args"]:
+        facts["training"] = _training(checkpoint, record, config["model"])
+        if weights == "ema" and is_number(rate := checkpoint["args"].get("ema_rate")):
+            facts["training"]["ema_rate"] = rate
+    return facts
+
+
+def _training(checkpoint, record, model):
+    from util.checkpoint import steps_done  # which imports torch
+
+    said = {"images": record.get("images"), "batch": record.get("total_batch")}
+    said |= {"rate": record.get("lr"), "precision": record.get("precision")}
+    if is_count(checkpoint.get("epoch")):
+        said["epochs"] = checkpoint["epoch"] + 1
+    if "optimizer" in checkpoint:
+        said["steps"] = steps_done(checkpoint)
+    said["flags"] = " ".join(_flags(checkpoint["args"], model))
+    return {name: value for name, value in said.items() if _is_name(value) or is_number(value)}
+
+
+def _flags(args, model):
+    """The flags of a training that are not the defaults, without those that weights fix."""
+    if args.get("preset"):
+        yield f"--preset {args['preset']}"
+    fields = [f for f in Model.fields() if destination(f) and not f.metadata.get("fixed")]
+    values = args | {destination(field): model.get(field.name) for field in fields}
+    for field in [*fields, *Recipe.fields()]:
+        value = values.get(destination(field))
+        if value not in (None, field.default) and type(value) in (bool, int, float, str):
+            flag = f"--{field.metadata['flag'] or field.name}"
+            yield flag if isinstance(value, bool) else f"{flag} {value}"
+
+
+# ---- the configuration ---------------------------------------------------------------------------
 
 
 def check_config(config, weights, path):
@@ -35,6 +86,7 @@ def check_config(config, weights, path):
     origin = config.get("init_from") or {}
     fits = isinstance(origin, dict) and all(map(_is_name, [*origin, *origin.values()]))
     expect(fits, path, "config's init_from", origin, "texts by name")
+    _check_said(config, path)
     _check_sizes(config["model"], weights, path)
 
 
@@ -60,6 +112,18 @@ def _check_data(data, class_num, path):
     reading = data.get("reading", {})
     expect(isinstance(reading, dict), path, "config's data reading", reading, "values by name")
     _check_settings(Reading, reading, path, "data reading")
+
+
+def _check_said(config, path):
+    """Check the entries of `facts_of`, and what models that are passed on say besides."""
+    for entry in ("tokenizer_sha256", "weights_sha256"):
+        value = config.get(entry)
+        expect(value is None or _is_name(value), path, f"config's {entry}", value, "a text")
+    for entry in ("training", "about"):
+        values = config.get(entry, {})
+        fits = isinstance(values, dict)
+        fits = fits and all(_is_name(v) or is_number(v) for v in [*values, *values.values()])
+        expect(fits, path, f"config's {entry}", values, "texts and numbers by name")
 
 
 def _is_name(value):

@@ -47,9 +47,10 @@ class Tokenizer(nn.Module):
         ValueError: scale or shift is not finite or not one per channel, or scale is not above 0.
 
     Attributes: the arguments; `num_codes`, None unless discrete; `moment_channels`, M above;
-    `image_channels`.
+    `image_channels`; `config`, name and arguments of one of `models.build_tokenizer`, else None.
     """
 
+    config = None
     num_codes = None
     image_channels = None  # I above; None for any
     gaussian = False  # whether moments are the means and log-variances of a Gaussian, M = 2C

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import runpy
 from unittest.mock import MagicMock
 
 import pytest
@@ -107,6 +108,34 @@ def test_what_cannot_be_recorded(device, capsys):
         assert graphs("waits", lambda x: x * x.max().item(), torch.ones(2)).tolist() == [1, 1]
     assert capsys.readouterr().out.count("NOTE: no CUDA graphs here") == 1
     assert device[1] == [True]
+
+
+def test_the_reason_is_one_line(device, capsys):
+    """Errors of CUDA have several."""
+
+    def fails(x):
+        if len(device[0]):  # while it is recorded
+            raise RuntimeError("CUDA error\nCompile with TORCH_USE_CUDA_DSA")
+        return 2 * x
+
+    graphs = Graphs()
+    device[0].clear()
+    with pytest.raises(RuntimeError):  # also without a graph, as `fails` has seen one
+        graphs("fails", fails, torch.ones(2))
+    assert capsys.readouterr().out.splitlines() == [
+        "NOTE: no CUDA graphs here: sampling is slower at small batches (CUDA error)"
+    ]
+
+
+def test_switch(monkeypatch):
+    """MAR_GRAPHS=0 in the environment, read once: nothing is recorded on a GPU either."""
+    gpu = torch.device("cuda")
+    assert Graphs().usable(gpu)
+    monkeypatch.setattr(module, "enabled", False)
+    assert not Graphs().usable(gpu)
+    for value, expected in (("0", False), ("1", True)):
+        monkeypatch.setenv("MAR_GRAPHS", value)
+        assert runpy.run_path(module.__file__)["enabled"] is expected
 
 
 def test_no_memory_is_no_reason(device):

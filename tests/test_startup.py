@@ -70,6 +70,11 @@ WRONG = {
         "table1 --num_images 15": "--num_images 15: expected the same number per class",
         "table1 --seeds -1": "--seeds: -1: expected an integer, at least 0",
     },
+    "demo.app": {
+        "": "--ckpt output_dir/digits/checkpoint-last.pth: no such file; `make demo` makes it",
+        "--ckpt nope.pth": "--ckpt nope.pth: no such file",
+        "--port 0": "--port: 0: expected an integer from 1 to 65535",
+    },
     "sample": {
         "": "expected --ckpt FILE, or --like FILE.png",
         "--like nowhere.png": "nowhere.png: no such file, expected a PNG",

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from util import hub
 from util.dist import (
     all_gather,
     barrier,
@@ -210,12 +211,37 @@ def not_finite(content, names=()):
 
 
 def find_checkpoint(path):
-    """The checkpoint file at `path`, or the last one in that folder; None if there is none."""
+    """The checkpoint file at `path`, or the last one in that folder; None if there is none.
+
+    In a folder without any, the weights of a model that was passed on, see util.hub. Raises
+    ValueError if their config.json is not there.
+    """
     path = Path(path)
     if path.is_dir():
         earlier = earlier_checkpoints(path)  # a crash can have renamed the last one, without a new
+        passed_on = path / hub.WEIGHTS
+        if not earlier and not (path / LAST).is_file() and passed_on.is_file():
+            if not (path / hub.CONFIG).is_file():
+                raise ValueError(f"{path}: {hub.WEIGHTS} without its {hub.CONFIG}")
+            return passed_on
         path = path / LAST if (path / LAST).is_file() or not earlier else earlier[-1]
     return path if path.is_file() else None
+
+
+def find_weights(source):
+    """The checkpoint file at `source`: a file, a folder, or the name of a repository of the hub.
+
+    Raises ValueError if there is none.
+    """
+    if found := find_checkpoint(source):
+        return found
+    if hub.is_name(source):
+        source = hub.fetch(source)
+        if found := find_checkpoint(source):
+            return found
+    if Path(source).is_dir():
+        raise ValueError(f"{source}: no checkpoint in it: expected {LAST} or {hub.WEIGHTS}")
+    raise ValueError(f"{source}: no such file or folder")
 
 
 def earlier_checkpoints(folder):
@@ -314,6 +340,9 @@ def _load_export(path):
         config = json.loads(metadata.get("config", "null"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its configuration cannot be read ({error})") from None
+    config = hub.config_of(path, config)
     content = {"model": weights, "model_ema": weights, "config": config, "args": {}}
     check_checkpoint(content, path)
+    if tokenizer := (config or {}).get("tokenizer_sha256"):
+        content["record"] = {"tokenizer": tokenizer}
     return content

@@ -226,19 +226,23 @@ def add_device_flag(group):
     )
 
 
+def add_precision_flag(group):
+    group.add_argument(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="precision of the networks; auto: bf16 if the GPU supports it, else fp16 (with a "
+        "loss scaler in training), fp32 on a CPU; tf32: float32 with faster products on a GPU; "
+        "fp32: float32 throughout, including the tokenizer's convolutions. The diffusion "
+        "arithmetic and the network at its first step always use float32",
+    )
+
+
 def add_machine_flags(parser, num_workers, precision=True):
     group = parser.add_argument_group("machine")
     add_device_flag(group)
     if precision:
-        group.add_argument(
-            "--precision",
-            choices=("auto", *PRECISIONS),
-            default="auto",
-            help="precision of the networks; auto: bf16 if the GPU supports it, else fp16 (with a "
-            "loss scaler in training), fp32 on a CPU; tf32: float32 with faster products on a GPU; "
-            "fp32: float32 throughout, including the tokenizer's convolutions. The diffusion "
-            "arithmetic and the network at its first step always use float32",
-        )
+        add_precision_flag(group)
     group.add_argument("--seed", type=nonnegative_int, default=1, help="seed of all random draws")
     if num_workers is not None:
         group.add_argument(

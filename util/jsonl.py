@@ -27,11 +27,12 @@ def read(path):
     """
     path = Path(path)
     text = path.read_text("utf-8", errors="replace") if path.is_file() else ""
-    found = (_parse(line) for line in text.split("\n"))
+    found = (parse(line) for line in text.split("\n"))
     return [record for record in found if isinstance(record, dict)]
 
 
-def _parse(line):
+def parse(line):
+    """The content of a line; None if it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

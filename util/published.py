@@ -104,6 +104,18 @@ def mirror(name, place):
     return there.get(place)
 
 
+def usual_place(path, tokenizer):
+    """Where a published tokenizer's file lies once it is fetched; None if it is no published one.
+
+    path: of a file of this name, or None for the usual one of a tokenizer. tokenizer: its name.
+    """
+    for file in FILES.values():
+        same = "vae" in Path(file.path).parts and path and Path(path).name == Path(file.path).name
+        if same or (not path and tokenizer in file.tokenizers):
+            return file.path
+    return None
+
+
 def source_of(path):
     """Advice for a tokenizer's file that does not exist."""
     for name, file in FILES.items():

@@ -1,9 +1,13 @@
 """CUDA graphs: many small kernels in one launch, where the device supports it."""
 
+import os
+
 import torch
 
 from util.dist import print0
+from util.files import first_line
 
+enabled = os.environ.get("MAR_GRAPHS") != "0"  # a switch, for the user and for benchmarks
 MOST = 64  # recordings held: sampling needs one for each number of tokens predicted per step
 
 
@@ -26,7 +30,7 @@ class Graphs:
 
     def usable(self, device):
         """Whether functions are recorded on this device."""
-        return self.possible and device.type == "cuda"
+        return enabled and self.possible and device.type == "cuda"
 
     def __call__(self, key, function, *inputs):
         """function(*inputs), a tensor. key: names the function and all else that it depends on."""
@@ -44,7 +48,8 @@ class Graphs:
                 except RuntimeError as error:
                     self.possible = False
                     print0(
-                        f"NOTE: no CUDA graphs here: sampling is slower at small batches ({error})"
+                        "NOTE: no CUDA graphs here: sampling is slower at small batches "
+                        f"({first_line(error)})"
                     )
                     return function(*inputs)
             graph, held, output, _ = self.recorded[key]

@@ -28,6 +28,11 @@ def shard(*models):
     if dist.world_size() == 1:
         dist.print0("NOTE: --fsdp has no effect: one process holds everything")
         return
+    shard_over_all(*models)
+
+
+def shard_over_all(*models):
+    """`shard` over however many processes there are, be it one."""
     kind = next(models[0].parameters()).device.type
     if kind == "cpu" and not _works_on_cpus():
         raise ValueError(f"--fsdp: torch {torch.__version__} cannot shard on CPUs; expected 2.14")

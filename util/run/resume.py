@@ -10,10 +10,12 @@ from functools import partial
 from itertools import chain
 from pathlib import Path
 
+from util import hub
 from util.checkpoint import (
     LAST,
     OWN_NAME,
     find_checkpoint,
+    find_weights,
     load_checkpoint,
     own_checkpoints,
     steps_done,
@@ -24,7 +26,6 @@ from util.run import lock
 from util.run.record import PLACES, agree, library_version
 from util.weights import digest
 
-WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".safetensors")
 # Flags that may differ between processes: what is in such places is compared instead.
 LOCAL = (*PLACES, "data_path", "cached_path", "vae_path", "init_from", "label_file")
 
@@ -64,10 +65,14 @@ def load_start(path):
 
 
 def _find_and_load(path):
-    found = find_checkpoint(path) if path else None
-    if path and not found:
-        raise ValueError(f"--init_from {path!r}: expected a checkpoint, found none")
-    return (load_checkpoint(found), found) if found else (None, None)
+    if not path:
+        return None, None
+    try:
+        found = find_weights(path)
+    except ValueError as error:
+        said = f"--init_from {path!r}: expected a checkpoint, found none ({error})"
+        raise ValueError(said) from None
+    return load_checkpoint(found), found
 
 
 def _load_alike(flag, load):
@@ -89,7 +94,9 @@ def _load_alike(flag, load):
 
 def _load(resume, needed):
     path = find_checkpoint(resume) if resume else None
-    if not path and (needed or Path(resume).suffix in WEIGHT_FILES):
+    if not path and needed and hub.is_name(resume):
+        path = find_weights(resume)
+    if not path and (needed or Path(resume).suffix in hub.WEIGHT_FILES):
         raise ValueError(f"--resume {resume!r}: expected a checkpoint, found none")
     if not path:
         return None, None

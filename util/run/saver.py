@@ -16,8 +16,11 @@ class Saver:
 
     output: a util.recipe.Output. config, args: as in TrainState.save; `latent_range` of config is
     kept up to date. steps: optimizer steps per epoch, of accum_iter batches each. resumed: the
-    checkpoint that the run resumed, or None. All methods are collective calls.
+    checkpoint that the run resumed, or None. Attribute `after_save`: a function to call after each
+    save. All methods are collective calls.
     """
+
+    after_save = staticmethod(lambda: None)
 
     def __init__(self, state, output, config, args, *, steps, accum_iter, resumed=None):
         self.state, self.folder, self.output = state, Path(output.output_dir), output
@@ -89,6 +92,7 @@ class Saver:
         """Save now; the file before it is kept under the name of its step, with keep > 1."""
         self.state.save(self.last, self.config, self.args, before=self._keep_last)
         self.saved, self.told, self.time = self.step, False, time.monotonic()
+        self.after_save()
 
     def _keep_last(self):
         """Give the last file its own name, and delete those that are not to be kept. On rank 0."""

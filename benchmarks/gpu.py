@@ -1,0 +1,287 @@
+"""What only a GPU can tell, in one call: python -m benchmarks.gpu --out gpu.md
+
+First the checks, functions of `benchmarks.gpu_checks` and `benchmarks.gpu_scripts`, several at
+once, as they only have to be right; then the measurements, one after the other, as they have to be
+undisturbed: `benchmarks.speed`, ours and plain in turns. Each is a process of its own, so that what
+fails or hangs, or breaks the device for its process, costs nothing else. --out is rewritten after
+each. On a CPU all of it runs with tiny sizes.
+"""
+
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from util.files import replacing
+from util.flags import Parser, add_device_flag, positive, positive_int, run
+from util.table import Table
+
+FUNCTIONS = """compiled train_fp16 train_bf16 tests graphs_head graphs_sampling graphs_fall_back
+nccl sampled precision fused_fp16 memory dry_run caches torchrun page_locked features linear
+train_tf32 train_compiled"""  # long and important ones first
+OF_SCRIPTS = "train_bf16 train_fp16 train_tf32 train_compiled torchrun dry_run sampled caches tests"
+
+
+def _place(name):
+    part = "scripts" if name in OF_SCRIPTS.split() else "checks"
+    return f"benchmarks.gpu_{part}:{name}"
+
+
+CHECKS = Table("check", {name: _place(name) for name in FUNCTIONS.split()})
+LEAST = 5.0  # seconds; with fewer, nothing is begun
+ROOT = Path(__file__).parent.parent
+SPEED = "--anyway --tolerance 1e-4 --cfg 2.9 --peak_tflops 989 --peak_tbs 3.35"  # of an H100
+# name -> flags of benchmarks.speed, the most important first
+MEASUREMENTS = {
+    "base-sampling": "--model base --sections head sampling --rounds 3",
+    "base-training": "--model base --sections training step optimizer --train_batch 64",
+    "base-images": "--model base --sections images --rounds 1 --batch_sizes 1 16 64",
+    "large-sampling": "--model large --sections sampling --rounds 3",
+    "large-training": "--model large --sections training step optimizer --train_batch 64",
+    "base-sampling-tf32": "--model base --precision tf32 --sections sampling --rounds 2",
+    "base-training-128": "--model base --sections step --train_batch 128",
+    "base-compiled": "--model base --sections training step --train_batch 64 --compile",
+    "large-images": "--model large --sections images --rounds 1 --batch_sizes 1 16",
+    "base-sampling-fp32": "--model base --precision fp32 --sections sampling --rounds 2 "
+    "--batch_sizes 1 16",
+    "loader": "--model tiny --sections loader",
+    "large-compiled": "--model large --sections training step --train_batch 64 --compile",
+}
+TINY = "--model tiny --num_iter 4 --num_sampling_steps 4 --rounds 1 --timed_steps 1 "
+TINY += "--train_batch 2 --batch_sizes 2"
+FAILED = re.compile(r"^(\w+Error|\w+Exception|error)\b.*|.*: (\w+Error)\b.*")
+
+
+def get_parser():
+    """The parser of all flags."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    names = [*CHECKS, *MEASUREMENTS]
+    parser.add_argument("--out", default="gpu.md", metavar="FILE", help="the result, in Markdown")
+    parser.add_argument(
+        "--log", metavar="FILE", help="all that is printed (default: --out with .log)"
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*names, "checks", "measurements"],
+        help="what to do (default: all)",
+    )
+    parser.add_argument(
+        "--skip", nargs="+", default=[], choices=names, help="what not to do (default: nothing)"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, as on a CPU")
+    parser.add_argument(
+        "--budget",
+        type=positive,
+        default=3600.0,
+        metavar="SECONDS",
+        help="in all; what does not fit is stopped or left out",
+    )
+    parser.add_argument(
+        "--limit", type=positive, default=150.0, metavar="SECONDS", help="of a check"
+    )
+    parser.add_argument(
+        "--jobs", type=positive_int, metavar="N", help="checks at once (default: half the cores)"
+    )
+    parser.add_argument(
+        "--one", choices=CHECKS, metavar="CHECK", help="only this check, here in this process"
+    )
+    add_device_flag(parser)
+    return parser
+
+
+def main(argv=None):
+    """Run the script."""
+    started = time.monotonic()
+    args = get_parser().parse_args(argv)
+    if args.one:
+        check_here(args)
+        return
+    described, gpu = describe(args.device)
+    args.quick = args.quick or not gpu
+    report = Report(args, described, started)
+    with ThreadPoolExecutor(args.jobs or half_the_cores()) as pool:
+        commands = check_commands(args).items()
+        running = [pool.submit(report.attempt, *item) for item in commands]
+        for future in running:
+            future.result()
+    for name, command in measurement_commands(args).items():
+        report.measure(name, command)
+    report.summarize()
+
+
+def check_here(args):
+    """Do one check in this process; what it finds is the last line."""
+    from util.run.device import pick
+
+    print("ok: " + CHECKS[args.one](pick(args.device, 0, 1), args.quick))
+
+
+def half_the_cores():
+    """Checks at once: each also computes on the host."""
+    return max(1, (os.cpu_count() or 1) // 2)
+
+
+def describe(name):
+    """(device, driver, torch and date in a line, whether the device is a GPU)."""
+    import torch
+
+    from util.run.device import pick
+
+    device = pick(name, 0, 1)
+    what, gpu = f"{platform.machine()} CPU", device.type == "cuda"
+    if gpu:
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader"]
+        try:
+            said = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            said = "unknown"
+        free = torch.cuda.mem_get_info(device)
+        what = f"{torch.cuda.get_device_name(device)}, {free[1] / 2**30:.0f} GiB, "
+        what += f"driver and clock now {said.strip()}"
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, Python "
+    versions += platform.python_version()
+    return f"{what}; {versions}; {time.strftime('%Y-%m-%d %H:%M')}", gpu
+
+
+def wanted(args, names, group):
+    """Those of the names that the flags ask for. group: the word for all of them."""
+    some = args.only or [group]
+    chosen = names if group in some or not args.only else [n for n in names if n in some]
+    return [name for name in chosen if name not in args.skip]
+
+
+def check_commands(args):
+    """name -> command of each check."""
+    more = ["--device", args.device, *["--quick"] * args.quick]
+    this = [sys.executable, "-m", "benchmarks.gpu", *more, "--one"]
+    return {name: [*this, name] for name in wanted(args, CHECKS, "checks")}
+
+
+def measurement_commands(args):
+    """name -> command of each measurement."""
+    commands = {}
+    for name in wanted(args, MEASUREMENTS, "measurements"):
+        flags = f"{SPEED} {MEASUREMENTS[name]} {TINY if args.quick else ''}".split()
+        if args.quick and "--compile" in flags:
+            continue
+        commands[name] = [sys.executable, "-m", "benchmarks.speed", "--device", args.device, *flags]
+    return commands
+
+
+class Report:
+    """The log and the Markdown of a call, both complete at any time."""
+
+    def __init__(self, args, described, started):
+        self.args, self.described, self.started = args, described, started
+        self.checks, self.parts, self.left_out = {}, [], []
+        self.log = Path(args.log or Path(args.out).with_suffix(".log"))
+        self.log.write_text(f"{described}\n")
+        print(described, flush=True)
+
+    @property
+    def left(self):
+        """Seconds that are left."""
+        return self.args.budget - (time.monotonic() - self.started)
+
+    def run(self, name, command, limit):
+        """(status or what stopped it, output, seconds) of a command; its output is logged."""
+        start = time.monotonic()
+        limit = min(limit, self.left)
+        if limit < LEAST:
+            return "left out, no time", "", 0.0
+        with tempfile.TemporaryFile("w+") as file:
+            both = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT}
+            process = subprocess.Popen(command, start_new_session=True, **both)
+            try:
+                status = process.wait(limit)
+                status = "ok" if status == 0 else f"exit status {status}"
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # with what it started
+                process.wait()
+                status = f"stopped after {limit:.0f} s"
+            file.seek(0)
+            output = file.read()
+        seconds = time.monotonic() - start
+        with self.log.open("a") as log:
+            log.write(f"\n=== {name}: {status}, {seconds:.1f} s\n{' '.join(command)}\n{output}")
+        return status, output, seconds
+
+    def attempt(self, name, command):
+        """Run a check and print its line."""
+        status, output, seconds = self.run(name, command, self.args.limit)
+        lines = output.strip().splitlines()
+        if status == "ok":
+            said = lines[-1].removeprefix("ok: ")
+        else:
+            said = f"**FAILED** ({status}): {first_complaint(lines)}"
+        self.checks[name] = [name, said.replace("|", "/"), f"{seconds:.0f}"]
+        print(f"{name}: {said} [{seconds:.0f} s, at {self.spent:.0f} s]", flush=True)
+        self.write()
+
+    @property
+    def spent(self):
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def measure(self, name, command):
+        """Run a measurement, whose output is Markdown."""
+        status, output, seconds = self.run(name, command, self.left)
+        lines = output.strip().splitlines()
+        shown = [] if status.startswith("left out") else shown_lines(lines)
+        self.parts.append((name, status, command, shown, seconds))
+        print(f"\n{name}: {status} [{seconds:.0f} s, at {self.spent:.0f} s]", flush=True)
+        if status != "ok":
+            print("\n".join(lines[-12:]), flush=True)
+        for line in shown:
+            if re.match(r"\| (batch|forward|whole|AdamW|a pass|with dropout|\d+ tokens)", line):
+                print(line, flush=True)
+        self.write()
+
+    def write(self):
+        """Write the Markdown with all that there is so far."""
+        with replacing(self.args.out) as path:
+            Path(path).write_text("\n".join(self.lines()) + "\n")
+
+    def lines(self):
+        """The lines of the Markdown."""
+        yield "## On a GPU"
+        yield f"\n```\npython -m benchmarks.gpu {' '.join(sys.argv[1:])}\n```\n"
+        yield f"{self.described}.\n"
+        if self.checks:
+            yield "### Checks\n\n| check | result | s |\n| --- | --- | --- |"
+            yield from (f"| {' | '.join(row)} |" for row in sorted(self.checks.values()))
+        for name, status, command, shown, seconds in self.parts:
+            yield f"\n### {name}\n\n```\npython {' '.join(command[1:])}\n```\n"
+            yield from shown
+            if status != "ok":
+                yield f"\n**{status}**"
+            yield f"\n{seconds:.0f} s."
+
+    def summarize(self):
+        """Print what failed."""
+        failed = [name for name, (_, said, _) in self.checks.items() if "FAILED" in said]
+        failed += [name for name, status, *_ in self.parts if status != "ok"]
+        print(f"\nfailed, stopped or left out: {', '.join(failed) or 'nothing'}")
+        print(f"{self.spent:.0f} s; {self.args.out}, {self.log}")
+
+
+def first_complaint(lines):
+    """The line of an output that says what went wrong."""
+    found = [line for line in lines if FAILED.match(line)]
+    return (found or lines or ["no output"])[-1][:300]
+
+
+def shown_lines(lines):
+    """Lines of `benchmarks.speed` for a page where their headings are of the fourth level."""
+    return [line.replace("## ", "#### ", 1) if line.startswith("## ") else line for line in lines]
+
+
+if __name__ == "__main__":
+    run(main)

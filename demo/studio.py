@@ -1,0 +1,310 @@
+"""What the page of demo/app.py does, as plain functions: settings read, pictures drawn and kept."""
+
+import math
+import re
+import tempfile
+import time
+from argparse import ArgumentTypeError
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import engine_mar as engine
+import models
+from models.settings import Sampling
+from util.checkpoint import find_checkpoint
+from util.data.classes import are_none, find_labels, known_names, spoken
+from util.data.crop import center_crop_arr
+from util.data.pictures import read_picture
+from util.data.settings import plain_reading
+from util.flags import integer
+from util.images import grid, hide_unknown, save_image
+from util.precision import autocast, pick_precision
+from util.provenance import KEY, describe, dumps
+from util.provenance import read as read_provenance
+from util.rng import image_generators
+from util.sizes import sides
+from util.weights import digest
+
+MOST = 64  # pictures at once: a batch of sample.py, which makes the same bits again
+ON_PAGE = 512  # pixels: the least side of what is shown
+PAINTED = 127  # opacity of a brush's stroke above which it counts
+
+
+class Studio:
+    """A model with its tokenizer, at work for the page.
+
+    ckpt: a checkpoint, ours or published. folder: where pictures are kept. Raises ValueError.
+    """
+
+    def __init__(self, ckpt, folder, device="cpu", precision="auto"):
+        self.ckpt, self.folder = str(find_checkpoint(ckpt) or ckpt), folder
+        self.model, self.tokenizer, self.config = models.load(self.ckpt)
+        self.device = torch.device(device)
+        self.precision = pick_precision(precision, self.device)
+        self.model.to(self.device)
+        self.tokenizer.to(self.device)
+        self.sampling = models.sampling_of(self.model, self.config)
+        self.names = known_names(self.config)
+        self.size = sides(self.config["model"]["img_size"])
+
+    def about(self):
+        """One line of Markdown on the model."""
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        parts = [f"{self.config['model']['name']}, {millions:.3g}M parameters"]
+        parts += ["{}×{} pixels".format(*self.size), f"{self.model.seq_len} tokens"]
+        if self.class_choices():
+            parts += [f"{self.model.class_num} classes"]
+        return f"`{self.ckpt}` · {' · '.join(parts)}"
+
+    # ---- settings ------------------------------------------------------------------------------
+
+    def fields(self):
+        """The fields of Sampling that have an effect on this model."""
+        used = [field for field in Sampling.fields() if field.name not in self.model.without_effect]
+        return [field for field in used if len(self.choices(field)) != 1]
+
+    def choices(self, field):
+        """The choices of a field that the model accepts; [] if it is none that one chooses."""
+        offered = field.metadata.get("choices") or ()
+        return [value for value in offered if self._accepts(field.name, value)]
+
+    def _accepts(self, name, value):
+        try:
+            self.model.check(self.sampling.but(**{name: value}))
+        except ValueError:
+            return False
+        return True
+
+    def class_choices(self):
+        """(what is shown, text for `labels`) of what can be drawn; [] if there is one class."""
+        count = self.model.class_num
+        if count == 1 or are_none(self.names or ()):
+            return []
+        texts = self.names or [str(i) for i in range(count)]
+        said = spoken(texts)
+        if len(set(said)) < count:  # two of ImageNet's are cranes
+            said = [f"{name} ({i})" for i, name in enumerate(said)]
+        choices = [("all in turn", "all"), *zip(said, texts, strict=True)]
+        return choices + [("none", "none")] * (self.model.label_drop_prob > 0)
+
+    def few(self):
+        """How many pictures to begin with: one of each class, if these are few."""
+        return self.model.class_num if 1 < self.model.class_num <= 16 else 4
+
+    def labels(self, text, count):
+        """A class index, or None, for each picture: as --labels of sample.py. Raises ValueError."""
+        count = read("pictures", integer(1, MOST), count)
+        chosen = find_labels(text, self.model.class_num, self.names) if text else [0]
+        return [chosen[i % len(chosen)] for i in range(count)]
+
+    def settings(self, values):
+        """The Sampling of field name -> value on the page; an empty one is the checkpoint's.
+
+        Raises ValueError.
+        """
+        given = {
+            field.name: read_field(field, values[field.name])
+            for field in self.fields()
+            if values.get(field.name) not in (None, "")
+        }
+        sampling = models.sampling_of(self.model, self.config, **given)
+        self.model.check(sampling)
+        return sampling
+
+    # ---- pictures ------------------------------------------------------------------------------
+
+    def generate(self, labels, sampling, seed):
+        """Yield images uint8 (N, H, W, 3) with the tokens still unknown (N, h, w), 1 each.
+
+        None are in the last. Decoding takes at most about half of the time. Raises ValueError.
+        """
+        indices = range(len(labels))
+        generators = image_generators(seed, indices)
+        steps = self.model.sample_steps(
+            len(labels),
+            labels=None if labels[0] is None else torch.tensor(labels, device=self.device),
+            generator=generators,
+            **sampling.asdict(),
+        )
+        pace = Pace()
+        for latents, mask in within(lambda: autocast(self.device, self.precision), steps):
+            hidden = mask.view(-1, self.model.seq_h, self.model.seq_w)
+            if hidden.any() and pace.due():
+                yield (
+                    engine.decode(self.tokenizer, latents, image_generators(seed, indices)),
+                    hidden,
+                )
+                pace.done()
+        yield engine.decode(self.tokenizer, latents, generators), hidden
+
+    def inpaint(self, picture, mask, labels, sampling, seed):
+        """Yield images as `generate` does: `picture` uint8 (H, W, 3), drawn anew where the mask
+        (H, W) is above 0, once for each of the labels. Raises ValueError."""
+        from models.editing import inpaint_steps
+
+        count = len(labels)
+        copies = [np.repeat(array[None], count, 0) for array in (picture, mask)]
+        labels = None if labels[0] is None else labels
+        drawn = self.model, self.tokenizer, *copies, labels, sampling
+        generators = image_generators(seed, range(count))
+        yield from inpaint_steps(*drawn, generators, precision=self.precision)
+
+    def keep(self, images, labels, sampling, seed, edited=None):
+        """Write a PNG of each image, which says what it was made by; [(path, caption)].
+
+        edited: as in util.provenance.describe.
+        """
+        made = {**self.identity, "sampling": sampling.asdict(), "seed": seed, "edited": edited}
+        folder, kept = Path(tempfile.mkdtemp(dir=self.folder)), []
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            name = self.name(label)
+            path = folder / f"{re.sub(r'[^0-9A-Za-z]+', '_', name)}-seed{seed}-{index}.png"
+            text = dumps(describe(**made, labels=labels, index=index))
+            save_image(path, image, {KEY: text})
+            kept.append((str(path), name))
+        return kept
+
+    @cached_property
+    def identity(self):
+        """What util.provenance says alike of all pictures."""
+        return {
+            **engine.source_of(self.ckpt, self.config["tokenizer"], self.tokenizer),
+            "weights": "ema",
+            "weights_sha256": digest(self.model.state_dict()),
+            "tokenizer_sha256": digest(self.tokenizer.state_dict()),
+            "precision": self.precision,
+        }
+
+    def name(self, label):
+        """The name of a class, for people."""
+        if label is None or not self.class_choices():
+            return "no class"
+        return spoken([self.names[label]])[0] if self.names else str(label)
+
+    def text_of(self, path):
+        """The text for `labels` of the class of a picture that `keep` wrote."""
+        made = read_provenance(path)
+        label = made["labels"][made["index"]]
+        if label is None:
+            return "none"
+        return self.names[label] if self.names else str(label)
+
+    def open(self, path):
+        """A picture of the user's as the model's data are: uint8 (H, W, 3). Raises ValueError."""
+        reading = plain_reading(self.config.get("data"), {}).but(orientation="exif")
+        picture = read_picture(path, reading, Path(path).name)
+        return np.asarray(center_crop_arr(picture, self.size).convert("RGB"))
+
+
+class Pace:
+    """When to show what is there: so that it takes no longer than what is between."""
+
+    def __init__(self):
+        self.cost, self.since = 0.0, time.monotonic()
+
+    def due(self):
+        """Whether to show something now; `done` is to be called after it."""
+        self.start = time.monotonic()
+        return self.start - self.since >= self.cost
+
+    def done(self):
+        self.since = time.monotonic()
+        self.cost = self.since - self.start
+
+
+def within(context, steps):
+    """The items of a generator, each computed in a context of its own: the page's server calls
+    `next` in any thread, and such contexts are a thread's."""
+    while True:
+        with context():
+            try:
+                item = next(steps)
+            except StopIteration:
+                return
+        yield item
+
+
+# ---- what fields of the page hold ----------------------------------------------------------------
+
+
+def read(name, kind, text):
+    """The value of a field, by an argparse type. Raises ValueError."""
+    try:
+        return kind("" if text is None else str(text))
+    except ArgumentTypeError as error:
+        raise ValueError(f"{name} {error}") from None
+
+
+def read_field(field, value):
+    """The value of a field of Sampling. Raises ValueError."""
+    if field.metadata.get("choices"):
+        return value
+    kind = field.metadata["type"]
+    count = field.metadata.get("nargs")
+    if not count:
+        return read(field.name, kind, value)
+    parts = str(value).split()
+    if len(parts) != count:
+        raise ValueError(f"{field.name} {value}: expected {count} numbers, separated by a space")
+    return tuple(read(field.name, kind, part) for part in parts)
+
+
+def shown_field(value):
+    """A value as a field of the page holds it."""
+    return " ".join(f"{part:g}" for part in value) if isinstance(value, tuple) else value
+
+
+def read_seed(value):
+    """The seed in a field. Raises ValueError."""
+    return read("seed", integer(0, 2**32 - 1), value)
+
+
+# ---- what the page shows -------------------------------------------------------------------------
+
+
+def zoom(picture):
+    """A picture (H, W, C) enlarged by an integer, so that small ones can be seen and painted."""
+    factor = -(-ON_PAGE // min(picture.shape[:2]))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def frame(images, hidden):
+    """Images (N, H, W, 3) side by side, with hidden tokens (N, h, w) in gray; and a few words."""
+    hidden = torch.as_tensor(hidden)
+    columns = columns_of(len(images))
+    shown = grid(hide_unknown(images, hidden), columns, min_side=ON_PAGE // columns)
+    return shown, f"{int((hidden == 0).sum())} of {hidden.numel()} tokens"
+
+
+def columns_of(count):
+    """Columns of a grid nearly square, with no empty places if that is possible."""
+    nearly = math.ceil(count**0.5)
+    return next((n for n in range(nearly, 2 * nearly) if count % n == 0), nearly)
+
+
+def summary(path):
+    """What the picture at `path` was made by, without the settings that are the usual ones."""
+    made = read_provenance(path)
+    parts = [f"picture {made['index'] + 1} of {len(made['labels'])}", f"seed {made['seed']}"]
+    plain = Sampling().asdict()
+    changed = {k: v for k, v in made["sampling"].items() if v != plain.get(k)}
+    parts += [f"{name} {value}" for name, value in changed.items()]
+    return " · ".join(parts)
+
+
+def painted(layers, size):
+    """The mask (H, W), 1 where a brush touched the enlarged picture. Raises ValueError if nowhere.
+
+    layers: arrays (h, w, 4). size: (H, W).
+    """
+    height, width = size
+    mask = np.zeros(size, np.uint8)
+    for layer in layers:
+        rows, columns = np.nonzero(layer[..., 3] > PAINTED)
+        mask[rows * height // layer.shape[0], columns * width // layer.shape[1]] = 1
+    if not mask.any():
+        raise ValueError("nothing is painted: expected a mask, brushed over what is to be replaced")
+    return mask
