@@ -53,7 +53,6 @@ def add_picture_flags(group):
     group.add_argument(
         "--out",
         nargs="+",
-        default=["edited.png"],
         metavar="PATH",
         help=".png: the result, or a grid of all; any other name: a folder of PNGs (default: "
         "edited.png)",
@@ -136,14 +135,15 @@ def main(argv=None):
     jobs = plan(args, len(pictures), labels)
     shown = ", ".join(f"{name} {value}" for name, value in sampling.asdict().items())
     print0(f"{args.ckpt} ({args.weights}): {len(jobs)} results, {shown}, seed {args.seed}")
+    model, tokenizer = model.to(device), tokenizer.to(device)
     how = {"precision": pick_precision(args.precision, device), **settings(args)}
     results = []
     for start in range(0, len(jobs), args.batch_size):
         indices = range(start, min(start + args.batch_size, len(jobs)))
-        rows, shown = zip(*(jobs[i] for i in indices), strict=True)
-        given = pictures[list(rows)], masks[list(rows)], None if shown[0] is None else shown
+        rows, classes = map(list, zip(*(jobs[i] for i in indices), strict=True))
+        given = pictures[rows], masks[rows], None if classes[0] is None else classes
         given = *given, sampling, image_generators(args.seed, indices)
-        results += [*inpaint(model.to(device), tokenizer.to(device), *given, **how)]
+        results += [*inpaint(model, tokenizer, *given, **how)]
     write(args, pictures, masks, jobs, results)
 
 
@@ -164,6 +164,7 @@ def check(args):
         raise ValueError(
             f"--mask: {len(args.mask)} for {len(args.image)} pictures, expected one, or one each"
         )
+    args.out = args.out or ["edited.png"]
     for path in [*args.out, *([args.compare] if args.compare else [])]:
         if Path(path).suffix == ".png":
             check_writable(path, path)

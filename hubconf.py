@@ -93,8 +93,8 @@ def module(name):
 def load(checkpoint, weights="ema", **tokenizer):
     """(model, tokenizer, configuration) from a checkpoint, ours or a published one.
 
-    checkpoint: a file, or a folder that holds one. weights: "ema" or "raw". tokenizer: what
-    replaces the checkpoint's vae_path, scale or shift. The model is in evaluation mode;
+    checkpoint: a file, a folder, or a name on Hugging Face. weights: "ema" or "raw". tokenizer:
+    what replaces the checkpoint's vae_path, scale or shift. The model is in evaluation mode;
     `model.sample_tokens(4, labels=..., **config["sampling"])` gives latents, and
     `tokenizer.decode(latents)` images (N, C, H, W) in about [-1, 1]. Raises ValueError.
     """
@@ -110,7 +110,10 @@ def tokenizer(name="kl16", vae_path=None, scale=None, shift=None, pretrained=Fal
     """
     if pretrained:
         vae_path = _fetch(module("util.published").file_of_tokenizer(name))
-    return module("models").build_tokenizer(name, vae_path, scale, shift, **kwargs)
+    models = module("models")
+    if vae_path is None and models.arguments_of_tokenizer(name, vae_path=vae_path):
+        raise ValueError(f"tokenizer {name}: expected vae_path, or pretrained=True")
+    return models.build_tokenizer(name, vae_path, scale, shift, **kwargs)
 
 
 def _fetch(name):

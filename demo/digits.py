@@ -3,12 +3,12 @@
     python -m demo.digits --ckpt output_dir/digits/checkpoint-last.pth
 
 Writes, beside the checkpoint: samples.png, ten per class; strip.png, images as their tokens become
-known; loss.png; table.md, metrics of samples and of real training images; sweep.csv, sweep.md,
-sweep_temperature.png and sweep_guidance.png, the same metrics at several guidance scales and
-temperatures.
+known; loss.png; table.md, metrics of samples at three guidance scales and of real training images.
 """
 
-import itertools
+import shlex
+import sys
+from functools import partial
 from pathlib import Path
 
 from models.settings import Sampling
@@ -20,7 +20,6 @@ from util.flags import Parser, nonnegative_int, positive_int, run
 CLASSES = 10
 METRICS = ("frechet_distance", "pixel_distance", "accuracy")
 GUIDANCE = (1.0, 1.5, 2.0)
-TEMPERATURE = (0.9, 0.95, 1.0)
 STRIP_STEPS = (0, 1, 2, 4, 8, 12, 16)  # of 16: one token per step
 
 
@@ -35,32 +34,24 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     from util.evaluation.evaluator import open_evaluator
-    from util.evaluation.sweep import write_sweep
 
     model, tokenizer, config = open_checkpoint(args.ckpt)
-    folder = Path(args.ckpt).parent
-    evaluation = Evaluation(reference="digits", metrics=METRICS, stats_dir=folder / "fid_stats")
-    evaluator = open_evaluator(evaluation, img_size=8, num_images=args.num_images)
-    labels = [i * CLASSES // args.num_images for i in range(args.num_images)]
-    sampling = Sampling.of(**config["sampling"])
-    drawn = model, tokenizer, labels
-    generation = {"seed": args.seed, "latent_range": config["latent_range"]}
-    points, records = grid_of_settings(), []
-    for point in points:
-        chosen = sampling.but(**point)
-        images, seconds = sample(*drawn, chosen, **generation)
-        records.append({**point, **measure(evaluator, images, labels)})
-        records[-1]["seconds_per_image"] = seconds / len(images)
-        if chosen.asdict() == sampling.asdict():
-            write_samples(folder / "samples.png", images, labels)
-    files = write_sweep(records, points, folder)
+    folder, sampling = Path(args.ckpt).parent, Sampling.of(**config["sampling"])
+    draw = partial(sample, model, tokenizer, seed=args.seed, latent_range=config["latent_range"])
+    write_samples(folder / "samples.png", draw, sampling)
     write_strip(folder / "strip.png", model, tokenizer, sampling, args.seed)
     write_loss(folder / "loss.png", folder / "log.jsonl")
-    table = describe(records, evaluator)
+    evaluation = Evaluation(reference="digits", metrics=METRICS, stats_dir=folder / "fid_stats")
+    evaluator = open_evaluator(evaluation, img_size=8, num_images=args.num_images)
+    labels = [i % CLASSES for i in range(args.num_images)]  # as sample.py has them
+    found = {}
+    for cfg in GUIDANCE:
+        images = draw(labels, sampling.but(cfg=cfg), f"guidance {cfg:g}")
+        found[cfg] = measure(evaluator, images, labels)
+    table = describe(found, evaluator)
     with replacing(folder / "table.md") as beside:
         beside.write_text(table)
-    names = ["samples.png", "strip.png", "loss.png", "table.md", *(file.name for file in files)]
-    print(f"\n{table}\nin {folder}: {', '.join(names)}")
+    print(f"\n{table}\nin {folder}: samples.png, strip.png, loss.png, table.md\n\n{advise(folder)}")
 
 
 def open_checkpoint(path):
@@ -73,21 +64,13 @@ def open_checkpoint(path):
     return model, tokenizer, config
 
 
-def grid_of_settings():
-    """Fields of Sampling at each point of the sweep."""
-    pairs = itertools.product(GUIDANCE, TEMPERATURE)
-    return [{"cfg": cfg, "temperature": temperature} for cfg, temperature in pairs]
-
-
-def sample(model, tokenizer, labels, sampling, **generation):
-    """(images uint8 (N, 8, 8, 3), seconds taken) for these labels."""
+def sample(model, tokenizer, labels, sampling, progress, **generation):
+    """Images uint8 (N, 8, 8, 3) for these labels. progress: name of the progress bar."""
     import numpy as np
     import torch
 
     import engine_mar as engine
-    from util.logger import Stopwatch
 
-    clock = Stopwatch()
     batches = engine.generate_images(
         model,
         tokenizer,
@@ -95,29 +78,25 @@ def sample(model, tokenizer, labels, sampling, **generation):
         sampling,
         batch_size=250,
         device=torch.device("cpu"),
-        progress=f"guidance {sampling.cfg:g}, temperature {sampling.temperature:g}",
+        progress=progress,
         **generation,
     )
-    images = np.concatenate([images for _, images in clock.timed(batches)])
-    return images, clock.seconds
+    return np.concatenate([images for _, images in batches])
 
 
 def measure(evaluator, images, labels):
-    """Metrics of images, with how many there are, and those of real ones as `real`."""
+    """Metrics of images, with how many there are."""
     measurement = evaluator.start(len(images))
     measurement.add(range(len(images)), images, labels)
-    metrics = evaluator.metrics(measurement.summary())
-    return {**metrics, "images": len(images), "real": evaluator.baseline[0]}
+    return {"images": len(images), **evaluator.metrics(measurement.summary())}
 
 
-def write_samples(path, images, labels):
-    """Write a grid with a row of ten images per class."""
-    import numpy as np
-
+def write_samples(path, draw, sampling):
+    """Write a grid with a row of ten images per class. draw: see `sample`."""
     from util.images import grid, save_image
 
-    rows = [images[np.array(labels) == digit][:CLASSES] for digit in range(CLASSES)]
-    save_image(path, grid(np.concatenate(rows), CLASSES, min_side=48))
+    labels = [digit for digit in range(CLASSES) for _ in range(CLASSES)]
+    save_image(path, grid(draw(labels, sampling, path.name), CLASSES, min_side=48))
 
 
 def write_strip(path, model, tokenizer, sampling, seed):
@@ -176,22 +155,24 @@ def write_loss(path, log):
         figure.savefig(beside, dpi=150, format="png")
 
 
-def describe(records, evaluator):
-    """A Markdown table of samples at several guidance scales, and of real training images."""
+def describe(found, evaluator):
+    """A Markdown table of the metrics of samples, and of real training images.
+
+    found: guidance scale -> the numbers of `measure`.
+    """
     lines = [
         "| images | number | accuracy | Fréchet, features | Fréchet, pixels |",
         "| --- | --- | --- | --- | --- |",
     ]
 
-    def row(name, images, accuracy, frechet_distance, pixel_distance, **more):
+    def row(name, images, accuracy, frechet_distance, pixel_distance):
         distances = f"{frechet_distance:.2f} | {pixel_distance:.2f}"
         lines.append(f"| {name} | {images} | {accuracy:.1%} | {distances} |")
 
     real, count = evaluator.baseline
     row("real, for training", count, **real)
-    for record in records:
-        if record["temperature"] == 1.0:
-            row(f"sampled, guidance {record['cfg']:g}", **record)
+    for cfg, numbers in found.items():
+        row(f"sampled, guidance {cfg:g}", **numbers)
     held_out = evaluator.reference.num_images
     note = (
         "Accuracy is that of a classifier trained on the real training images; for real images it "
@@ -199,6 +180,27 @@ def describe(records, evaluator):
         "classifier's 64 features and in the 64 pixels in [−1, 1].\n"
     )
     return "\n".join([*lines, "", note])
+
+
+def advise(folder):
+    """Lines that say what to look at next, and what to call."""
+    page = folder / "index.html"
+    own = [tool("python"), "main_tokenizer.py", "--preset", "small", "--data_path", "FOLDER"]
+    lines = {
+        "the training's curves and pictures": [tool("tensorboard"), "--logdir", str(folder)],
+        "the same in one file, for a browser": [str(page)] if page.exists() else [],
+        "guidance and temperature compared": ["make", "demo-sweep"],
+        "a page that draws digits": ["make", "app"],
+        'your own pictures, the first of the four commands in "Your own data" of README.md': own,
+    }
+    return "\n".join(f"{what}:\n    {shlex.join(call)}" for what, call in lines.items() if call)
+
+
+def tool(name):
+    """Path of a program that is installed beside this Python, as short as it runs from here."""
+    path = Path(sys.executable).with_name(name)
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 if __name__ == "__main__":

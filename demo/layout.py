@@ -89,7 +89,7 @@ class Layout:
         with gr.Row():
             count = gr.Number(studio.few(), label="Pictures", elem_id="count", **small)
             seed = gr.Number(1, label="Seed", elem_id="seed", **small)
-        fields = {field.name: field for field in studio.fields()}
+        fields = {field.name: field for field in studio.fields}
         boxes = {}
         with gr.Row():
             for field in [fields[name] for name in FIRST if name in fields]:
@@ -106,7 +106,7 @@ class Layout:
         value = shown_field(getattr(self.studio.sampling, field.name))
         how = {"label": label or field.name, "info": info, "elem_id": field.name, "min_width": 150}
         if field.metadata.get("choices"):
-            choices = self.studio.choices(field)
+            choices = self.studio.choices[field.name]
             unset = [(field.metadata["otherwise"].split(":")[0], "")] if value is None else []
             return gr.Dropdown([*unset, *choices], value=value or "", **how)
         if field.type in (int, float):
@@ -187,7 +187,7 @@ class Layout:
 
     def read(self, name, count, seed, *values):
         """(labels, Sampling, seed) of what the settings hold. Raises ValueError."""
-        names = [field.name for field in self.studio.fields()]
+        names = [field.name for field in self.studio.fields]
         sampling = self.studio.settings(dict(zip(names, values, strict=True)))
         return self.studio.labels(name, count), sampling, read_seed(seed)
 

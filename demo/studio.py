@@ -21,7 +21,7 @@ from util.data.pictures import read_picture
 from util.data.settings import plain_reading
 from util.flags import integer
 from util.images import grid, hide_unknown, save_image
-from util.precision import autocast, pick_precision
+from util.precision import autocast_steps, pick_precision
 from util.provenance import KEY, describe, dumps
 from util.provenance import read as read_provenance
 from util.rng import image_generators
@@ -47,47 +47,46 @@ class Studio:
         self.model.to(self.device)
         self.tokenizer.to(self.device)
         self.sampling = models.sampling_of(self.model, self.config)
-        self.names = known_names(self.config)
         self.size = sides(self.config["model"]["img_size"])
+        self.names = known_names(self.config)
+        self.said = names_to_show(self.names, self.model.class_num)
+        self.fields, self.choices = self.choose_from()
 
     def about(self):
         """One line of Markdown on the model."""
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         parts = [f"{self.config['model']['name']}, {millions:.3g}M parameters"]
         parts += ["{}×{} pixels".format(*self.size), f"{self.model.seq_len} tokens"]
-        if self.class_choices():
+        if self.said:
             parts += [f"{self.model.class_num} classes"]
         return f"`{self.ckpt}` · {' · '.join(parts)}"
 
     # ---- settings ------------------------------------------------------------------------------
 
-    def fields(self):
-        """The fields of Sampling that have an effect on this model."""
+    def choose_from(self):
+        """The fields of Sampling that make a difference to this model, and name -> the choices of
+        each that it accepts."""
         used = [field for field in Sampling.fields() if field.name not in self.model.without_effect]
-        return [field for field in used if len(self.choices(field)) != 1]
+        choosing = [field for field in used if "choices" in field.metadata]
+        choices = {
+            field.name: [v for v in field.metadata["choices"] if self._accepts(field, v)]
+            for field in choosing
+        }
+        return [field for field in used if len(choices.get(field.name, ())) != 1], choices
 
-    def choices(self, field):
-        """The choices of a field that the model accepts; [] if it is none that one chooses."""
-        offered = field.metadata.get("choices") or ()
-        return [value for value in offered if self._accepts(field.name, value)]
-
-    def _accepts(self, name, value):
+    def _accepts(self, field, value):
         try:
-            self.model.check(self.sampling.but(**{name: value}))
+            self.model.check(self.sampling.but(**{field.name: value}))
         except ValueError:
             return False
         return True
 
     def class_choices(self):
         """(what is shown, text for `labels`) of what can be drawn; [] if there is one class."""
-        count = self.model.class_num
-        if count == 1 or are_none(self.names or ()):
+        if not self.said:
             return []
-        texts = self.names or [str(i) for i in range(count)]
-        said = spoken(texts)
-        if len(set(said)) < count:  # two of ImageNet's are cranes
-            said = [f"{name} ({i})" for i, name in enumerate(said)]
-        choices = [("all in turn", "all"), *zip(said, texts, strict=True)]
+        texts = self.names or self.said
+        choices = [("all in turn", "all"), *zip(self.said, texts, strict=True)]
         return choices + [("none", "none")] * (self.model.label_drop_prob > 0)
 
     def few(self):
@@ -107,7 +106,7 @@ class Studio:
         """
         given = {
             field.name: read_field(field, values[field.name])
-            for field in self.fields()
+            for field in self.fields
             if values.get(field.name) not in (None, "")
         }
         sampling = models.sampling_of(self.model, self.config, **given)
@@ -130,13 +129,11 @@ class Studio:
             **sampling.asdict(),
         )
         pace = Pace()
-        for latents, mask in within(lambda: autocast(self.device, self.precision), steps):
+        for latents, mask in autocast_steps(steps, self.device, self.precision):
             hidden = mask.view(-1, self.model.seq_h, self.model.seq_w)
             if hidden.any() and pace.due():
-                yield (
-                    engine.decode(self.tokenizer, latents, image_generators(seed, indices)),
-                    hidden,
-                )
+                fresh = image_generators(seed, indices)  # the others are for the result
+                yield engine.decode(self.tokenizer, latents, fresh), hidden
                 pace.done()
         yield engine.decode(self.tokenizer, latents, generators), hidden
 
@@ -180,9 +177,9 @@ class Studio:
 
     def name(self, label):
         """The name of a class, for people."""
-        if label is None or not self.class_choices():
-            return "no class"
-        return spoken([self.names[label]])[0] if self.names else str(label)
+        if not self.said:
+            return "picture"
+        return "no class" if label is None else self.said[label]
 
     def text_of(self, path):
         """The text for `labels` of the class of a picture that `keep` wrote."""
@@ -199,6 +196,19 @@ class Studio:
         return np.asarray(center_crop_arr(picture, self.size).convert("RGB"))
 
 
+def names_to_show(names, count):
+    """A name of each class for people, no two alike; [] if there is one class, or none.
+
+    names: of the classes, or None if these are not known.
+    """
+    if count == 1 or are_none(names or ()):
+        return []
+    said = spoken(names or [str(i) for i in range(count)])
+    if len(set(said)) == count:
+        return said
+    return [f"{name} ({i})" for i, name in enumerate(said)]  # two of ImageNet's are cranes
+
+
 class Pace:
     """When to show what is there: so that it takes no longer than what is between."""
 
@@ -213,18 +223,6 @@ class Pace:
     def done(self):
         self.since = time.monotonic()
         self.cost = self.since - self.start
-
-
-def within(context, steps):
-    """The items of a generator, each computed in a context of its own: the page's server calls
-    `next` in any thread, and such contexts are a thread's."""
-    while True:
-        with context():
-            try:
-                item = next(steps)
-            except StopIteration:
-                return
-        yield item
 
 
 # ---- what fields of the page hold ----------------------------------------------------------------

@@ -25,7 +25,7 @@ from models.order import RandomOrder
 from models.settings import FILL_ORDERS, ORDERS, Editing
 from util.data.pictures import to_range
 from util.images import to_uint8
-from util.precision import autocast
+from util.precision import autocast_steps
 from util.rng import rand
 
 DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
@@ -197,20 +197,10 @@ def _fill(model, latents, hidden, first, precision, labels, sampling, generators
             mask=inside,
             **own.asdict(),
         )
-        for found, still in _with_autocast(steps, latents.device, precision):
+        for found, still in autocast_steps(steps, latents.device, precision):
             latents, hidden = latents.clone(), hidden.clone()
             latents[cells], hidden[tokens] = found, still.view(inside.shape) > 0
             yield latents, hidden
-
-
-def _with_autocast(steps, device, precision):
-    """The steps, each computed with autocast, which does not last between them."""
-    while True:
-        with autocast(device, precision):
-            found = next(steps, None)
-        if found is None:
-            return
-        yield found
 
 
 def _windows(model, size, first, overlap):

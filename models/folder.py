@@ -45,7 +45,7 @@ def write(model, folder, given, tokenizer, with_tokenizer, run, samples, name, a
     }
     check_config(config, state, folder)
     picture = _picture(model, config, tokenizer, samples, run)
-    make_folder(folder, "save_pretrained")
+    make_folder(folder, "folder")
     _write(Path(folder), state, config, tokenizer, picture)
     results = jsonl.read(Path(run, "results.jsonl")) if run else []
     text = _card(model, config, name or Path(folder).resolve().name, picture, results)

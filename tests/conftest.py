@@ -1,6 +1,7 @@
 """What several test files use: tiny data and tiny weights, made on the spot."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
 
 from models.vae import AutoencoderKL
+from util.classifier import fit_classifier
+from util.evaluation import features
 
 TINY_KL16 = {"ch": 32}  # the published layout at a quarter of its width
 
@@ -61,6 +64,14 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_classifier():
+    """The classifier of the digits after one of its 40 epochs: each process fits its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "fit_classifier", partial(fit_classifier, epochs=1))
+        yield
 
 
 @pytest.fixture(scope="session")

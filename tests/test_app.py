@@ -19,7 +19,17 @@ from PIL import Image
 import engine_mar as engine
 import models
 from demo import app
-from demo.studio import Pace, Studio, columns_of, frame, painted, read_seed, summary, zoom
+from demo.studio import (
+    Pace,
+    Studio,
+    columns_of,
+    frame,
+    names_to_show,
+    painted,
+    read_seed,
+    summary,
+    zoom,
+)
 from models.settings import Sampling
 from util import provenance
 
@@ -81,15 +91,15 @@ def test_classes_by_name(studio):
     assert studio.labels("none", 2) == [None, None]
 
 
-def test_a_thousand_classes_have_distinct_names(studio, monkeypatch):
-    """ImageNet's, two of which are called crane; each leads to its own label."""
+def test_a_thousand_classes_have_distinct_names():
+    """ImageNet's, two of which are called crane; classes without names have numbers."""
     from timm.data import ImageNetInfo
 
-    monkeypatch.setattr(studio, "names", ImageNetInfo().label_names())
-    monkeypatch.setattr(studio.model, "class_num", 1000)
-    shown, texts = zip(*studio.class_choices()[1:-1], strict=True)
-    assert len(set(shown)) == 1000 and "crane (134)" in shown
-    assert [studio.labels(text, 1) for text in texts[::500]] == [[0], [500]]
+    names = names_to_show(ImageNetInfo().label_names(), 1000)
+    assert len(set(names)) == 1000 and (names[134], names[517]) == ("crane (134)", "crane (517)")
+    assert names_to_show(["cat", "dog"], 2) == ["cat", "dog"]
+    assert names_to_show(None, 3) == ["0", "1", "2"]
+    assert names_to_show(["all"], 1) == names_to_show(None, 1) == []
 
 
 @pytest.mark.parametrize(
@@ -140,6 +150,13 @@ def test_tokens_appear_and_the_result_is_that_of_sample_py(studio):
     how = {"seed": 5, "batch_size": 64, "device": torch.device("cpu")}
     ((_, images),) = engine.generate_images(*drawn, **how)
     assert np.array_equal(frames[-1][0], images)
+
+
+def test_autocast_does_not_outlast_a_step(studio, monkeypatch):
+    """Of the threads that serve the page, each may ask for the next step; none is left with it."""
+    monkeypatch.setattr(studio, "precision", "bf16")
+    frames = studio.generate([3], studio.settings({"num_iter": 2}), 5)
+    assert [torch.is_autocast_enabled("cpu") for _ in frames] == [False, False]
 
 
 def test_a_png_makes_its_picture_again(studio, tmp_path, monkeypatch):

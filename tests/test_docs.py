@@ -83,7 +83,7 @@ def test_commands_parse(text, module, flags, parse_only, monkeypatch):
 def test_there_are_commands():
     """Of every script, in the README and elsewhere."""
     assert {"README.md"} < {text for text, _, _ in COMMANDS}
-    assert {"main_mar", "main_cache", "main_tokenizer", "sample", "reproduce"} <= {
+    assert {"main_mar", "main_cache", "main_tokenizer", "sample", "edit", "reproduce"} <= {
         module for _, module, _ in COMMANDS
     }
 

@@ -10,6 +10,7 @@ import shlex
 import pytest
 from cli import ROOT
 
+import edit
 import main_cache
 import main_mar
 import main_tokenizer
@@ -32,6 +33,7 @@ PARSERS = {
     "main_tokenizer": main_tokenizer,
     "reproduce": reproduce,
     "sample": sample,
+    "edit": edit,
 }
 
 # The published training command, but for paths and the launcher.

@@ -7,6 +7,7 @@ forked from one that has loaded torch and timm, but nothing of ours or of that p
 import ast
 import importlib.util
 import json
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,16 @@ def imports(tree):
             yield node.module or ""
 
 
+def test_bytecode_on_the_disk(hubconf, tmp_path):
+    """That of the names without a prefix is neither used nor replaced."""
+    source = tmp_path / "late.py"
+    source.write_text("from util import rng")
+    kept = Path(py_compile.compile(str(source)))
+    before = kept.read_bytes()
+    code = hubconf._Loader("prefix.late", str(source)).get_code("prefix.late")
+    assert code.co_names[0] == "prefix.util" and kept.read_bytes() == before
+
+
 def test_published_weights(hubconf, monkeypatch, tmp_path):
     """They are downloaded into the folder of torch.hub, by the names of util.published."""
     asked = []
@@ -207,6 +218,8 @@ def test_published_weights(hubconf, monkeypatch, tmp_path):
     monkeypatch.setattr(hubconf, "module", lambda name: stubbed.get(name) or module(name))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     hubconf.tokenizer("kl", FIXTURES / "kl.ckpt", scale=1.0)
+    with pytest.raises(ValueError, match="tokenizer kl16: expected vae_path, or pretrained=True"):
+        hubconf.tokenizer()
     assert not asked
     model = hubconf.mar_base(pretrained=True, num_sampling_steps="2")
     assert not model.training and model.seq_len == 16

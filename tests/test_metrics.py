@@ -16,9 +16,10 @@ from test_train import torchrun
 from torch_fidelity import calculate_metrics
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
+from util.classifier import fit_classifier
 from util.data.digits import digits
 from util.evaluation import __main__ as door
-from util.evaluation import image_sets, references
+from util.evaluation import features, image_sets, references
 from util.evaluation.accumulator import (
     Accumulator,
     RunningInceptionScore,
@@ -430,10 +431,15 @@ def test_missing_inception_weights(tmp_path):
         Extractor("vgg")
 
 
+def whole_classifier():
+    return fit_classifier(*digits("train").tensors, classes=10)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("reference", ["digits", "folder"])
-def test_two_processes_give_what_one_gives(tmp_path, reference):
+def test_two_processes_give_what_one_gives(tmp_path, reference, monkeypatch):
     """At the door that needs no model, against a data set, and against a folder of images."""
+    monkeypatch.setattr(features, "_digits_classifier", whole_classifier)  # as processes have it
     train, test = (to_uint8(digits(split).tensors[0][:101]) for split in ("train", "test"))
     images = folder(tmp_path / "images", train)
     if reference == "folder":

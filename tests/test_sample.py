@@ -1,15 +1,20 @@
 """Images, sweeps and the demo of a checkpoint. Run: python -m pytest tests/test_sample.py"""
 
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
-from cli import read_lines
+import pytest
+from cli import ROOT, read_lines
 
 import engine_mar
 import sample
 from demo import digits
+from models.settings import Sampling
 from util.checkpoint import LAST
+from util.evaluation.sweep import parse_grid
 
 
 def test_sampling_writes_every_kind_of_output(tmp_path, ckpt):
@@ -91,20 +96,47 @@ def test_a_new_metric_is_measured_at_every_point(ckpt, tmp_path, capsys):
     assert not any("precision" in line for line in lines)
 
 
-def test_the_demo(ckpt, tmp_path):
-    """Samples at several settings by one Evaluator, beside real images; plots of all."""
-    folder = shutil.copytree(ckpt.parent, tmp_path / "run")
+def test_the_demo(ckpt, tmp_path, capsys):
+    """Pictures, and a table of samples at several guidance scales beside real images; then what to
+    look at, of which a page only if there is one."""
+    folder = shutil.copytree(ckpt.parent, tmp_path / "a run")
     digits.main(["--ckpt", str(folder / LAST), "--num_images", "20"])
     lines = (folder / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines if line.startswith("| sampled")] == [
         f"| sampled, guidance {cfg}" for cfg in ("1", "1.5", "2")
     ]
     assert lines[2].startswith("| real, for training | 20 | ")
-    columns = (folder / "sweep.csv").read_text().splitlines()[0]
-    assert columns.startswith("cfg,temperature,frechet_distance,pixel_distance,accuracy,")
-    assert {"samples.png", "strip.png", "loss.png", "sweep_guidance.png"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {"samples.png", "strip.png", "loss.png"} <= {path.name for path in folder.iterdir()}
+    said = capsys.readouterr().out
+    called = next(shlex.split(line) for line in said.splitlines() if "--logdir" in line)
+    assert Path(called[0]).is_file() and called[1:] == ["--logdir", str(folder)]
+    assert "index.html" not in said
+    (folder / "index.html").touch()
+    assert f"    '{folder / 'index.html'}'" in digits.advise(folder).splitlines()
+
+
+def test_the_sweep_of_the_demo_has_its_table(ckpt, monkeypatch):
+    """`make demo-sweep` samples what the table's rows are of: labels, seed, batches, metrics."""
+    rule = next(r for r in (ROOT / "Makefile").read_text().split("\n\n") if "--sweep" in r)
+    words = shlex.split(rule.split("sample.py")[1].replace("\\\n", " "))
+    args = sample.get_parser().parse_args([w.replace("$(DIGITS)", str(ckpt.parent)) for w in words])
+    points = parse_grid(args.sweep, Sampling)
+    assert set(digits.GUIDANCE) == {p["cfg"] for p in points if p["temperature"] == 1}
+    assert (args.reference, args.metrics) == ("digits", [*digits.METRICS])
+    _, _, config = digits.open_checkpoint(ckpt)
+    drawn = {}
+
+    def generate(model, tokenizer, labels, sampling, **how):
+        drawn.update(labels=labels, seed=how["seed"], batch_size=how["batch_size"])
+        raise StopIteration
+
+    monkeypatch.setattr(engine_mar, "generate_images", generate)
+    monkeypatch.setattr(digits, "write_samples", lambda *args: None)
+    monkeypatch.setattr(digits, "write_strip", lambda *args: None)
+    with pytest.raises(StopIteration):
+        digits.main(["--ckpt", str(ckpt)])
+    labels, _ = sample.pick_labels(args, config)
+    assert drawn == {"labels": labels, "seed": args.seed, "batch_size": args.batch_size}
 
 
 def test_a_sweep_of_other_labels_is_another(ckpt, tmp_path, capsys):

@@ -86,6 +86,19 @@ WRONG = {
         "--ckpt c --metrics accuracy": "--metrics accuracy: expected a --reference",
         "--ckpt c --data_path /nope": "--data_path /nope: expected a folder with train/",
     },
+    "edit": {
+        "": "the following arguments are required: --ckpt",
+        "--ckpt c --image a": "--strength: expected how much of the picture to draw anew",
+        "--ckpt c --strength 1": "--image: expected a picture, or --outpaint for new ones",
+        "--ckpt c --image a --strength 2": "--strength: 2: expected a number from 0 to 1",
+        "--ckpt c --image a --fill nope": "--fill: invalid choice: 'nope'",
+        "--ckpt c --image a --box 1,2,3": "1,2,3: expected left, top, width and height",
+        "--ckpt c --image a --outpaint up=8": "up=8: expected SIDE=N, with left, right",
+        "--ckpt c --image a --outpaint left=x": "x: expected an integer, at least 0",
+        "--ckpt c --image a --outpaint left=8 --box 0,0,1,1": "expected no --box beside it",
+        "--ckpt c --image a b --mask c d e": "--mask: 3 for 2 pictures, expected one",
+        "--ckpt c --image a --strength 1 --compare c.jpg": "--compare c.jpg: expected a .png",
+    },
 }
 HELP = {"main_mar": ["--help", "--list_presets"]}
 

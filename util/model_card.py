@@ -35,7 +35,7 @@ latents = model.sample_tokens(
     generator=image_generators(0, range(len(labels))),
     **models.sampling_of(model, config).asdict(),
 )
-save_image("images.png", grid(to_uint8(tokenizer.decode(latents))))"""
+save_image("images.png", grid(to_uint8(tokenizer.decode(latents)), min_side=64))"""
 
 
 def check_about(about):

@@ -29,6 +29,17 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
+def autocast_steps(steps, device, precision):
+    """The items of a generator, each computed with autocast, which does not last between them: it
+    is a thread's own, and any thread may ask for the next."""
+    while True:
+        with autocast(device, precision):
+            found = next(steps, None)
+        if found is None:
+            return
+        yield found
+
+
 def float64_device(device):
     """The device for sums in float64 of what is on `device`: the same, or the CPU for Apple's GPUs,
     which have no float64."""

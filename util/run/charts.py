@@ -11,23 +11,22 @@ MANY = 40  # points, of which the largest few may be above the frame
 ROOM = 0.06  # above and below the curves
 
 
-def chart(title, series, unit="step", line=None):
+def chart(title, series, line=None):
     """An HTML figure of curves.
 
-    title: its caption. series: name -> list of (x, y, note), in the order of x; note is shown
-    beside the value when the pointer is on it. unit: what x is. line: (name, y) of a horizontal
-    line, or None.
+    title: its caption. series: name -> list of (step, y, note), in the order of steps; the note is
+    shown beside the value when the pointer is on it. line: (name, y) of a horizontal line, or None.
     """
     series = {name: thinned(points) for name, points in series.items() if points}
     values = [y for points in series.values() for _, y, _ in points]
     low, high = _range(values, [line[1]] if line else [])
     xs = [x for points in series.values() for x, _, _ in points]
     place = _Frame(min(xs), max(xs), low, high)
-    parts = [place.axes(unit)]
+    parts = [place.axes()]
     if line:
         parts.append(place.line(*line))
     for number, (name, points) in enumerate(series.items()):
-        parts.append(place.curve(number, name if len(series) > 1 else "", points, unit))
+        parts.append(place.curve(number, name if len(series) > 1 else "", points))
     box = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
     key = _key(series, line)
     return (
@@ -90,14 +89,14 @@ class _Frame:
         share = min(1.0, (value - self.low) / (self.high - self.low))
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    def axes(self, unit):
+    def axes(self):
         base, ends = HEIGHT - BOTTOM, f'x1="{LEFT}" x2="{WIDTH - RIGHT}"'
         parts = [f'<line class="axis" {ends} y1="{base}" y2="{base}"/>']
         for value in ticks(self.low, self.high):
             y = self.y(value)
             parts.append(f'<line class="rule" {ends} y1="{y}" y2="{y}"/>')
             parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5}" class="end">{short(value)}</text>')
-        for value in ticks(self.left, self.right):
+        for value in filter(float.is_integer, map(float, ticks(self.left, self.right))):
             place = f'x="{self.x(value)}" y="{base + 16}"'
             parts.append(f'<text {place} class="middle">{short(value)}</text>')
         return "".join(parts)
@@ -107,12 +106,12 @@ class _Frame:
         place = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"'
         return f'<line class="real" {place}>{title}</line>'
 
-    def curve(self, number, name, points, unit):
+    def curve(self, number, name, points):
         places = [(self.x(x), self.y(y)) for x, y, _ in points]
         path = " ".join(f"{x},{y}" for x, y in places)
         name = f"{escape(name)}, " if name else ""
         dots = "".join(
-            f'<circle cx="{place[0]}" cy="{place[1]}" r="4"><title>{name}{unit} {x}{escape(note)}: '
+            f'<circle cx="{place[0]}" cy="{place[1]}" r="4"><title>{name}step {x}{escape(note)}: '
             f"{short(y)}</title></circle>"
             for place, (x, y, note) in zip(places, points, strict=True)
         )

@@ -74,14 +74,14 @@ class Page:
             self.failed = True
 
     def _text(self, state):
-        records = read_log(self.logs / LOG)
+        records, results = read_log(self.logs / LOG), jsonl.read(self.folder / RESULTS)
         name = self.folder.resolve().name
         again = f'<meta http-equiv="refresh" content="{AGAIN}">' if state == "running" else ""
         parts = [
             f"<h1>{escape(name)}</h1><p>{self._progress(records, state)}</p>",
             _section("Samples", sample_grids(self.folder)),
-            _section("Evaluations", evaluations(records, jsonl.read(self.folder / RESULTS))),
-            _section("Training", training(records)),
+            _section("Evaluations, by step", evaluations(records, results)),
+            _section("Training, by step", training(records)),
             _section("Settings", settings(self.flags, self.defaults)),
             _section("Commands", self._commands()),
         ]
