@@ -36,7 +36,7 @@ def add_picture_flags(group):
         nargs="+",
         metavar="FILE",
         help="pictures to edit, each scaled and cropped to the model's size, as in training "
-        "(default with --outpaint: new ones)",
+        "(default: new ones, with --outpaint)",
     )
     group.add_argument(
         "--labels",
@@ -60,7 +60,8 @@ def add_picture_flags(group):
     group.add_argument(
         "--compare",
         metavar="FILE",
-        help="a .png of each picture, its part to fill in, and its results, side by side",
+        help="a .png of each picture, its part to fill in, and its results, side by side (default: "
+        "none)",
     )
     group.add_argument("--batch_size", type=positive_int, default=64, help="results per batch")
 
@@ -72,7 +73,7 @@ def add_part_flags(group):
         nargs="+",
         metavar="FILE",
         help="pictures of the size of --image, white where it is to be filled in: one for all or "
-        "one for each",
+        "one for each (default: none)",
     )
     group.add_argument(
         "--box",
@@ -80,7 +81,8 @@ def add_part_flags(group):
         type=box,
         default=[],
         metavar="X,Y,W,H",
-        help="rectangles to fill in: left, top, width and height in pixels of the picture's file",
+        help="rectangles to fill in: left, top, width and height in pixels of the picture's file "
+        "(default: none)",
     )
     group.add_argument(
         "--outpaint",
@@ -89,7 +91,7 @@ def add_part_flags(group):
         default=[],
         metavar="SIDE=N",
         help="extend pictures by N pixels at the left, right, top or bottom, as in left=64 "
-        "right=64, rounded up to whole tokens",
+        "right=64, rounded up to whole tokens (default: none)",
     )
 
 

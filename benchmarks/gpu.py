@@ -40,21 +40,23 @@ SPEED = "--anyway --tolerance 1e-4 --cfg 2.9 --peak_tflops 989 --peak_tbs 3.35" 
 # name -> flags of benchmarks.speed, the most important first
 MEASUREMENTS = {
     "base-sampling": "--model base --sections head sampling --rounds 3",
-    "base-training": "--model base --sections training step optimizer --train_batch 64",
-    "base-images": "--model base --sections images --rounds 1 --batch_sizes 1 16 64",
-    "large-sampling": "--model large --sections sampling --rounds 3",
-    "large-training": "--model large --sections training step optimizer --train_batch 64",
+    "base-training": "--model base --sections training step optimizer profile --train_batch 64 "
+    "--rounds 16",
+    "base-compiled": "--model base --sections step profile --train_batch 64 --compile --rounds 15",
+    "large-sampling": "--model large --sections sampling --rounds 2",
+    "large-training": "--model large --sections training step --train_batch 64 --rounds 8",
+    "base-images": "--model base --sections images --rounds 1 --batch_sizes 1 16",
     "base-sampling-tf32": "--model base --precision tf32 --sections sampling --rounds 2",
     "base-training-128": "--model base --sections step --train_batch 128",
-    "base-compiled": "--model base --sections training step --train_batch 64 --compile",
     "large-images": "--model large --sections images --rounds 1 --batch_sizes 1 16",
     "base-sampling-fp32": "--model base --precision fp32 --sections sampling --rounds 2 "
     "--batch_sizes 1 16",
     "loader": "--model tiny --sections loader",
-    "large-compiled": "--model large --sections training step --train_batch 64 --compile",
+    "large-compiled": "--model large --sections step profile --train_batch 64 --compile",
 }
 TINY = "--model tiny --num_iter 4 --num_sampling_steps 4 --rounds 1 --timed_steps 1 "
 TINY += "--train_batch 2 --batch_sizes 2"
+WARNED = re.compile(r"\S+:\d+: \w*Warning: |(USDT|ERROR|WARNING|INFO):\d{4}-")  # Python's, Kineto's
 FAILED = re.compile(r"^(\w+Error|\w+Exception|error)\b.*|.*: (\w+Error)\b.*")
 
 
@@ -180,7 +182,7 @@ class Report:
 
     def __init__(self, args, described, started):
         self.args, self.described, self.started = args, described, started
-        self.checks, self.parts, self.left_out = {}, [], []
+        self.checks, self.parts, self.shown = {}, [], set()
         self.log = Path(args.log or Path(args.out).with_suffix(".log"))
         self.log.write_text(f"{described}\n")
         print(described, flush=True)
@@ -234,7 +236,7 @@ class Report:
         """Run a measurement, whose output is Markdown."""
         status, output, seconds = self.run(name, command, self.left)
         lines = output.strip().splitlines()
-        shown = [] if status.startswith("left out") else shown_lines(lines)
+        shown = [] if status.startswith("left out") else self.new_sections(without_warnings(lines))
         self.parts.append((name, status, command, shown, seconds))
         print(f"\n{name}: {status} [{seconds:.0f} s, at {self.spent:.0f} s]", flush=True)
         if status != "ok":
@@ -244,6 +246,16 @@ class Report:
                 print(line, flush=True)
         self.write()
 
+    def new_sections(self, lines):
+        """Lines of `benchmarks.speed` for a page where their headings are of the fourth level.
+
+        Sections, as that of differences, that were the same in a measurement before are left out.
+        """
+        sections = re.split("^(?=## )", "\n".join(lines) + "\n", flags=re.MULTILINE)
+        new = [text for text in sections if text not in self.shown or text[:3] != "## "]
+        self.shown.update(sections)
+        return "".join(f"##{text}" if text.startswith("## ") else text for text in new).splitlines()
+
     def write(self):
         """Write the Markdown with all that there is so far."""
         with replacing(self.args.out) as path:
@@ -252,7 +264,8 @@ class Report:
     def lines(self):
         """The lines of the Markdown."""
         yield "## On a GPU"
-        yield f"\n```\npython -m benchmarks.gpu {' '.join(sys.argv[1:])}\n```\n"
+        flags = " ".join("FILE" if x == self.args.out else x for x in sys.argv[1:])
+        yield f"\n```\npython -m benchmarks.gpu {flags}\n```\n"
         yield f"{self.described}.\n"
         if self.checks:
             yield "### Checks\n\n| check | result | s |\n| --- | --- | --- |"
@@ -278,9 +291,13 @@ def first_complaint(lines):
     return (found or lines or ["no output"])[-1][:300]
 
 
-def shown_lines(lines):
-    """Lines of `benchmarks.speed` for a page where their headings are of the fourth level."""
-    return [line.replace("## ", "#### ", 1) if line.startswith("## ") else line for line in lines]
+def without_warnings(lines):
+    """Lines of an output without warnings; Python's quote a line of code, which is indented."""
+    kept, warned = [], False
+    for line in lines:
+        warned = bool(WARNED.match(line)) or (warned and line.startswith("  "))
+        kept += [] if warned else [line]
+    return kept
 
 
 if __name__ == "__main__":

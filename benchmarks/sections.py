@@ -6,17 +6,26 @@ import statistics
 import tempfile
 from collections import defaultdict, deque
 from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 
-from benchmarks import work
+from benchmarks import profiling, work
 from benchmarks.approximate import measure
-from benchmarks.sides import Updates
+from benchmarks.sides import Updates, draw_seeds
 from benchmarks.steps import pick_steps
-from benchmarks.timing import TITLES, Counter, compare, count_launches, table, timed
+from benchmarks.timing import (
+    TITLES,
+    Counter,
+    compare,
+    count_launches,
+    cudnn_attention,
+    table,
+    timed,
+)
 from models.fast import graphs
 from util.data import convert
 from util.data.cached import open_cache, write_moments
@@ -57,18 +66,8 @@ def operations(sides, side):
 def sampling(sides, args):
     """Time an autoregressive step."""
     print("\n## Sampling: an autoregressive step, ms\n")
-    rows, parts = [], []
-    for bsz in args.batch_sizes:
-        if sides.gpu:
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            with sides.autocast():
-                steps = list(pick_steps(sides, args.timed_steps, bsz))
-                rows.append(compare_steps(sides, steps, bsz, args.rounds))
-                parts.append([f"batch {bsz}", *part_columns(sides, steps, args)])
-        except torch.OutOfMemoryError:
-            rows.append([f"batch {bsz}", *["out of memory"] * 5])
-    table(TITLES, rows)
+    parts = []
+    table(TITLES, (sampling_row(sides, args, bsz, parts) for bsz in args.batch_sizes))
     numbers = ", ".join(str(step.number) for step in pick_steps(sides, args.timed_steps, 1))
     print(
         f"\nThe mean of steps {numbers} of {args.num_iter}; an image takes all of them. "
@@ -82,35 +81,63 @@ def sampling(sides, args):
     print_peak_memory(sides)
 
 
+def sampling_row(sides, args, bsz, parts):
+    """The row of a batch size; that of its parts is appended to `parts`."""
+    if sides.gpu:
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with sides.autocast():
+            steps = list(pick_steps(sides, args.timed_steps, bsz))
+            row = compare_steps(sides, steps, bsz, args.rounds)
+            parts.append([f"batch {bsz}", *part_columns(sides, steps, args)])
+    except torch.OutOfMemoryError:
+        return [f"batch {bsz}", *["out of memory"] * (len(TITLES) - 1)]
+    return row
+
+
 def images(sides, args):
-    """Time ours on whole batches of images: the first call, a later one, and without graphs."""
+    """Time ours on whole batches of images: the first call and later ones, then without graphs."""
     print(f"\n## Sampling whole images, {args.num_iter} steps, ours, s\n")
     if not sides.gpu and args.model != "tiny" and not args.sections:
         print("left out: minutes on a CPU; `--sections images` runs it there too")
         return
-    rows = [[f"batch {bsz}", *time_images(sides, bsz, args.rounds)] for bsz in args.batch_sizes]
-    table(["", "first call", "later", "images/s", "without graphs", "peak GiB"], rows)
+    kinds = {", without cuDNN's attention": False, "": True} if sides.gpu else {"": True}
+    rows = (
+        [f"batch {bsz}{what}", *time_images(sides, bsz, args.rounds, enabled)]
+        for bsz in args.batch_sizes
+        for what, enabled in kinds.items()
+    )
+    table(["", "first call", "later", "images/s", "peak GiB"], rows)
+    bsz = args.batch_sizes[0]
+    with mock.patch.object(graphs, "enabled", False):
+        without = timed(partial(sample_images, sides, bsz), sides.device)[0]
+    print(f"\nbatch {bsz} without CUDA graphs: {without:.4g} s")
 
 
-def time_images(sides, bsz, rounds):
-    """Seconds of a batch of images, images per second, and peak memory, as text."""
+def sample_images(sides, bsz):
+    """Sample a batch."""
     model, sampling = sides.model, sides.sampling.but(max_timestep=RANDOM_START)
     labels = torch.arange(bsz, device=sides.device) % model.class_num
-    model.diffloss.fast = type(model.diffloss.fast)()  # without what was recorded before
+    generators = image_generators(0, range(bsz))
+    with sides.autocast():
+        model.sample_tokens(bsz, labels=labels, generator=generators, **sampling.asdict())
 
-    def sample():
-        generators = image_generators(0, range(bsz))
-        with sides.autocast():
-            model.sample_tokens(bsz, labels=labels, generator=generators, **sampling.asdict())
 
+def time_images(sides, bsz, rounds, enabled):
+    """Seconds of a batch of images, images per second, and peak memory, as text.
+
+    enabled: whether torch may take cuDNN's attention.
+    """
+    head = sides.model.diffloss
+    head.fast = type(head.fast)()  # without what was recorded before
     if sides.gpu:
         torch.cuda.reset_peak_memory_stats()
-    first = timed(sample, sides.device)[0]
-    later = statistics.median(timed(sample, sides.device)[0] for _ in range(rounds))
+    sample = partial(sample_images, sides, bsz)
+    with cudnn_attention(enabled):
+        first = timed(sample, sides.device)[0]
+        later = statistics.median(timed(sample, sides.device)[0] for _ in range(rounds))
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if sides.gpu else "–"
-    with mock.patch.object(graphs, "enabled", False):
-        without = min(timed(sample, sides.device)[0] for _ in range(1 + rounds))
-    return [*(f"{x:.4g}" for x in (first, later, bsz / later, without)), peak]
+    return [*(f"{x:.4g}" for x in (first, later, bsz / later)), peak]
 
 
 def compare_steps(sides, steps, bsz, rounds):
@@ -181,17 +208,56 @@ def print_peak_memory(sides):
 def training(sides, args):
     """Time forward and backward passes of a batch."""
     print(f"\n## Training: forward and backward of {args.train_batch} images, ms\n")
-    model = sides.model
     prepare_training(sides, args)
-    pair = sides.training(args.train_batch)
-    row = compare("with dropout", *pair, args.rounds, sides.device)
+    rows, notes, draws = [], [], count_draws(args)
+    kinds = {"with dropout": True}
+    if sides.gpu and not args.compile:  # the other one last: only what it alone prepares is new
+        kinds = {"with dropout, without cuDNN's attention": False, **kinds}
+    for what, enabled in kinds.items():
+        with cudnn_attention(enabled):
+            notes.append(f"{what}: {warm_up(sides, sides.training(args.train_batch, draws), args)}")
+            pair, before = sides.training(args.train_batch, draws), allocations()
+            rows.append(compare(what, *pair, args.rounds, sides.device))
+            notes[-1] += f", then {allocations() - before}"
     sides.eval()
-    table(TITLES, [row])
-    # the draws of the calls that were timed: the first one, of seed 1, was cold
-    seeds = [torch.Generator().manual_seed(2 + i) for i in range(args.rounds)]
+    table(TITLES, rows)
+    print("\nFirst calls, each with another number of masked tokens (medians; what CUDA allocated)")
+    print("\n".join(["", *(f"- {note}" for note in notes)]))
+    print_rate(sides, args, float(rows[-1][1]) / 1e3)
+
+
+def count_draws(args):
+    """How many training steps differ; with --compile few, as each is compiled."""
+    return min(2 if args.compile else 8, args.rounds)
+
+
+def allocations():
+    """How often memory was asked of CUDA so far."""
+    return torch.cuda.memory_stats().get("num_device_alloc", 0) if torch.cuda.is_available() else 0
+
+
+def warm_up(sides, pair, args):
+    """Each call of a pair for the first time, in turns; what that took, as text.
+
+    A process pays it once for each shape: plans of cuDNN's attention, kernels, memory.
+    """
+    before = allocations()
+    seconds = {"ours": [], "plain": []}
+    for _ in range(count_draws(args)):
+        for name, function in zip(seconds, pair, strict=True):
+            seconds[name].append(timed(function, sides.device)[0])
+    texts = [f"{name} {1e3 * statistics.median(x):.4g} ms" for name, x in seconds.items()]
+    return f"{', '.join(texts)}; {allocations() - before} allocations"
+
+
+def print_rate(sides, args, seconds):
+    """Print what ours computed per second in the calls that were timed."""
+    model, draws = sides.model, draw_seeds(count_draws(args))
+    timed_ones = islice(cycle(draws), 1, 1 + args.rounds)  # the first was cold
+    seeds = [torch.Generator().manual_seed(seed) for seed in timed_ones]
     masked = [math.ceil(model.sample_mask_ratio(seed) * model.seq_len) for seed in seeds]
     flops = args.train_batch * work.training_flops(model, statistics.mean(masked))
-    rate = flops / (float(row[1]) / 1e3) / 1e12
+    rate = flops / seconds / 1e12
     mfu = f", {rate / args.peak_tflops:.0%} of the peak (MFU)" if sides.gpu else ""
     print(f"\nours: {rate:.3g} TFLOP/s by the shapes{mfu}")
 
@@ -204,12 +270,9 @@ def prepare_training(sides, args):
             module.compile(dynamic=dynamic)
 
 
-def step(sides, args):
-    """Time whole optimizer steps: forward, backward, clipping, AdamW, EMA."""
-    print(f"\n## A training step of {args.train_batch} images: all of it, ms\n")
+def whole_steps(sides, args, draws):
+    """Functions (ours, plain) that do a whole step: forward, backward, clipping, AdamW, EMA."""
     updates = Updates(sides)
-    prepare_training(sides, args)
-    pair = sides.training(args.train_batch)
 
     def side(model, passes, update):
         def run():
@@ -219,15 +282,34 @@ def step(sides, args):
 
         return run
 
-    ours = side(sides.model, pair[0], updates.ours)
-    plain = side(sides.plain, pair[1], updates.plain)
+    ours, plain = sides.training(args.train_batch, draws)
+    return side(sides.model, ours, updates.ours), side(sides.plain, plain, updates.plain)
+
+
+def step(sides, args):
+    """Time whole optimizer steps."""
+    print(f"\n## A training step of {args.train_batch} images: all of it, ms\n")
+    prepare_training(sides, args)
+    pair = whole_steps(sides, args, count_draws(args))
     if args.compile:
-        print(f"the first step, with what is compiled for it: {timed(ours, sides.device)[0]:.1f} s")
-    rows = [compare("whole step", ours, plain, args.rounds, sides.device)]
+        print(f"with what is compiled for {count_draws(args)} mask ratios: ", end="")
+    print(f"first calls: {warm_up(sides, pair, args)}\n")
+    rows = [compare("whole step", *pair, args.rounds, sides.device)]
     sides.eval()
     table(TITLES, rows)
     print(f"\n{args.train_batch / float(rows[0][1]) * 1e3:.4g} images/s")
     print_peak_memory(sides)
+
+
+def profile(sides, args):
+    """Follow whole steps of ours."""
+    print(f"\n## Where a training step of {args.train_batch} images goes\n")
+    prepare_training(sides, args)
+    ours, _ = whole_steps(sides, args, min(profiling.STEPS, count_draws(args)))
+    first = [timed(ours, sides.device)[0] for _ in range(profiling.STEPS)]
+    print(f"first calls, s: {', '.join(f'{x:.2f}' for x in first)}")
+    profiling.profile(ours, sides.device)
+    sides.eval()
 
 
 def optimizer(sides, args):

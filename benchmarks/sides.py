@@ -2,7 +2,7 @@
 
 import math
 from contextlib import contextmanager
-from itertools import count, repeat
+from itertools import cycle
 
 import torch
 
@@ -94,8 +94,8 @@ class Sides:
 
         return ours, theirs
 
-    def training(self, bsz, same=False):
-        """The loss of a batch, with its backward pass; each call draws anew.
+    def training(self, bsz, draws=1, same=False):
+        """The loss of a batch, with its backward pass; `draws` calls draw anew, then they repeat.
 
         In corresponding calls both mask the same number of tokens. same: all draws of all calls are
         the same, and the precision is float32.
@@ -112,7 +112,7 @@ class Sides:
             return self.plain(model.patchify(latents), self.plain.class_emb(labels), *draws)
 
         def side(network, forward):
-            seeds = repeat(0) if same else count(1)
+            seeds = cycle([0] if same else draw_seeds(draws))
 
             def run():
                 network.zero_grad(set_to_none=True)
@@ -126,6 +126,11 @@ class Sides:
             return run
 
         return side(model, ours), side(self.plain, theirs)
+
+
+def draw_seeds(draws):
+    """Seeds of the training steps of `Sides.training`."""
+    return range(1, 1 + draws)
 
 
 def randomize(model, device):

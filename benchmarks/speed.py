@@ -20,7 +20,7 @@ SECTIONS = Table(
     {
         name: f"benchmarks.sections:{name}"
         for name in (
-            *("head", "sampling", "images", "training", "step", "optimizer", "loader"),
+            *("head", "sampling", "images", "training", "step", "profile", "optimizer", "loader"),
             "approximate",
         )
     },

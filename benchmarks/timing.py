@@ -2,11 +2,13 @@
 
 import statistics
 import time
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-TITLES = ["", "ours", "min", "plain", "min", "plain / ours"]  # of the rows of `compare`
+# of the rows of `compare`
+TITLES = ["", "ours", "min", "max", "plain", "min", "max", "plain / ours"]
 
 
 def timed(function, device=None):
@@ -24,6 +26,17 @@ def wait(device):
         torch.cuda.synchronize(device)
 
 
+@contextmanager
+def cudnn_attention(enabled):
+    """Whether torch may take cuDNN's attention, which prepares itself for each new shape."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def in_turns(functions, rounds, device=None):
     """Seconds of the calls of some functions, in turns: name -> list of `rounds` numbers.
 
@@ -37,9 +50,10 @@ def in_turns(functions, rounds, device=None):
 
 
 def compare(what, ours, plain, rounds, device, unit=1e3):
-    """A row of text: median and minimum of ours and of plain in ms, and the ratio of medians."""
+    """A row of text: median, minimum, maximum of ours and of plain in ms, the ratio of medians."""
     seconds = in_turns({"ours": ours, "plain": plain}, rounds, device)
-    numbers = [f(values) * unit for values in seconds.values() for f in (statistics.median, min)]
+    of = statistics.median, min, max
+    numbers = [f(values) * unit for values in seconds.values() for f in of]
     ratio = statistics.median(seconds["plain"]) / statistics.median(seconds["ours"])
     return [what, *(f"{x:.4g}" for x in numbers), f"{ratio:.2f}"]
 

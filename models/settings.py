@@ -233,6 +233,7 @@ class Editing(Settings):
         "fraction of the tokens to fill in that are drawn anew, chosen at random; the others keep "
         "what is there",
         type=fraction,
+        otherwise="1, all of them",
     )
     order: str = setting(
         "random",

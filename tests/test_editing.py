@@ -26,6 +26,7 @@ KINDS = {
     "vq_latent": {"name": "vq_latent", "vae_path": FIXTURES / "vq.ckpt"},
     "pca": {"name": "pca", "scale": 1.0, "shift": 0.0},
 }
+SMALLER = {"mar_tiny": {"buffer_size": 4}}  # so that tests are fast
 SAMPLING = Sampling(num_iter=3, cfg=2.0)
 LABELS = [0, 1, 2]
 
@@ -45,7 +46,8 @@ def made(tmp_path_factory):
         shape = {"vae_stride": tokenizer.stride, "patch_size": tokenizer.patch_size}
         shape |= {"vae_embed_dim": tokenizer.channels, "num_codes": tokenizer.num_codes}
         shape = {name: value for name, value in shape.items() if value is not None}
-        model = build_model(backbone, img_size=16, class_num=3, **shape, **fitting, **options)
+        options |= {**shape, **fitting, **SMALLER.get(backbone, {})}
+        model = build_model(backbone, img_size=16, class_num=3, **options)
         return by_rule(model), tokenizer
 
     return make

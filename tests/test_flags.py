@@ -19,7 +19,15 @@ import sample
 from diffusion.solvers import SOLVERS
 from models import presets
 from models.config import default_of
-from models.settings import CFG_SCHEDULES, HEADS, MODELS, ORDERS, TOKEN_SCHEDULES, TOKENIZERS
+from models.settings import (
+    CFG_SCHEDULES,
+    FILL_ORDERS,
+    HEADS,
+    MODELS,
+    ORDERS,
+    TOKEN_SCHEDULES,
+    TOKENIZERS,
+)
 from util.evaluation.metrics import METRICS, SPLITS
 from util.flags import PRECISIONS
 from util.labels import LABELS
@@ -199,6 +207,7 @@ TABLES = {
     "preset": presets.PRESETS,
     "isc_splits": SPLITS,
     "labels": LABELS,
+    "fill": FILL_ORDERS,
     "lr_schedule": SCHEDULES,
     "precision": ("auto", *PRECISIONS),
     "tracker": TRACKERS,
@@ -230,7 +239,7 @@ def test_presets_of_a_tokenizer():
 def test_every_table_has_its_flag():
     """And the tables' rows can all be looked up."""
     assert {parameter.values[0].dest for parameter in CHOICES} == set(TABLES)
-    for table in (MODELS, HEADS, ORDERS, TOKEN_SCHEDULES, CFG_SCHEDULES, TOKENIZERS, SOLVERS):
+    for table in (MODELS, HEADS, ORDERS, FILL_ORDERS, TOKEN_SCHEDULES, CFG_SCHEDULES, TOKENIZERS, SOLVERS):
         assert all(row and not isinstance(row, str) for _, row in table.rows())
 
 

@@ -38,6 +38,22 @@ def test_what_fails_costs_nothing_else(parts, tmp_path, capsys):
     assert "failed, stopped or left out: wrong, hangs, broken" in said
 
 
+def test_only_what_is_new_is_shown(tmp_path, monkeypatch, capsys):
+    """Of two measurements with the same differences, once; no warnings, and FILE for --out."""
+    code = "print('a line\\n## Same\\n| x | 1 |'); import warnings; warnings.warn('odd');"
+    commands = {n: [sys.executable, "-c", f"{code}print('## {n}\\n| y | 2 |')"] for n in "ab"}
+    monkeypatch.setattr(gpu, "check_commands", lambda args: {})
+    monkeypatch.setattr(gpu, "measurement_commands", lambda args: commands)
+    argv = ["--device", "cpu", "--out", str(tmp_path / "gpu.md")]
+    monkeypatch.setattr(sys, "argv", ["gpu", *argv])
+    gpu.main(argv)
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("#### Same") == 1 and text.count("\na line") == 2
+    assert "#### a" in text and "#### b" in text
+    assert "UserWarning: odd" in (tmp_path / "gpu.log").read_text()
+    assert "--out FILE" in text and "UserWarning" not in text
+
+
 def test_no_time_left(parts, tmp_path, capsys):
     """Everything is left out, and the file is there."""
     out = tmp_path / "gpu.md"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import approximate, differences, kv_cache, plain, speed
+from benchmarks import approximate, differences, kv_cache, plain, profiling, speed
 from models.fast import denoiser
 from models.fast.denoiser import Denoiser
 from models.mar import mar_tiny
@@ -17,12 +17,15 @@ from models.settings import Sampling
 ARGUMENTS = "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2"
 
 
-def test_differences_come_first(capsys):
+def test_differences_come_first(capsys, monkeypatch):
     """Then the speed, of each section that was asked for."""
-    speed.main([*ARGUMENTS.split(), "--sections", "head", "sampling", "training", "optimizer"])
+    monkeypatch.setattr(profiling, "STEPS", 1)
+    speed.main(
+        [*ARGUMENTS.split(), "--sections", "head", "sampling", "training", "profile", "optimizer"]
+    )
     out = capsys.readouterr().out
     assert out.index("Largest relative differences") < out.index("plain / ours")
-    for section in ("The head", "Sampling", "Training", "Optimizer"):
+    for section in ("The head", "Sampling", "Training", "Where a training step", "Optimizer"):
         assert section in out
     assert "autoregressive step 6, batch 2" in out
 
@@ -123,3 +126,25 @@ def test_modes_are_compared_with_exact_samples(capsys):
     names = [name for name, *_ in approximate.measure(model, sample, exact, rounds=1)]
     assert "--refresh_every 2" not in names and "exact" in names
     assert "--refresh_every 2: left out, none here" in capsys.readouterr().out
+
+
+def test_where_a_step_goes():
+    """Kernels count as the part that they do, and time in which two overlap counts once."""
+    kernels = {
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT": "matrix products",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
+        "void pytorch_flash::flash_bwd_dq_kernel<cutlass::bfloat16_t>": "attention",
+        "void at::native::(anonymous namespace)::fused_dropout_kernel_vec<float>": "dropout",
+        "void at::native::elementwise_kernel<128, bfloat16_copy_kernel_cuda>": "copies",
+        "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>": "elementwise",
+        "multi_tensor_apply_kernel<FusedAdamMathFunctor<float>>": "optimizer",
+        "void at::native::vectorized_layer_norm_kernel<float>": "norms",
+        "triton_per_fused_native_layer_norm_0": "fused",
+    }
+    for name, part in kernels.items():
+        assert profiling.part_of(name).startswith(part), name
+    spans = [("a", 0.0, 4.0), ("b", 2.0, 6.0), ("c", 8.0, 9.0)]
+    assert profiling.busy_ms(spans) == 7.0
+    assert profiling.outermost([*spans, ("in c", 8.2, 8.5)])[-1][0] == "c"
+    rows = profiling.shares(spans, str.upper)
+    assert [row[0] for row in rows] == ["A", "B", "C"] and rows[0][2] == "44%"
