@@ -239,7 +239,8 @@ def test_presets_of_a_tokenizer():
 def test_every_table_has_its_flag():
     """And the tables' rows can all be looked up."""
     assert {parameter.values[0].dest for parameter in CHOICES} == set(TABLES)
-    for table in (MODELS, HEADS, ORDERS, FILL_ORDERS, TOKEN_SCHEDULES, CFG_SCHEDULES, TOKENIZERS, SOLVERS):
+    orders = ORDERS, FILL_ORDERS, TOKEN_SCHEDULES
+    for table in (MODELS, HEADS, *orders, CFG_SCHEDULES, TOKENIZERS, SOLVERS):
         assert all(row and not isinstance(row, str) for _, row in table.rows())
 
 
