@@ -1,5 +1,6 @@
 """Tensors to images: uint8 arrays, PNGs, grids and .npz files, all written atomically."""
 
+import io
 import math
 import zipfile
 from contextlib import ExitStack
@@ -53,6 +54,19 @@ def grid(images, columns=None, padding=2, min_side=0):
         top, left = i // columns * height + padding, i % columns * width + padding
         canvas[top : top + image.shape[0], left : left + image.shape[1]] = image
     return canvas
+
+
+def animation(frames, seconds=0.25):
+    """Images uint8 (H, W, 3) of one size as the bytes of an animated PNG, which repeats.
+
+    seconds: how long each is shown; the last, four times as long. Browsers and notebooks show it
+    as they do any PNG.
+    """
+    first, *rest = map(Image.fromarray, frames)
+    times = [round(1000 * seconds)] * len(rest) + [round(4000 * seconds)]
+    file = io.BytesIO()
+    first.save(file, "PNG", save_all=True, append_images=rest, duration=times, loop=0)
+    return file.getvalue()
 
 
 def save_image(path, image, text=None):
