@@ -227,7 +227,8 @@ def pick_sampling(args, config, model, points, like=None):
     """The checkpoint's Sampling, or that of --like, overridden by flags; checked at all points of a
     sweep."""
     given = {k: v for k, v in said_flags(Sampling, args).items() if v is not None}
-    sampling = sampling_of(model, config, **{**(like["sampling"] if like else {}), **given})
+    own = {k: v for k, v in (like["sampling"] if like else {}).items() if v is not None}
+    sampling = sampling_of(model, config, **{**own, **given})
     for point in points:
         model.check(sampling.but(**point))
         num_iter = point.get("num_iter", 1)

@@ -36,6 +36,8 @@ def build_tokenizer(name, vae_path=None, scale=None, shift=None, **kwargs):
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     if "vae_path" in kwargs and not arguments_of_tokenizer(name, vae_path=vae_path):
         raise ValueError(f"vae_path {vae_path}: the tokenizer {name} has no weights")
+    if "vae_path" not in kwargs and arguments_of_tokenizer(name, vae_path=None):
+        raise ValueError(f"tokenizer {name}: expected vae_path, the file of its weights")
     tokenizer = build(**kwargs)
     tokenizer.config = {"name": name, **kwargs}
     return tokenizer
@@ -75,6 +77,9 @@ def load(path, weights="ema", **tokenizer):
     """
     model, config = load_model(path, weights)
     own = {name: value for name, value in tokenizer.items() if value is not None}
+    trained = config["tokenizer"]["name"]
+    if own.get("name", trained) != trained:
+        raise ValueError(f"tokenizer {own['name']}: {path} is a model of latents of {trained}")
     tokenizer = build_tokenizer(**{**config["tokenizer"], **own})
     compare_tokenizer(tokenizer, config)
     return model, tokenizer, config

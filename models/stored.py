@@ -10,12 +10,14 @@ from typing import get_args
 from models.settings import MODELS, TOKENIZERS, Model, Sampling
 from util.data.settings import Reading
 from util.files import first_line
+from util.plain import is_count, is_number
 from util.recipe import Recipe
 from util.settings import destination
-from util.stored import expect, is_count, is_number
+from util.stored import expect
 
 PARTS = ("model", "tokenizer", "sampling")
 KINDS = {int: (int,), float: (int, float), tuple: (list, tuple)}  # field -> stored values
+TEXTS = ("precision", "flags", "title", "license", "data")  # what is said; all else are numbers
 DEPTHS = ("diffloss_d", "depth", "encoder_depth", "decoder_depth")
 
 
@@ -49,7 +51,7 @@ def _training(checkpoint, record, model):
     if "optimizer" in checkpoint:
         said["steps"] = steps_done(checkpoint)
     said["flags"] = " ".join(_flags(checkpoint["args"], model))
-    return {name: value for name, value in said.items() if _is_name(value) or is_number(value)}
+    return {name: value for name, value in said.items() if _is_said(name, value)}
 
 
 def _flags(args, model):
@@ -121,9 +123,14 @@ def _check_said(config, path):
         expect(value is None or _is_name(value), path, f"config's {entry}", value, "a text")
     for entry in ("training", "about"):
         values = config.get(entry, {})
-        fits = isinstance(values, dict)
-        fits = fits and all(_is_name(v) or is_number(v) for v in [*values, *values.values()])
+        fits = isinstance(values, dict) and all(map(_is_name, values))
+        fits = fits and all(_is_said(*each) for each in values.items())
         expect(fits, path, f"config's {entry}", values, "texts and numbers by name")
+
+
+def _is_said(name, value):
+    """Whether a value is of the kind that an entry of config's training or about has."""
+    return _is_name(value) if name in TEXTS else is_number(value)
 
 
 def _is_name(value):
@@ -143,6 +150,8 @@ def _check_settings(cls, values, path, part):
             kinds = (str, int)
         expected = " or ".join(each.__name__ for each in types)
         expect(type(value) in kinds, path, entry, value, f"a value of type {expected}")
+        if count := details.get("nargs"):
+            expect(len(value) == count, path, entry, value, f"{count} values")
         if "choices" in details:
             expect(value in details["choices"], path, entry, value, "a known name")
         for each in value if isinstance(value, list | tuple) else [value]:

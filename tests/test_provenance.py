@@ -148,12 +148,17 @@ def test_what_contradicts_it(made, tmp_path, capsys):
     one = made / "all" / "000003.png"
     gone = write(tmp_path / "gone.png", ckpt="nowhere.pth")
     edited = write(tmp_path / "edited.png", edited="inpaint")
+    interval = write(tmp_path / "interval.png", sampling={"cfg_interval": [0.5]})
+    other = {"ckpt": read(one)["ckpt"], "tokenizer": {"name": "kl16"}}
+    other = write(tmp_path / "other.png", **other, sampling={"cfg_interval": None})
     for flags, words in (
         ([], "error: expected --ckpt FILE, or --like FILE.png"),
         (["--like", one, "--labels", "1,2"], "is one image, expected one class, or --num_images"),
         (["--like", one, "--out", "folder"], "expected a name in .png"),
         (["--like", one, "--reference", "digits"], "with --like, expected --num_images"),
         (["--like", gone], "made by nowhere.pth, which is not there: --ckpt takes its new place"),
+        (["--like", interval], "config's sampling cfg_interval is list, expected 2 values"),
+        (["--like", other], "tokenizer kl16: "),
         (["--like", edited], "edited (inpaint): it needs its original, from which edit.py"),
     ):
         assert words in complain(capsys, sample.main, *flags)
@@ -169,7 +174,7 @@ BAD = {
     "labels": [[], [-1], [True], [1, None], [0.5], 3, [0] * (2**16 + 1)],
     "seed": [-1, 1.5, 2**80],
     "precision": ["fp8"],
-    "sampling": [[], {"cfg": {}}, {"": 1}, {"cfg": float("nan")}],
+    "sampling": [[], {"cfg": {}}, {"": 1}, {"cfg": float("nan")}, {"cfg": 10**400}],
     "first": [-1, None],
     "index": [2, -1, "1"],
     "batch_size": [0],

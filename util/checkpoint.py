@@ -31,7 +31,8 @@ from util.dist import (
     world_size,
 )
 from util.files import first_few, replacing
-from util.stored import check_checkpoint, check_optimizer_fits, expect, is_count
+from util.plain import is_count
+from util.stored import check_checkpoint, check_optimizer_fits, expect
 from util.weights import (
     OF_TOKENIZERS,
     load_strictly,

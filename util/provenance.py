@@ -9,18 +9,21 @@ util.images.save_image. Imports neither torch nor models.
 """
 
 import json
-import math
 import re
+from functools import partial
 from pathlib import Path
 
 from util.files import first_line
 from util.flags import PRECISIONS
+from util.plain import is_count, is_number
 
 KEY = "mar"  # keyword of the text chunk
 FORMAT = 1
 MOST_LABELS = 2**16  # images of a batch or a grid
 LONGEST = 2**20  # characters of the whole text
 LONGEST_NAME = 4096  # of a path
+
+_is_index = partial(is_count, high=2**63)
 
 
 def describe(
@@ -112,7 +115,7 @@ def _text_in(path):
 def _check(made, path):
     """Raises ValueError unless all entries are there and of their types and ranges."""
     found = made.get("format")
-    if _is_count(found, FORMAT + 1):
+    if _is_index(found, FORMAT + 1):
         raise ValueError(
             f"{path}: made by a newer version of this library (format {found}, expected {FORMAT})"
         )
@@ -130,14 +133,6 @@ def _check(made, path):
         )
 
 
-def _is_count(value, low=0, high=2**63):
-    return type(value) is int and low <= value <= high
-
-
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _is_name(value):
     """Whether a value is text that can be shown in one line, a path perhaps."""
     return isinstance(value, str) and 0 < len(value) <= LONGEST_NAME and value.isprintable()
@@ -151,7 +146,7 @@ def _are_labels(value):
     """Whether a value is a list of class indices, or of None alone."""
     if not isinstance(value, list) or not 0 < len(value) <= MOST_LABELS:
         return False
-    return all(each is None for each in value) or all(_is_count(each, high=2**31) for each in value)
+    return all(each is None for each in value) or all(is_count(each, high=2**31) for each in value)
 
 
 def _are_settings(value):
@@ -162,11 +157,11 @@ def _are_settings(value):
 
 
 def _is_plain(value):
-    return value is None or isinstance(value, bool) or _is_name(value) or _is_number(value)
+    return value is None or isinstance(value, bool) or _is_name(value) or is_number(value)
 
 
 def _are_numbers(value):
-    return isinstance(value, list) and len(value) <= LONGEST_NAME and all(map(_is_number, value))
+    return isinstance(value, list) and len(value) <= LONGEST_NAME and all(map(is_number, value))
 
 
 def _or_none(fits):
@@ -179,19 +174,19 @@ def _is_tokenizer(value):
 
 # name -> (function: does a value fit?, what is expected in words)
 _ENTRIES = {
-    "format": (lambda value: _is_count(value, 1, FORMAT), f"{FORMAT}"),
+    "format": (lambda value: is_count(value, 1, FORMAT), f"{FORMAT}"),
     "ckpt": (_is_name, "a path"),
     "weights": (lambda value: value in ("ema", "raw"), "ema or raw"),
     "weights_sha256": (_is_digest, "a sha256"),
     "tokenizer": (_is_tokenizer, "settings with a name"),
     "tokenizer_sha256": (_is_digest, "a sha256"),
     "labels": (_are_labels, "class indices"),
-    "seed": (_is_count, "an integer, at least 0"),
+    "seed": (_is_index, "an integer, at least 0"),
     "precision": (lambda value: value in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
     "sampling": (_are_settings, "settings by name"),
-    "first": (_is_count, "an integer, at least 0"),
-    "index": (_or_none(_is_count), "an integer, at least 0"),
-    "batch_size": (_or_none(lambda value: _is_count(value, 1, MOST_LABELS)), "at least 1"),
-    "columns": (_or_none(lambda value: _is_count(value, 1, MOST_LABELS)), "at least 1"),
+    "first": (_is_index, "an integer, at least 0"),
+    "index": (_or_none(_is_index), "an integer, at least 0"),
+    "batch_size": (_or_none(lambda value: is_count(value, 1, MOST_LABELS)), "at least 1"),
+    "columns": (_or_none(lambda value: is_count(value, 1, MOST_LABELS)), "at least 1"),
     "edited": (_or_none(_is_name), "a few words"),
 }

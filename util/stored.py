@@ -4,9 +4,9 @@ A file may be damaged, of another program, or made up. Each check raises ValueEr
 and the entry.
 """
 
-import math
-
 import torch
+
+from util.plain import is_count, is_number
 
 KINDS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
 KINDS |= {torch.int8, torch.int16, torch.int32, torch.int64}
@@ -44,16 +44,6 @@ def _check_tensor(value, path):
             f"{path}: a tensor of shape {tuple(value.shape)}, of which only "
             f"{value.untyped_storage().nbytes()} bytes are in the file"
         )
-
-
-def is_count(value, low=0, high=2**53):
-    """Whether a value is an integer in this range."""
-    return type(value) is int and low <= value <= high
-
-
-def is_number(value):
-    """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_checkpoint(content, path):
