@@ -115,17 +115,22 @@ def test_training_goes_on_without_it(folder, capsys, monkeypatch):
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("NOTE: ") and f"{FILE}: not written (" in line
     (folder / FILE).rmdir()
-    (folder / "log.jsonl").write_text('[]\n{"step": "x"}\n{"step": 1, "loss": [1]}\n{"ste')
+    lines = ["[]", '{"step": "x"}', '{"step": 1, "loss": [1]}', f'{{"step": 1{"0" * 400}}}']
+    (folder / "log.jsonl").write_text("\n".join([*lines, '{"ste']))
     page.write()
     assert "nothing logged yet" in (folder / FILE).read_text("utf-8")
 
 
 def test_the_end_is_told(folder, ckpt):
-    """Stopped, done, and that of a whole run of main_mar.py."""
+    """Stopped, failed, done, and that of a whole run of main_mar.py."""
     page = page_of(folder)
     with pytest.raises(Stopped), page.following():
         raise Stopped("SIGTERM")
     assert ">stopped</b>" in (folder / FILE).read_text("utf-8")
+    with pytest.raises(FloatingPointError), page.following():
+        raise FloatingPointError
+    text = (folder / FILE).read_text("utf-8")
+    assert ">failed</b>" in text and "http-equiv" not in text
     with page.following():
         pass
     assert ">done</b>" in (folder / FILE).read_text("utf-8")

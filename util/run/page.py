@@ -4,7 +4,6 @@ It shows what is in the files of the run, so that a resumed one has its whole hi
 neither a network nor a library.
 """
 
-import math
 import re
 import shlex
 import sys
@@ -17,6 +16,7 @@ from urllib.parse import quote
 from util import jsonl
 from util.dist import is_main, local_world_size, print0, world_size
 from util.files import first_line, replacing
+from util.plain import is_number
 from util.run.charts import chart
 from util.run.stop import Stopped
 
@@ -52,16 +52,22 @@ class Page:
 
     @contextmanager
     def following(self):
-        """Write the page when the run is done in this block, and when it is stopped there."""
+        """Write the page when the run in this block is done, is stopped, or fails."""
+        state = "failed"
         try:
             yield
+            state = "done"
         except Stopped:
-            self.write("stopped")
+            state = "stopped"
             raise
-        self.write("done")
+        finally:
+            self.write(state)
 
     def write(self, state="running"):
-        """Write the page on rank 0. state: running, stopped or done. What fails is said once."""
+        """Write the page on rank 0. state: running, stopped, failed or done.
+
+        What prevents it is said once.
+        """
         if not is_main():
             return
         try:
@@ -136,23 +142,19 @@ def read_log(path):
     last = (len(lines) - 1) % step
     kept = [line for i, line in enumerate(lines) if i % step == last or '"eval_' in line]
     records = map(jsonl.parse, kept)
-    return [each for each in records if isinstance(each, dict) and _is_number(each.get("step"))]
-
-
-def _is_number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return [each for each in records if isinstance(each, dict) and is_number(each.get("step"))]
 
 
 def points(records, name):
     """(step, value, where) of each record that has a number of this name."""
     return [
-        (each["step"], each[name], _where(each)) for each in records if _is_number(each.get(name))
+        (each["step"], each[name], _where(each)) for each in records if is_number(each.get(name))
     ]
 
 
 def _where(record):
     epoch = record.get("epoch")
-    return f" (epoch {epoch:.4g})" if _is_number(epoch) else ""
+    return f" (epoch {epoch:.4g})" if is_number(epoch) else ""
 
 
 def training(records):
@@ -175,7 +177,7 @@ def evaluations(records, results):
         real |= each["real"] if isinstance(each.get("real"), dict) else {}
     charts = []
     for metric, curves in series.items():
-        line = ("real images", real[metric]) if _is_number(real.get(metric)) else None
+        line = ("real images", real[metric]) if is_number(real.get(metric)) else None
         if any(curves.values()):
             charts.append(chart(metric.replace("_", " "), curves, line=line))
     return _row(charts)
@@ -247,7 +249,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto
   background: var(--back); color: var(--text); }
 h1 { margin: 0; } h1 + p { margin: 0; color: var(--soft); }
 h2 { font-size: 1.15em; margin: 1.8em 0 .6em; }
-b.running { color: var(--c0); } b.stopped { color: var(--c1); } b.done { color: var(--c2); }
+b.running { color: var(--c0); } b.done { color: var(--c2); }
+b.stopped, b.failed { color: var(--c1); }
 .row { display: flex; flex-wrap: wrap; gap: 1em; align-items: end; }
 .row + .row { margin-top: 1em; }
 figure { margin: 0; } .charts figure { width: 378px; }
