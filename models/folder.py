@@ -4,6 +4,7 @@ util/hub.py has the names of its files, and reads it.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -24,18 +25,21 @@ from util.rng import image_generators
 from util.sizes import sides
 from util.weights import digest, unwrapped, write_safetensors
 
+GRID = re.compile(r"epoch(\d+)_ema\.png")  # of main_mar.py
 COLUMNS = 10  # classes of a grid that is drawn, two images of each
 
 
 def write(model, folder, given, tokenizer, with_tokenizer, run, samples, name, about):
     """See models.pretrained.Pretrained.save_pretrained; given: its `config`, a dict."""
     hub.check_folder(folder)
-    model_card.check_about(about)
     config = _whole(model, given, tokenizer)
+    config["about"] = config.get("about", {}) | {k: v for k, v in about.items() if v is not None}
+    model_card.check_about(config["about"])
+    if run and not Path(run).is_dir():
+        raise ValueError(f"run {run}: no such folder")
     state = unwrapped(model.state_dict())
     _check_finite(state)
     reference, tokenizer = _reference(config, tokenizer, with_tokenizer, samples is True)
-    config["about"] = {**config.get("about", {}), **{k: v for k, v in about.items() if v}}
     config = {
         "library": hub.LIBRARY,
         "format": hub.FORMAT,
@@ -59,9 +63,9 @@ def _whole(model, given, tokenizer):
     """A model's configuration as plain data, its own with what is given. Raises ValueError."""
     config = {**(model.config or {}), **given}
     if tokenizer is not None:
-        config["tokenizer"] = tokenizer.config
+        config["tokenizer"] = getattr(tokenizer, "config", None)
     for part in ("model", "tokenizer"):
-        if not (config.get(part) or {}).get("name"):
+        if not isinstance(config.get(part), dict) or not config[part].get("name"):
             raise ValueError(
                 f"save_pretrained: the {part} of this {type(model).__name__} is not known, "
                 f"expected config={{{part!r}: {{'name': …, and its arguments}}}}"
@@ -149,7 +153,7 @@ def _picture(model, config, tokenizer, samples, run):
     if samples is True:
         return _draw(model, tokenizer, config)
     if samples is None:
-        samples = _newest_grid(run) if run else None
+        samples = _newest_grid(run, config) if run else None
     if samples is None:
         return None
     try:
@@ -159,11 +163,16 @@ def _picture(model, config, tokenizer, samples, run):
         raise ValueError(f"samples {samples}: no picture ({first_line(error)})") from None
 
 
-def _newest_grid(run):
-    """The last grid of samples of the averaged weights in the folder of a run; None without any."""
-    grids = sorted(Path(run, "samples").glob("*_ema.png"), key=lambda path: (len(path.name), path))
-    found = [*grids, *Path(run).glob(hub.SAMPLES)]
-    return (grids or found or [None])[-1]
+def _newest_grid(run, config):
+    """The last grid of samples in the folder of a run that is not of later averaged weights than
+    these, or the picture in a folder that these weights were passed on in; None without any."""
+    done = config.get("training", {}).get("epochs", math.inf)
+    named = ((GRID.fullmatch(path.name), path) for path in Path(run, "samples").glob("*.png"))
+    grids = {int(found[1]): path for found, path in named if found and int(found[1]) <= done}
+    if grids:
+        return grids[max(grids)]
+    own = hub.digest_in(run) == config["weights_sha256"] and Path(run, hub.SAMPLES).is_file()
+    return Path(run, hub.SAMPLES) if own else None
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -24,6 +25,7 @@ from models.tokenizer import PixelTokenizer
 from models.vae import AutoencoderKL
 from util import hub, jsonl
 from util.images import save_image
+from util.published import FILES
 from util.rng import image_generators
 from util.run.resume import load_start
 from util.weights import digest
@@ -179,6 +181,7 @@ def test_another_backbone_is_refused(folder, tmp_path):
 
 def test_a_published_tokenizer_is_named(tmp_path, vae_path, capsys, monkeypatch):
     """Not copied: it is found at its usual place or by vae_path, and another one is told of."""
+    monkeypatch.setitem(FILES, "kl16", replace(FILES["kl16"], size=vae_path.stat().st_size))
     trained = digest(models.build_tokenizer("kl16", vae_path=vae_path).state_dict())
     kl_checkpoint(tmp_path / "last.pth", vae_path, {"record": {"tokenizer": trained}})
     out = tmp_path / "out"
@@ -205,10 +208,11 @@ def test_a_published_tokenizer_is_named(tmp_path, vae_path, capsys, monkeypatch)
 
 
 def test_an_own_tokenizer_is_copied(tmp_path):
-    """As main_tokenizer.py writes it, so that it can be used for other models, too."""
+    """As main_tokenizer.py writes it, so that it can be used for other models, too; also one with
+    the name of a published one, and another size."""
     from models.found import of_file
 
-    path = own_file(tmp_path / "vae.ckpt")
+    path = own_file(tmp_path / "kl16.ckpt")
     model = kl_checkpoint(tmp_path / "last.pth", path)
     export.main([str(tmp_path / "last.pth"), str(tmp_path / "out")])
     before = models.build_tokenizer("kl16", vae_path=path)
@@ -229,14 +233,16 @@ def test_an_own_tokenizer_is_copied(tmp_path):
 
 
 def test_the_card_says_what_is_known(tmp_path):
-    """Data, recipe, metrics of these weights alone, the newest grid; no path of this machine."""
+    """Data, recipe, metrics of these weights alone, the newest grid that is not of
+    later ones; no path of this machine."""
     path = own_file(tmp_path / "vae.ckpt")
     model = kl_checkpoint(tmp_path / "last.pth", path)
     line = {"frechet_distance": 2.5, "images": 9, "weights": "ema", "cfg": 1.0}
     line |= {"weights_sha256": digest(model.state_dict()), "reference": str(tmp_path / "r.npz")}
     for more in ({}, {"cfg": 3.0, "frechet_distance": 7.25}, {"weights_sha256": "another's"}):
         jsonl.append(tmp_path / "results.jsonl", {**line, **more, "real": {"images": 5}})
-    for name, grey in (("epoch9_ema", 9), ("epoch10_ema", 10), ("epoch11_raw", 11)):
+    grids = {"epoch8_ema": 8, "epoch7_ema": 7, "epoch8_raw": 1, "epoch12_ema": 12}
+    for name, grey in grids.items():
         save_image(tmp_path / "samples" / f"{name}.png", np.full((8, 8, 3), grey, np.uint8))
     out = tmp_path / "out"
     export.main([str(tmp_path / "last.pth"), str(out), "--name", "me/cats", "--data", "Our cats."])
@@ -255,7 +261,7 @@ def test_the_card_says_what_is_known(tmp_path):
     assert "![samples](samples.png)" in card and "license:" not in card
     import matplotlib.image
 
-    assert (matplotlib.image.imread(out / hub.SAMPLES)[..., 0] * 255 == 10).all()
+    assert (matplotlib.image.imread(out / hub.SAMPLES)[..., 0] * 255 == 8).all()
     for file in out.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file
 
@@ -380,7 +386,11 @@ def test_damage_is_told_in_a_line(folder, tmp_path, capsys):
         "config.json: of other weights": {hub.CONFIG: config | {"weights_sha256": "0"}},
         "does not fit its sha256: it is damaged": {hub.WEIGHTS: bytes(flipped)},
         "config's model class_num": {hub.CONFIG: config | {"model": ARGUMENTS | {"class_num": ""}}},
-        "config's training is str": {hub.CONFIG: config | {"training": "x"}},
+        "config's training is 'x'": {hub.CONFIG: config | {"training": "x"}},
+        "config's training is dict": {hub.CONFIG: config | {"training": {"epochs": "x"}}},
+        "config's about is dict": {hub.CONFIG: config | {"about": {"license": 1}}},
+        "config's latent_range is 1": {hub.CONFIG: config | {"latent_range": 10**400}},
+        "tokenizer kl16: expected vae_path": {hub.CONFIG: config | {"tokenizer": {"name": "kl16"}}},
     }
     for message, files in wrong.items():
         for name, content in {**whole, **files}.items():
@@ -389,7 +399,7 @@ def test_damage_is_told_in_a_line(folder, tmp_path, capsys):
             if content is not None:
                 (folder / name).write_bytes(content)
         said = complain(capsys, sample.main, "--ckpt", folder, "--device", "cpu")
-        assert message in said or "'x'" in said, (message, said)
+        assert message in said, (message, said)
 
 
 def test_nothing_of_others_is_overwritten(model, tmp_path, capsys):
@@ -408,6 +418,18 @@ def test_nothing_of_others_is_overwritten(model, tmp_path, capsys):
     assert (tmp_path / hub.CARD).read_text() == "my project" and not (tmp_path / "new").exists()
     said = complain(capsys, export.main, PUBLISHED, tmp_path / "x.pth")
     assert "x.pth: expected a folder, or a name ending in .safetensors" in said
+
+
+def test_a_strangers_card_is_checked_again(folder, tmp_path):
+    """What their config.json says of licence and title, before it is passed on."""
+    config = json.loads((folder / hub.CONFIG).read_text())
+    for about, message in {
+        ("license", "mit\nx: y"): r"license 'mit\\nx: y': expected an identifier",
+        ("title", "a\n<img>"): r"title 'a\\n<img>': expected one line",
+    }.items():
+        (folder / hub.CONFIG).write_text(json.dumps(config | {"about": dict([about])}))
+        with pytest.raises(ValueError, match=message):
+            MAR.from_pretrained(folder).save_pretrained(tmp_path / "x")
 
 
 def test_values_that_are_not_finite_are_not_passed_on(tmp_path):

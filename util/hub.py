@@ -50,6 +50,14 @@ def read_config(source):
     return config
 
 
+def digest_in(folder):
+    """The sha256 of the weights that a folder was passed on with; None if it is no such folder."""
+    try:
+        return read_config(Path(folder, CONFIG)).get("weights_sha256")
+    except ValueError:
+        return None
+
+
 def config_of(path, held):
     """The configuration of the weights at `path`, a .safetensors file; the file of a tokenizer that
     lies beside them has then its whole path.

@@ -3,7 +3,9 @@
 It is made of the configuration in config.json, facts of the model and lines of results.jsonl.
 """
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 from util.data.classes import are_imagenet, are_none, spoken
@@ -27,7 +29,7 @@ import models
 from util.images import grid, save_image, to_uint8
 from util.rng import image_generators
 
-model, tokenizer, config = models.load("{name}")
+model, tokenizer, config = models.load({name})
 labels = torch.tensor({labels})
 latents = model.sample_tokens(
     len(labels),
@@ -45,6 +47,8 @@ def check_about(about):
             raise ValueError(f"{name}: no text of a card, expected some of {', '.join(ABOUT)}")
         if text is not None and not (isinstance(text, str) and text.strip()):
             raise ValueError(f"{name} {text!r}: expected a text")
+    if not (about.get("title") or "").isprintable():
+        raise ValueError(f"title {about['title']!r}: expected one line")
     license = about.get("license")
     if license and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", license):
         raise ValueError(
@@ -61,6 +65,7 @@ def card(name, config, *, facts, table=None, picture=None, tokenizer=""):
     """
     about, data = config.get("about", {}), config.get("data") or {}
     model = config["model"]
+    labels = [*range(min(4, model.get("class_num", 4)))]
     parts = [
         _front_matter(about, model, data),
         f"# {about.get('title') or name}",
@@ -70,9 +75,9 @@ def card(name, config, *, facts, table=None, picture=None, tokenizer=""):
         _rows(("", ""), facts.items()),
         "## Use",
         f"With {LIBRARY} installed" + (f". {tokenizer}:" if tokenizer else ":"),
-        _code(USE.format(name=name, labels=[*range(min(4, model.get("class_num", 4)))]), "python"),
+        _code(USE.format(name=json.dumps(name), labels=labels), "python"),
         "or from a command line:",
-        _code(f"python -m sample --ckpt {name} --per_class 2 --out samples.png"),
+        _code(f"python -m sample --ckpt {shlex.quote(name)} --per_class 2 --out samples.png"),
         "## Data",
         *_data(about, data, model),
         "## Training",
@@ -124,7 +129,7 @@ def _data(about, data, model):
     if are_none(names):
         yield "Images without classes."
     elif names:
-        shown = first_few(spoken(names), MOST_NAMED)
+        shown = first_few([" ".join(name.split()) for name in spoken(names)], MOST_NAMED)
         yield f"{len(names)} classes: {shown}."
     else:
         yield f"{model.get('class_num')} classes, whose names the checkpoint does not have."

@@ -104,14 +104,21 @@ def mirror(name, place):
     return there.get(place)
 
 
+def _is_of(file, path):
+    """Whether a path, or None, is that of a published tokenizer: by its name, and its size if it is
+    there."""
+    if not path or "vae" not in Path(file.path).parts or Path(path).name != Path(file.path).name:
+        return False
+    return not file.size or not Path(path).is_file() or Path(path).stat().st_size == file.size
+
+
 def usual_place(path, tokenizer):
     """Where a published tokenizer's file lies once it is fetched; None if it is no published one.
 
     path: of a file of this name, or None for the usual one of a tokenizer. tokenizer: its name.
     """
     for file in FILES.values():
-        same = "vae" in Path(file.path).parts and path and Path(path).name == Path(file.path).name
-        if same or (not path and tokenizer in file.tokenizers):
+        if _is_of(file, path) or (not path and tokenizer in file.tokenizers):
             return file.path
     return None
 
@@ -119,7 +126,7 @@ def usual_place(path, tokenizer):
 def source_of(path):
     """Advice for a tokenizer's file that does not exist."""
     for name, file in FILES.items():
-        if "vae" in Path(file.path).parts and Path(path).name == Path(file.path).name:
+        if _is_of(file, path):
             return f"To fetch it: python -m util.download {name}"
     return "Published ones: python -m util.download --help; main_tokenizer.py trains small ones"
 
