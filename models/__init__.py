@@ -78,11 +78,17 @@ def load(path, weights="ema", **tokenizer):
     model, config = load_model(path, weights)
     own = {name: value for name, value in tokenizer.items() if value is not None}
     trained = config["tokenizer"]["name"]
-    if own.get("name", trained) != trained:
+    if not may_share_latents(own.get("name", trained), trained):
         raise ValueError(f"tokenizer {own['name']}: {path} is a model of latents of {trained}")
     tokenizer = build_tokenizer(**{**config["tokenizer"], **own})
     compare_tokenizer(tokenizer, config)
     return model, tokenizer, config
+
+
+def may_share_latents(name, trained):
+    """Whether a model of one tokenizer's latents may be decoded by another: autoencoders alone can
+    share them, such as KL-8 and the Consistency Decoder."""
+    return name == trained or all(arguments_of_tokenizer(n, vae_path=None) for n in (name, trained))
 
 
 def compare_tokenizer(tokenizer, config):

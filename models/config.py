@@ -199,10 +199,8 @@ def fit_preset(args, given, tokenizer, data, stored, before):
 
 
 def check_same_latents(name, stored, source):
-    """Raises ValueError for a tokenizer other than the checkpoint's, unless both are autoencoders:
-    some share latents, such as KL-8 and the Consistency Decoder."""
-    autoencoders = all(arguments_of_tokenizer(each, vae_path=None) for each in (name, stored))
-    if name != stored and not autoencoders:
+    """Raises ValueError for a tokenizer of other latents than the checkpoint's."""
+    if not models.may_share_latents(name, stored):
         raise ValueError(
             f"--tokenizer {name}: {source} was trained with {stored}; leave the flag out to take "
             "it from there"
