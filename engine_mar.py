@@ -7,12 +7,13 @@ import hashlib
 import math
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from util import dist
+from util import dist, hub
 from util.checkpoint import TrainState
 from util.data.caching import cache_latents as cache_latents  # a published name
 from util.dist import print0, unwrap
@@ -414,9 +415,13 @@ def open_images(
 def source_of(ckpt, arguments, tokenizer):
     """The entries `ckpt` and `tokenizer` of util.provenance.describe.
 
-    arguments: those of models.build_tokenizer that `tokenizer` was built by.
+    ckpt: a file, or a name of the hub. arguments: those of models.build_tokenizer that `tokenizer`
+    was built by; a file that lies beside the checkpoint is stored as such.
     """
     used = {"scale": tokenizer.scale, "shift": tokenizer.shift}
+    path = Path(arguments.get("vae_path") or "")
+    if path.name and (path.parent == Path(ckpt).parent or hub.is_name(ckpt)):
+        used["vae_path"] = hub.HERE + path.name
     return {"ckpt": str(ckpt), "tokenizer": {**arguments, **used}}
 
 

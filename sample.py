@@ -3,8 +3,16 @@
 from pathlib import Path
 
 from models import sampling_of
-from models.again import check_labels, compare_digests, find_places, is_again, read_like
+from models.again import (
+    check_labels,
+    compare_digests,
+    find_ckpt,
+    find_tokenizer,
+    is_again,
+    read_like,
+)
 from models.settings import Sampling
+from util import hub
 from util.data import check_data_set
 from util.data.classes import find_labels, known_names
 from util.data.settings import Reading, plain_reading
@@ -132,6 +140,7 @@ def main(argv=None):
 
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(**machine(args))
+    asked = args.ckpt
     model, tokenizer, config = open_checkpoint(args, like)
     last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
     sampling = pick_sampling(args, config, model, points, like)
@@ -147,7 +156,8 @@ def main(argv=None):
     }
     drawn = model.to(device), tokenizer.to(device), labels
     how = {"weights": args.weights, "columns": args.per_class if args.per_class != 1 else None}
-    how["source"] = engine.source_of(args.ckpt, config["tokenizer"], tokenizer)
+    made_by = asked if hub.is_name(asked) else args.ckpt  # not the place of the hub's files
+    how["source"] = engine.source_of(made_by, config["tokenizer"], tokenizer)
     if is_again(args):
         generation |= {"first": like["first"], "fit": False}
         how |= {"columns": like["columns"], "only": like["index"]}
@@ -212,11 +222,11 @@ def open_checkpoint(args, like=None):
 
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
     own = {name: value for name, value in own.items() if value is not None}
-    if like:
-        own = {**find_places(args, like), **own}
     if not Path(args.ckpt).exists():
         args.output_dir = args.output_dir or "."  # not where the hub's files are kept
-    args.ckpt = str(find_weights(args.ckpt))
+    args.ckpt = str(find_ckpt(args, like) if like else find_weights(args.ckpt))
+    if like:
+        own = {**find_tokenizer(args, like), **own}
     model, tokenizer, config = models.load(args.ckpt, args.weights, **own)
     if like:
         compare_digests(args, like, model, tokenizer)

@@ -6,7 +6,7 @@
 import os
 from pathlib import Path
 
-from util import provenance
+from util import hub, provenance
 
 
 def is_again(args):
@@ -56,22 +56,35 @@ def shown_labels(made):
     return list(dict.fromkeys(labels if index is None else labels[index : index + 1]))
 
 
-def find_places(args, made):
-    """The tokenizer's arguments. Raises ValueError if its file, or the checkpoint, is not there."""
+def find_ckpt(args, made):
+    """The checkpoint's file, fetched if it is a name of the hub. Raises ValueError."""
     from models.stored import check_made
+    from util.checkpoint import find_weights
 
     check_made(made, args.like)
-    if not os.path.exists(args.ckpt) and args.ckpt == made["ckpt"]:
+    there = os.path.exists(args.ckpt) or hub.is_name(args.ckpt)
+    if not there and args.ckpt == made["ckpt"]:
         raise ValueError(
             f"{args.like}: made by {args.ckpt}, which is not there: --ckpt takes its new place"
         )
-    path = args.vae_path or made["tokenizer"].get("vae_path")
-    if path and not os.path.exists(path):
+    return find_weights(args.ckpt)
+
+
+def find_tokenizer(args, made):
+    """The tokenizer's arguments. Raises ValueError if its file is not there."""
+    own = made["tokenizer"]
+    path = args.vae_path or own.get("vae_path")
+    if not path:
+        return own
+    beside = Path(args.ckpt).parent / Path(path).name
+    if not args.vae_path and path.startswith(hub.HERE) and beside.exists():
+        path = str(beside)
+    if not os.path.exists(path):
         raise ValueError(
             f"{args.like}: its tokenizer is {path}, which is not there: --vae_path takes its new "
             "place"
         )
-    return made["tokenizer"]
+    return {**own, "vae_path": path}
 
 
 def compare_digests(args, made, model, tokenizer):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from cli import ROOT, complain
 from conftest import TINY_KL16
+from PIL import Image
 from rule import GOLDEN, by_rule
 
 import models
@@ -229,6 +230,33 @@ def test_an_own_tokenizer_is_copied(tmp_path):
         models.load(tmp_path / "out")
 
 
+def test_a_picture_is_made_again_where_the_folder_is_now(tmp_path, monkeypatch):
+    """Of a model of the hub, whose files' place is not in the picture, and of a folder that moved:
+    each with the tokenizer beside the weights."""
+    import sample
+
+    kl_checkpoint(tmp_path / "last.pth", own_file(tmp_path / "vae.ckpt"))
+    export.main([str(tmp_path / "last.pth"), str(tmp_path / "out")])
+    (tmp_path / "vae.ckpt").unlink()
+    place = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **kwargs: place[-1])
+    monkeypatch.chdir(tmp_path)
+    place.append(str(tmp_path / "out"))
+    flags = ["--labels", "2", "--num_images", "1", "--device", "cpu"]
+    sample.main(["--ckpt", "me/mine", *flags, "--out", "hub.png"])
+    sample.main(["--ckpt", "out", *flags, "--out", "a.png"])
+    assert str(tmp_path).encode() not in Path("hub.png").read_bytes()
+    place.append(str(Path("out").rename(tmp_path / "moved")))
+    for name, *more in (["hub.png"], ["hub.png", "--ckpt", "moved"], ["a.png", "--ckpt", "moved"]):
+        sample.main(["--like", name, *more, "--device", "cpu", "--out", "again.png"])
+        assert np.array_equal(*map(pixels, ("again.png", "a.png")))
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 # ---- the card ------------------------------------------------------------------------------------
 
 
@@ -282,8 +310,6 @@ def test_the_code_on_a_card_runs(model, tmp_path, monkeypatch):
 
 
 def read_png_size(path):
-    from PIL import Image
-
     return Image.open(path).size
 
 
