@@ -35,6 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     content, tag, ranges, kind = saved(WEIGHTS), '"1"', True, "application/octet-stream"
+    partial = False  # whether the whole file is sent as if it were a part
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -48,7 +49,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.asked.append(asked)
         begin = int(re.search(r"\d+", asked)[0]) if asked and server.ranges else 0
         begin = begin if self.headers.get("If-Range") == server.tag else 0
-        self.send_response(206 if begin else 200)
+        self.send_response(206 if begin or server.partial else 200)
         if begin:
             size = len(server.content)
             self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
@@ -164,6 +165,17 @@ def test_a_part_of_another_version():
     assert download._follows({**headers, "ETag": '"1"'}, 5000, known)
     assert not download._follows({**headers, "ETag": '"2"'}, 5000, known)
     assert not download._follows({**headers, "ETag": '"1"'}, 4000, known)
+
+
+def test_a_part_that_nobody_asked_for(server, capsys):
+    """Is not put behind what is there."""
+    server.cuts = [100, 0, 0, 0]
+    fails(capsys, "file")
+    server.tag, server.partial = '"2"', True
+    assert "a part of the file was sent, though the whole" in fails(capsys, "file")
+    server.partial = False
+    download.main(["file"])
+    assert is_whole()
 
 
 def test_a_page_instead_of_the_file(server, capsys):

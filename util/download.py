@@ -159,6 +159,9 @@ def _open(url, done, known):
         if error.code == 416 and done:  # there is no such range: not the file that was begun
             return _open(url, 0, known)
         raise
+    if response.status == 206 and not done:
+        response.close()
+        raise OSError("a part of the file was sent, though the whole was asked for")
     if response.status == 206 and not _follows(response.headers, done, known):
         response.close()
         return _open(url, 0, known)
