@@ -16,6 +16,7 @@ from cli import ROOT, complain
 from conftest import TINY_KL16
 from PIL import Image
 from rule import GOLDEN, by_rule
+from safetensors.torch import save_file
 
 import models
 from models import export
@@ -121,6 +122,18 @@ def test_a_published_file_is_passed_on(tmp_path, vae_path):
     latents, images, same = torch.load(tmp_path / "there" / "drawn.pt")
     assert same and torch.equal(latents, drawn(model, config))
     assert torch.equal(images, tokenizer.decode(latents))
+
+
+def test_a_published_file_beside_the_config_of_another_library(folder, tmp_path):
+    """Is loaded as it is elsewhere; beside one of ours it is not, which is of other weights."""
+    whole = models.load_model(PUBLISHED)[0].state_dict()
+    save_file(whole, tmp_path / hub.WEIGHTS)
+    (tmp_path / hub.CONFIG).write_text('{"model_type": "mar"}')
+    found = models.load_model(tmp_path)[0].state_dict()
+    assert digest(found) == digest(whole)
+    shutil.copy(folder / hub.CONFIG, tmp_path)
+    with pytest.raises(ValueError, match="config.json: of other weights"):
+        models.load_model(tmp_path)
 
 
 def test_a_folder_is_a_checkpoint_for_the_scripts(folder, tmp_path):

@@ -63,11 +63,13 @@ def config_of(path, held):
     lies beside them has then its whole path.
 
     held: the one in the file of weights itself, or None. A config.json beside model.safetensors
-    takes its place. Raises ValueError if that is of other weights or of a newer version.
+    takes its place, if one of the two is ours. Raises ValueError if that is of other weights or of
+    a newer version.
     """
     path, config = Path(path), held
     source = path.with_name(CONFIG)
-    if path.name == WEIGHTS and source.is_file() and (held is None or is_ours(held)):
+    ours = is_ours(held) or (held is None and digest_in(path.parent))
+    if path.name == WEIGHTS and source.is_file() and ours:
         config = read_config(source)
         if config.get("weights_sha256") != (held or {}).get("weights_sha256"):
             raise ValueError(f"{source}: of other weights than those in {WEIGHTS}")
