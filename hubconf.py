@@ -108,6 +108,8 @@ def tokenizer(name="kl16", vae_path=None, scale=None, shift=None, pretrained=Fal
     Latents are (raw - shift) * scale; by default the published values, or those in the file.
     `encode(images)` takes images (N, 3, H, W) in [-1, 1]. Raises ValueError.
     """
+    if pretrained and vae_path is not None:
+        raise ValueError(f"vae_path {vae_path}: expected none beside pretrained=True")
     if pretrained:
         vae_path = _fetch(module("util.published").file_of_tokenizer(name))
     models = module("models")
