@@ -141,8 +141,8 @@ def _write_tokenizer(path, tokenizer, config):
     }
     said = {"scale": tokenizer.scale, "shift": tokenizer.shift}
     content |= {name: value for name, value in said.items() if value is not None}
-    with replacing(path, size_of(content), durable=True) as beside:
-        torch.save(content, beside)
+    with replacing(path, size_of(content), durable=True) as beside, open(beside, "wb") as file:
+        torch.save(content, file)  # given a path, its name, with this host's, would be inside
 
 
 # ---- the card ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -238,6 +239,8 @@ def test_an_own_tokenizer_is_copied(tmp_path):
     copy = tmp_path / "out" / hub.TOKENIZER
     assert config["tokenizer"]["vae_path"] == str(copy)
     assert of_file(copy) == {"tokenizer": "kl16", "img_size": 32}
+    with zipfile.ZipFile(copy) as archive:  # not the name of this host
+        assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
     copy.unlink()
     with pytest.raises(ValueError, match=r"tokenizer.ckpt: no such file"):
         models.load(tmp_path / "out")
