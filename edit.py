@@ -166,12 +166,16 @@ def check(args):
         raise ValueError(
             f"--mask: {len(args.mask)} for {len(args.image)} pictures, expected one, or one each"
         )
+    twice = [side for side in SIDES if sum(side == name for name, _ in args.outpaint) > 1]
+    if twice:
+        raise ValueError(f"--outpaint {twice[0]}: given twice, expected once")
     args.out = args.out or ["edited.png"]
     for path in [*args.out, *([args.compare] if args.compare else [])]:
         if Path(path).suffix == ".png":
             check_writable(path, path)
-        elif path == args.compare:
-            raise ValueError(f"--compare {path}: expected a .png")
+        elif path == args.compare or Path(path).suffix == ".npz":
+            flag, more = ("--compare", "") if path == args.compare else ("--out", " or a folder")
+            raise ValueError(f"{flag} {path}: expected a .png{more}")
         else:
             make_folder(path, "--out")
 
@@ -301,7 +305,7 @@ def draw_box(corner, picture_size, size, path):
         shown = ",".join(map(str, corner))
         raise ValueError(f"--box {shown}: outside of {path}, which is {w}×{h} pixels")
     mask = Image.new("L", picture_size)
-    mask.paste(255, (left, top, left + width, top + height))
+    mask.paste(255, (left, top, min(left + width, w), min(top + height, h)))
     return cropped(mask, picture_size, size)
 
 

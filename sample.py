@@ -141,6 +141,8 @@ def main(argv=None):
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(**machine(args))
     asked = args.ckpt
+    if not Path(asked).exists():
+        args.output_dir = args.output_dir or "."  # not where the hub's files are kept
     model, tokenizer, config = open_checkpoint(args, like)
     last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
     sampling = pick_sampling(args, config, model, points, like)
@@ -222,8 +224,6 @@ def open_checkpoint(args, like=None):
 
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
     own = {name: value for name, value in own.items() if value is not None}
-    if not Path(args.ckpt).exists():
-        args.output_dir = args.output_dir or "."  # not where the hub's files are kept
     args.ckpt = str(find_ckpt(args, like) if like else find_weights(args.ckpt))
     if like:
         own = {**find_tokenizer(args, like), **own}

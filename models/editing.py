@@ -26,7 +26,7 @@ from models.settings import FILL_ORDERS, ORDERS, Editing
 from util.data.pictures import to_range
 from util.images import to_uint8
 from util.precision import autocast_steps
-from util.rng import rand
+from util.rng import generator_of, rand
 
 DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 GREY = (0.299, 0.587, 0.114)  # luminance of red, green and blue
@@ -159,7 +159,7 @@ def _edit(
     known = _Known(images, mask, settings, token)
     latents = _encode(tokenizer, images, device)  # (N, C, h·p, w·p)
     hidden = torch.from_numpy(_tokens_of(mask, token)).to(device)
-    first = _corner(~hidden)
+    first = _corners(~hidden, (model.seq_h, model.seq_w))
     hidden = _share(hidden, settings.strength, generators)
     labels = None if labels is None else torch.as_tensor(labels, device=device)
     given = labels, sampling, generators, settings
@@ -175,27 +175,29 @@ def _show(tokenizer, known, latents, generators):
 def _fill(model, latents, hidden, first, precision, labels, sampling, generators, settings):
     """Yields latents (N, C, h·p, w·p) and unknown tokens (N, h, w) after each step of each window.
 
-    Once, if no token is unknown. labels: (N,), or None.
+    Once, if no token is unknown. labels: (N,), or None. first: see `_corners`.
     """
     if not hidden.any():
         yield latents, hidden
-    for tokens, cells in _windows(model, hidden.shape[1:], first, settings.overlap):
-        inside = hidden[tokens]
-        most = int(inside.flatten(1).sum(1).max())
-        if not most:
+    for rows, box, cells in _windows(model, hidden.shape[1:], first, settings.overlap):
+        rows = [i for i in rows if hidden[(i, *box)].any()]  # of the others, nothing is drawn
+        if not rows:
             continue
-        orders = FILL_ORDERS[settings.order](inside, generators)
+        tokens, cells = (rows, *box), (rows, slice(None), *cells)
+        inside, own = hidden[tokens], generator_of(generators, rows, len(latents))
+        most = int(inside.flatten(1).sum(1).max())
+        orders = FILL_ORDERS[settings.order](inside, own)
         if orders is not None and ORDERS[sampling.order or model.order].by_confidence:
             raise ValueError(f"fill {settings.order}: the confidence order finds its own")
-        own = sampling.but(num_iter=most if model.one_at_a_time else min(sampling.num_iter, most))
+        count = most if model.one_at_a_time else min(sampling.num_iter, most)
         steps = model.sample_steps(
-            len(latents),
-            labels=labels,
-            generator=generators,
+            len(rows),
+            labels=None if labels is None else labels[rows],
+            generator=own,
             orders=orders,
             latents=latents[cells],
             mask=inside,
-            **own.asdict(),
+            **sampling.but(num_iter=count).asdict(),
         )
         for found, still in autocast_steps(steps, latents.device, precision):
             latents, hidden = latents.clone(), hidden.clone()
@@ -204,16 +206,18 @@ def _fill(model, latents, hidden, first, precision, labels, sampling, generators
 
 
 def _windows(model, size, first, overlap):
-    """Indices of each window of a canvas: of its tokens (N, h, w), and of its latents.
+    """Yields some images, as indices, and a window of each: the slices of its tokens (height,
+    width), and those of its latents.
 
-    size: height and width of the canvas in tokens. first: row and column of the first window.
+    size: height and width of the canvas in tokens. first: see `_corners`.
     """
     p, (height, width) = model.patch_size, (model.seq_h, model.seq_w)
-    for y in _starts(first[0], size[0], height, overlap):
-        for x in _starts(first[1], size[1], width, overlap):
-            box = ((y, y + height), (x, x + width))
-            tokens = (slice(None), *(slice(*side) for side in box))
-            yield tokens, (..., *(slice(p * low, p * high) for low, high in box))
+    for corner in dict.fromkeys(first):
+        rows = [i for i, own in enumerate(first) if own == corner]
+        for y in _starts(corner[0], size[0], height, overlap):
+            for x in _starts(corner[1], size[1], width, overlap):
+                box = slice(y, y + height), slice(x, x + width)
+                yield rows, box, [slice(p * side.start, p * side.stop) for side in box]
 
 
 def _starts(first, length, window, overlap):
@@ -223,10 +227,12 @@ def _starts(first, length, window, overlap):
     return list(dict.fromkeys(min(start, last) for start in starts))
 
 
-def _corner(known):
-    """The first row and column of cells (N, h, w) with a known one; 0 if there is none."""
-    known = known.any(0)
-    return [int(known.any(side).byte().argmax()) for side in (1, 0)]
+def _corners(known, window):
+    """(row, column) of the first window of each image: the first of its cells (N, h, w) that are
+    known, 0 if there is none. window: its height and width."""
+    first = torch.stack([known.any(side).byte().argmax(1) for side in (2, 1)], 1).tolist()
+    last = [length - own for length, own in zip(known.shape[1:], window, strict=True)]
+    return [(min(row, last[0]), min(column, last[1])) for row, column in first]
 
 
 def _tokens_of(mask, token):
@@ -351,8 +357,9 @@ def _check(model, token, images, mask, labels, generators, settings):
         )
     if mask.shape != images.shape[:3]:
         raise ValueError(f"mask of shape {mask.shape}: expected {images.shape[:3]}")
-    for name, given in {"labels": labels, "generators": generators}.items():
-        if given is not None and np.shape(given) != (len(images),):
+    own = {"generators": generators} | ({} if labels is None else {"labels": labels})
+    for name, given in own.items():
+        if np.shape(given) != (len(images),):
             raise ValueError(
                 f"{name} of shape {np.shape(given)}: expected one for each of {len(images)} images"
             )

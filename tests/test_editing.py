@@ -29,6 +29,7 @@ KINDS = {
 SMALLER = {"mar_tiny": {"buffer_size": 4}}  # so that tests are fast
 SAMPLING = Sampling(num_iter=3, cfg=2.0)
 LABELS = [0, 1, 2]
+RANDOM = {"order": "random"}
 
 
 @pytest.fixture(scope="module")
@@ -211,6 +212,24 @@ def test_windows_agree_where_they_overlap(kind, made, drawn, monkeypatch):
     assert len(windows) == 3 + 4  # beside the picture, then above
 
 
+@pytest.mark.parametrize("backbone", ["mar_tiny", "ar_tiny"])
+def test_large_images_with_other_masks_do_not_matter(backbone, made):
+    """Windows begin at each image's own known tokens, and an image takes part in those alone that
+    have something to fill in: it is what it is by itself."""
+    model, tokenizer = made("pixels", backbone, **(RANDOM if backbone == "ar_tiny" else {}))
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 32, 3), dtype=np.uint8)
+    mask = np.zeros((3, 24, 32))
+    mask[0, :, :12], mask[1, 16:, 20:], mask[2, :4, :8] = 1, 1, 1
+
+    def fill(*rows):
+        own = [image_generators(0, [row])[0] for row in rows]
+        return inpaint(model, tokenizer, images[[*rows]], mask[[*rows]], None, SAMPLING, own)
+
+    together = fill(0, 1, 2)
+    for row in range(3):
+        assert np.array_equal(together[[row]], fill(row))
+
+
 def test_panorama_from_nothing(made):
     """Without images, the first window is generated like any image, and stays."""
     model, tokenizer = made()
@@ -261,6 +280,7 @@ def test_what_a_model_cannot_is_said(made, drawn):
         ({"mask": np.zeros((16, 16))}, r"mask of shape \(16, 16\): expected \(3, 16, 16\)"),
         ({"labels": [1]}, r"labels of shape \(1,\): expected one for each of 3 images"),
         ({"generators": generators(2)}, r"generators of shape \(2,\): expected one for each"),
+        ({"generators": None}, r"generators of shape \(\): expected one for each"),
         ({"strength": 2}, "strength 2: expected a number from 0 to 1"),
         ({"order": "spiral"}, "fill 'spiral': expected one of random, border"),
         ({"sigma": 1}, "sigma: no such setting of Editing"),
@@ -301,7 +321,7 @@ def read(path):
 def test_edit_with_a_mask_and_a_box(files, capsys):
     """A mask and the same box do the same; what is outside of them stays, in every result."""
     call("--image a.png b.png --mask mask.png --labels 3,4 --per_image 2 --out one --compare c.png")
-    call("--image a.png b.png --box 8,0,8,16 --labels 3,4 --per_image 2 --out two grid.png")
+    call("--image a.png b.png --box 8,0,8,9999999999 --labels 3,4 --per_image 2 --out two grid.png")
     names = ["0000-a.png", "0001-a.png", "0002-b.png", "0003-b.png"]
     assert sorted(path.name for path in (files / "one").iterdir()) == names
     one, two = ([read(files / folder / name) for name in names] for folder in ("one", "two"))
@@ -333,6 +353,10 @@ def test_edit_varies_and_extends(files, capsys):
         ("--image a.png b.png --labels 1,2,3 --strength 1", "3 classes for 2 pictures"),
         ("--image a.png --mask black.png", "--mask black.png: marks nothing"),
         ("--image a.png --mask wide.png", "--mask wide.png: 64×16 pixels, expected 16×16"),
+        ("--outpaint left=2 left=4", "--outpaint left: given twice"),
+        ("--outpaint left=2 --out a.npz", "--out a.npz: expected a .png or a folder"),
+        ("--outpaint left=2 --ckpt not/there.pth", "not/there.pth"),
+        ("--outpaint left=2 --ckpt no/model", "no/model: no such file or folder"),
     ],
 )
 def test_edit_says_what_is_wrong(text, message, files, capsys):
