@@ -17,6 +17,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 from util.files import replacing
 from util.flags import Parser, add_device_flag, positive, positive_int, run
@@ -111,8 +112,12 @@ def main(argv=None):
     with ThreadPoolExecutor(args.jobs or half_the_cores()) as pool:
         commands = check_commands(args).items()
         running = [pool.submit(report.attempt, *item) for item in commands]
-        for future in running:
-            future.result()
+        try:
+            for future in running:
+                future.result()
+        except BaseException:
+            report.end()  # else the pool does all that is left
+            raise
     for name, command in measurement_commands(args).items():
         report.measure(name, command)
     report.summarize()
@@ -183,6 +188,7 @@ class Report:
     def __init__(self, args, described, started):
         self.args, self.described, self.started = args, described, started
         self.checks, self.parts, self.shown = {}, [], set()
+        self.processes, self.writing = set(), Lock()
         self.log = Path(args.log or Path(args.out).with_suffix(".log"))
         self.log.write_text(f"{described}\n")
         print(described, flush=True)
@@ -201,13 +207,15 @@ class Report:
         with tempfile.TemporaryFile("w+") as file:
             both = {"stdout": file, "stderr": subprocess.STDOUT, "cwd": ROOT}
             process = subprocess.Popen(command, start_new_session=True, **both)
+            self.processes.add(process)
             try:
                 status = process.wait(limit)
                 status = "ok" if status == 0 else f"exit status {status}"
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with what it started
-                process.wait()
                 status = f"stopped after {limit:.0f} s"
+            finally:
+                self.processes.discard(process)
+                kill(process)
             file.seek(0)
             output = file.read()
         seconds = time.monotonic() - start
@@ -223,9 +231,16 @@ class Report:
             said = lines[-1].removeprefix("ok: ")
         else:
             said = f"**FAILED** ({status}): {first_complaint(lines)}"
-        self.checks[name] = [name, said.replace("|", "/"), f"{seconds:.0f}"]
         print(f"{name}: {said} [{seconds:.0f} s, at {self.spent:.0f} s]", flush=True)
-        self.write()
+        with self.writing:  # one thread at a time
+            self.checks[name] = [name, said.replace("|", "/"), f"{seconds:.0f}"]
+            self.write()
+
+    def end(self):
+        """Kill what is under way, and begin nothing more."""
+        self.args.budget = 0
+        for process in list(self.processes):
+            kill(process)
 
     @property
     def spent(self):
@@ -283,6 +298,13 @@ class Report:
         failed += [name for name, status, *_ in self.parts if status != "ok"]
         print(f"\nfailed, stopped or left out: {', '.join(failed) or 'nothing'}")
         print(f"{self.spent:.0f} s; {self.args.out}, {self.log}")
+
+
+def kill(process):
+    """Kill a process, unless it has ended, with what it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def first_complaint(lines):

@@ -32,6 +32,8 @@ CSS = """
 #gallery .caption-label {position: static; max-width: 100%; border: 0; text-align: center}
 """
 FEW_PIXELS = 128  # of pictures that are enlarged without smoothing
+KEPT = 256  # pictures in the gallery: each time, a browser is sent all of them
+HOUR = 3600  # seconds
 AGAIN = "`python sample.py --like FILE.png` makes a picture again from what its PNG says."
 INPAINTED = "inpainted: the picture and the mask are not in this file"
 SHOWN = {"show_label": False, "format": "png", "interactive": False, "buttons": ["fullscreen"]}
@@ -64,7 +66,8 @@ class Layout:
     def __init__(self, studio):
         self.studio = studio
         small = "small" if min(studio.size) < FEW_PIXELS else ""
-        with gr.Blocks(title="MAR", analytics_enabled=False) as self.blocks:
+        old = {"delete_cache": (HOUR, 24 * HOUR)}  # frames that were shown; kept pictures stay
+        with gr.Blocks(title="MAR", analytics_enabled=False, **old) as self.blocks:
             self.made, self.chosen, self.picture = gr.State([]), gr.State(), gr.State()
             gr.Markdown(f"# MAR\n{studio.about()}", elem_classes="quiet")
             with gr.Row():
@@ -203,7 +206,7 @@ class Layout:
             labels, sampling, seed = self.read(*values)
             if picture is None:
                 raise ValueError("no picture: upload one, or choose one of those below")
-            mask = painted(edited["layers"], self.studio.size)
+            mask = painted(edited["layers"] if edited else (), self.studio.size)
             steps = self.studio.inpaint(picture, mask, labels, sampling, seed)
             yield from self.follow(steps, made, labels, sampling, seed, edited=INPAINTED)
 
@@ -213,7 +216,7 @@ class Layout:
         for images, hidden in steps:
             yield *frame(images, hidden), *[gr.skip()] * 6
         words = f"{len(images)} pictures in {time.monotonic() - start:.1f} s"
-        made = self.studio.keep(images, *drawn, **how) + made
+        made = (self.studio.keep(images, *drawn, **how) + made)[:KEPT]
         gallery = gr.Gallery(made, selected_index=0)
         yield gr.skip(), words, made, gr.Column(visible=True), gallery, *about(made[0])
 

@@ -158,7 +158,8 @@ class Studio:
         folder, kept = Path(tempfile.mkdtemp(dir=self.folder)), []
         for index, (image, label) in enumerate(zip(images, labels, strict=True)):
             name = self.name(label)
-            path = folder / f"{re.sub(r'[^0-9A-Za-z]+', '_', name)}-seed{seed}-{index}.png"
+            stem = re.sub(r"[^0-9A-Za-z]+", "_", name)[:60]
+            path = folder / f"{stem}-seed{seed}-{index}.png"
             text = dumps(describe(**made, labels=labels, index=index))
             save_image(path, image, {KEY: text})
             kept.append((str(path), name))

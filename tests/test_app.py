@@ -238,6 +238,14 @@ def test_decoding_takes_no_more_than_half_of_the_time(monkeypatch):
     assert shown == [0, 3, 6]
 
 
+def test_a_long_name(studio, monkeypatch):
+    """The name of a class may be longer than that of a file."""
+    monkeypatch.setattr(studio, "name", lambda label: "very long " * 100)
+    images = np.zeros((1, 8, 8, 3), np.uint8)
+    ((path, _),) = studio.keep(images, [3], studio.sampling, 1)
+    assert Path(path).exists() and len(Path(path).name) < 100
+
+
 # ---- the script ----------------------------------------------------------------------------------
 
 

@@ -1,6 +1,9 @@
 """benchmarks.gpu ends whatever its parts do. Run: python -m pytest tests/test_gpu.py"""
 
+import signal
 import sys
+import time
+from threading import Thread, main_thread
 
 import pytest
 import torch
@@ -59,6 +62,30 @@ def test_no_time_left(parts, tmp_path, capsys):
     out = tmp_path / "gpu.md"
     gpu.main(["--device", "cpu", "--out", str(out), "--budget", "0.1"])
     assert out.read_text().count("left out, no time") == 5
+
+
+def test_an_interrupt_ends_all(tmp_path, monkeypatch):
+    """Ctrl-C ends the check under way, with its process, and begins no other."""
+    files = {name: tmp_path / name for name in ("first", "second")}
+    codes = {n: f"import time; open({str(f)!r}, 'w'); time.sleep(60)" for n, f in files.items()}
+    commands = {name: [sys.executable, "-c", code] for name, code in codes.items()}
+    monkeypatch.setattr(gpu, "check_commands", lambda args: commands)
+    begun, before = time.monotonic(), signal.signal(signal.SIGINT, signal.default_int_handler)
+    Thread(target=interrupt_after, args=(files["first"], main_thread().ident)).start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gpu.main(["--device", "cpu", "--out", str(tmp_path / "gpu.md"), "--jobs", "1"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - begun < 30 and not files["second"].exists()
+
+
+def interrupt_after(file, thread):
+    """Ctrl-C once a file is there, after at most 20 seconds."""
+    until = time.monotonic() + 20
+    while not file.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    signal.pthread_kill(thread, signal.SIGINT)
 
 
 def test_every_check_exists():
