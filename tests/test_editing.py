@@ -1,5 +1,6 @@
 """Inpainting, variations, outpainting, and edit.py. Run: python -m pytest tests/test_editing.py"""
 
+from argparse import Namespace
 from functools import cache
 
 import numpy as np
@@ -14,6 +15,7 @@ from models import build_model, build_tokenizer
 from models.editing import border_first, extended, inpaint, inpaint_steps, outpaint, vary
 from models.pca import PatchPCA
 from models.settings import Sampling
+from util.data.settings import Reading
 from util.images import to_uint8
 from util.rng import image_generators
 
@@ -333,6 +335,40 @@ def test_edit_with_a_mask_and_a_box(files, capsys):
     assert "4 results" in capsys.readouterr().out
 
 
+def test_results_have_their_own_seeds_and_classes(files):
+    """Whatever the size of a batch; classes go to pictures in order, or all to a single one."""
+    for size, out in ((64, "one"), (3, "two")):
+        more = f"--labels 3,4 --per_image 2 --batch_size {size} --out {out}"
+        call(f"--image a.png b.png --box 8,0,8,16 {more}")
+    one, two = ([read(path) for path in sorted((files / out).iterdir())] for out in ("one", "two"))
+    assert np.abs(np.subtract(one, two, dtype=int)).max() <= 1
+    assert len({image.tobytes() for image in one}) == 4
+    args = Namespace(per_image=2, labels="3,4")
+    assert edit.plan(args, 2, [3, 4]) == [(0, 3), (0, 3), (1, 4), (1, 4)]
+    assert edit.plan(args, 1, [3, 4]) == [(0, 3), (0, 3), (0, 4), (0, 4)]
+    assert edit.plan(args, 2, [None]) == [(0, None), (0, None), (1, None), (1, None)]
+
+
+def test_boxes_and_masks_are_where_one_sees_them(files):
+    """In pixels of the upright picture, 16×32 of which the middle is cropped and halved."""
+    pixels = np.zeros((32, 16), np.uint8)
+    pixels[8:16, :8] = 255
+    exif = Image.Exif()
+    exif[274] = 6  # stored a quarter turn to the left
+    for name in ("picture", "mask"):
+        Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90).save(f"{name}.png", exif=exif)
+    expected = np.zeros((8, 8), bool)
+    expected[:4, :4] = True
+    Image.fromarray(expected).save("small.png")
+    reading = Reading(orientation="exif", channels=1)
+    for mask, boxes in (
+        *((None, [(0, 8, 8, 8)]), (None, [(0, 0, 8, 16)])),
+        *(("mask.png", []), ("small.png", [])),
+    ):
+        seen, part = edit.read_one("picture.png", mask, Namespace(box=boxes), (8, 8), reading)
+        assert np.array_equal(seen[..., 0] > 127, expected) and np.array_equal(part, expected)
+
+
 def test_edit_varies_and_extends(files, capsys):
     """One picture: a result for each label. Without a picture, new ones are extended; without a
     label, it is said that there is no guidance."""
@@ -340,6 +376,7 @@ def test_edit_varies_and_extends(files, capsys):
     assert len(list((files / "three").iterdir())) == 3
     call("--outpaint right=7 left=2 --per_image 2 --out wide")
     assert read("wide/0001.png").shape == (8, 8 + 8 + 2, 3)
+    assert read("wide/0001.png")[:, 2:10].std() > 0  # the new picture itself
     out = capsys.readouterr().out
     assert "NOTE: --outpaint right=7: 8 pixels" in out and "NOTE: no --labels" in out
     assert "cfg 1.0" in out.splitlines()[-2]
