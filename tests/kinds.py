@@ -148,7 +148,7 @@ FILES = {
     "TIFF": ("x.tif", saved()),
     "TIFF with alpha": ("x.tiff", saved("RGBA")),
     "TIFF, CMYK": ("x.tif", saved("CMYK")),
-    "TIFF, YCbCr": ("x.tif", saved("YCbCr")),
+    "TIFF, YCbCr, with Pillow 13": ("x.tif", saved("YCbCr")),
     "TIFF, LAB": ("x.tif", lambda path: Image.new("LAB", (SIDE, SIDE), (120, 9, 9)).save(path)),
     "TIFF, grey, 16 bits": ("x.tif", deep(np.uint16)),
     "TIFF, grey, 16 bits, white is 0": ("x.tif", deep(np.uint16, tiffinfo={262: 0})),

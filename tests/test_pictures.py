@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from kinds import FILES, SIDE, colours
@@ -140,6 +141,8 @@ def test_each_kind_of_file(title):
     """All four doors do what the table says, and give the same pixels."""
     if title == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow was built without AVIF")
+    if title.endswith("Pillow 13") and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("an older Pillow, which gradio asks for, cannot read back what it writes")
     *found, pixels = row(title)
     assert line(title, *found) in PAGE.read_text(encoding="utf-8").splitlines()
     for other in pixels[1:]:
