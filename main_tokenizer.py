@@ -19,7 +19,7 @@ from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
 from util.evaluation.settings import NETWORK, Evaluation
-from util.files import make_folder, replacing
+from util.files import make_folder
 from util.flags import (
     Parser,
     add_machine_flags,
@@ -397,9 +397,7 @@ def parse_ch_mult(text):
 
 def save(args, training, network, img_size, scale, shift):
     """Write a trained network to args.vae_path, for `build_tokenizer`."""
-    import torch
-
-    from util.checkpoint import size_of
+    from util.checkpoint import write_content
     from util.dist import print0
 
     config = {"network": network.config, "data_path": args.data_path, "img_size": img_size}
@@ -409,8 +407,7 @@ def save(args, training, network, img_size, scale, shift):
     content = {"model": network.state_dict(), "scale": scale, "config": config}
     if shift:
         content["shift"] = shift
-    with replacing(args.vae_path, size_of(content), durable=True) as beside:
-        torch.save(content, beside)
+    write_content(args.vae_path, content)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
     print0(f"{args.vae_path}: scale {shown}")
 

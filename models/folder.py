@@ -17,7 +17,7 @@ from models import arguments_of_tokenizer
 from models.settings import Sampling
 from models.stored import check_config
 from util import hub, jsonl, model_card
-from util.checkpoint import size_of
+from util.checkpoint import write_content
 from util.files import first_few, first_line, make_folder, replacing
 from util.images import grid, save_image, to_uint8
 from util.published import source_of, usual_place
@@ -141,8 +141,7 @@ def _write_tokenizer(path, tokenizer, config):
     }
     said = {"scale": tokenizer.scale, "shift": tokenizer.shift}
     content |= {name: value for name, value in said.items() if value is not None}
-    with replacing(path, size_of(content), durable=True) as beside, open(beside, "wb") as file:
-        torch.save(content, file)  # given a path, its name, with this host's, would be inside
+    write_content(path, content)
 
 
 # ---- the card ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -360,6 +361,8 @@ def test_a_trained_network_is_a_tokenizer(trained):
     content = torch.load(path, weights_only=True)
     assert content["config"]["network"] == tokenizer.vae.config
     assert content["config"]["epochs"] == 2
+    with zipfile.ZipFile(path) as archive:  # not the name of this host
+        assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
 
 
 def test_training_is_reproducible(trained, tmp_path):

@@ -182,6 +182,12 @@ class TrainState:
         return False
 
 
+def write_content(path, content):
+    """Write tensors in nested dicts with `torch.save`, whole or not at all."""
+    with replacing(path, size_of(content), durable=True) as beside, open(beside, "wb") as file:
+        torch.save(content, file)  # given a path, its name, with this host's, would be inside
+
+
 def size_of(content):
     """Bytes of all tensors in nested dicts and lists."""
     if isinstance(content, torch.Tensor):
