@@ -17,6 +17,7 @@ import main_cache
 from util.data import cached, convert, manifest, shards
 from util.data.cached import open_cache
 from util.data.manifest import read_manifest
+from util.files import file_sha256
 
 SHAPE = (32, 2, 2)
 
@@ -136,7 +137,7 @@ def hidden(path):
     if sums.exists():
         np.save(sums, np.stack([shards.checksums_of(part) for part in rows], 1))
     for part in shard["sha256"]:
-        shard["sha256"][part] = shards.file_sha256(folder / f"shard-00000.{part}.npy")
+        shard["sha256"][part] = file_sha256(folder / f"shard-00000.{part}.npy")
     manifest.write_manifest(folder, content)
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import threading
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from util import download
 from util.flags import run
-from util.published import FILES, File, file_of_tokenizer, source_of
+from util.published import FILES, File, file_of_tokenizer, source_of, usual_place
 
 WEIGHTS = {"model": {"w": torch.arange(4096.0)}}
 
@@ -35,6 +36,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     content, tag, ranges, kind = saved(WEIGHTS), '"1"', True, "application/octet-stream"
+    length = None  # what it says it has, if not what it has
     partial = False  # whether the whole file is sent as if it were a part
 
     def __init__(self):
@@ -54,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             size = len(server.content)
             self.send_header("Content-Range", f"bytes {begin}-{size - 1}/{size}")
         self.send_header("Content-Type", server.kind)
-        self.send_header("Content-Length", str(len(server.content) - begin))
+        self.send_header("Content-Length", server.length or str(len(server.content) - begin))
         if server.tag:
             self.send_header("ETag", server.tag)
         self.end_headers()
@@ -194,7 +196,16 @@ def test_another_file_is_not_kept(server, capsys, wrong, said):
     other = saved({"model": {"w": torch.ones(4096)}})
     assert len(other) == len(Server.content)
     server.content = {"size": Server.content + b"1", "sha256": other, "both": b"123456789"}[wrong]
-    assert said in fails(capsys, "file") and not arrived()
+    line = fails(capsys, "file")
+    assert said in line and "a file that you trust is used as it is" in line and not arrived()
+    assert ("of a copy on Hugging Face" in line) == (wrong == "sha256")
+
+
+@pytest.mark.parametrize("length", ["many", "-5", "9" * 5000])
+def test_a_length_that_is_none(server, capsys, length):
+    """One line says what the server said."""
+    server.length = length
+    assert f"the answer says it has '{length[:20]}" in fails(capsys, "file") and not arrived()
 
 
 def test_without_a_network(server, capsys):
@@ -225,7 +236,15 @@ def test_other_places(server, capsys, monkeypatch):
     run(download.main, ["lone", "--url", server.url + "?3"])
     assert "none is known to compare with" in capsys.readouterr().out
     assert "expected one NAME" in fails(capsys, "file", "lone", "--url", server.url)
-    assert "--url: nowhere: expected a URL" in fails(capsys, "file", "--url", "nowhere")
+    for url in (
+        "nowhere",
+        "https://",
+        "http://[::1/a",
+        "http://a:b/c",
+        "http://a/b c",
+        "http://ü/",
+    ):
+        assert f"--url: {url}: expected a URL" in fails(capsys, "file", "--url", url)
     assert "--mirror: invalid choice: 'moon'" in fails(capsys, "file", "--mirror", "moon")
 
 
@@ -322,6 +341,18 @@ def test_advice():
     assert [file_of_tokenizer(name) for name in ("kl16", "vq16_latent")] == ["kl16", "ldm_vq16"]
     with pytest.raises(ValueError, match="tokenizer pca: no file is published, expected one of"):
         file_of_tokenizer("pca")
+
+
+def test_a_published_tokenizer_is_known_by_its_bytes(tmp_path, monkeypatch):
+    """One of the same name and size is another's; one that is not there is known by its name."""
+    path = tmp_path / "kl16.ckpt"
+    facts = {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    monkeypatch.setitem(FILES, "kl16", replace(FILES["kl16"], **facts))
+    found = [usual_place(path, "kl16")]
+    for content in (b"abc", b"abd", b"abcd"):
+        path.write_bytes(content)
+        found.append(usual_place(path, "kl16"))
+    assert found == [FILES["kl16"].path] * 2 + [None] * 2
 
 
 def test_the_table():

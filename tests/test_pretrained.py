@@ -27,6 +27,7 @@ from models.mar import MAR, mar_tiny
 from models.tokenizer import PixelTokenizer
 from models.vae import AutoencoderKL
 from util import hub, jsonl
+from util.files import file_sha256
 from util.images import save_image
 from util.published import FILES
 from util.rng import image_generators
@@ -196,7 +197,8 @@ def test_another_backbone_is_refused(folder, tmp_path):
 
 def test_a_published_tokenizer_is_named(tmp_path, vae_path, capsys, monkeypatch):
     """Not copied: it is found at its usual place or by vae_path, and another one is told of."""
-    monkeypatch.setitem(FILES, "kl16", replace(FILES["kl16"], size=vae_path.stat().st_size))
+    facts = {"size": vae_path.stat().st_size, "sha256": file_sha256(vae_path)}
+    monkeypatch.setitem(FILES, "kl16", replace(FILES["kl16"], **facts))
     trained = digest(models.build_tokenizer("kl16", vae_path=vae_path).state_dict())
     kl_checkpoint(tmp_path / "last.pth", vae_path, {"record": {"tokenizer": trained}})
     out = tmp_path / "out"

@@ -3,9 +3,9 @@
 What a broken connection or a killed process leaves as PATH.part, the next call resumes.
 """
 
-import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import urllib.request
@@ -15,10 +15,19 @@ from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 
 from safetensors import SafetensorError, safe_open
 
-from util.files import check_room, check_zip, expecting_room, first_line, in_bytes, replacing
+from util.files import (
+    check_room,
+    check_zip,
+    expecting_room,
+    file_sha256,
+    first_line,
+    in_bytes,
+    replacing,
+)
 from util.flags import Parser, run
 from util.progress import Progress
 from util.published import FILES, MIRRORS, mirror
@@ -38,6 +47,8 @@ class _Differs(Exception):
     """A file is not the one that was published."""
 
 
+_PLAIN = re.compile("[!-~]+").fullmatch  # ASCII without blanks
+TRUSTED = "a file that you trust is used as it is once it lies there, though --verify says this"
 DAMAGED = (_Differs, zipfile.BadZipFile, SafetensorError)
 
 
@@ -74,11 +85,12 @@ def _advice(name, url, path, part, error):
     file = FILES[name]
     reason = error.reason if type(error) is URLError else error  # without <urlopen error >
     kept = f"; {in_bytes(_size(part))} are kept, to be resumed" if _read_note(part, url) else ""
+    trusted = f"; {TRUSTED}" if isinstance(error, _Differs) else ""
     others = [f"--mirror {place}" for place, copy in file.mirrors.items() if copy != url]
     return (
         f"{name}: could not be fetched from {url} ({first_line(reason)}){kept}; other ways: "
         f"{''.join(f'{other}, ' for other in others)}--url, or put {file.what} at {path} "
-        f"({file.size_in_words})"
+        f"({file.size_in_words}){trusted}"
     )
 
 
@@ -134,10 +146,11 @@ def _receive(url, part, name):
     if known and done == known["total"]:
         return
     with _open(url, done if known else 0, known) as response:
+        length = _length(response.headers)
         if response.status != 206:  # all of it: of no ranges, or changed
             done = 0
             part.unlink(missing_ok=True)
-        total = done + int(response.headers.get("Content-Length") or 0)
+        total = done + length
         known = {"url": url, "total": total, "validator": _validator(response.headers)}
         with expecting_room(part, total - done):
             check_room(part, total - done)
@@ -145,6 +158,14 @@ def _receive(url, part, name):
             _copy(response, part, done, total, name)
     if total and _size(part) != total:
         raise OSError(f"{_size(part)} bytes arrived, expected {total}")
+
+
+def _length(headers):
+    """Bytes that an answer says it has, 0 if it does not. Raises OSError."""
+    text = headers.get("Content-Length") or "0"
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise OSError(f"the answer says it has {text!r:.40} bytes")
+    return int(text)
 
 
 def _open(url, done, known):
@@ -252,9 +273,9 @@ def _check(path, file):
     """The sha256 of a file. Raises DAMAGED if it is not as known, or its checksums say so."""
     if file.size and path.stat().st_size != file.size:
         raise _Differs(f"it has {path.stat().st_size} bytes, expected {file.size}")
-    digest = _sha256(path)
+    digest = file_sha256(path)
     if file.sha256 and digest != file.sha256:
-        raise _Differs(f"its sha256 is {digest}, expected {file.sha256}")
+        raise _Differs(f"its sha256 is {digest}, expected {file.sha256}, {file.stated}")
     if file.path.endswith(".safetensors"):
         with safe_open(path, "numpy"):
             pass
@@ -269,14 +290,6 @@ def _is_pickle(path):
         return file.read(1) == b"\x80"
 
 
-def _sha256(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def verify(name, folder=""):
     """One line on a file that was downloaded. Raises ValueError if it is not there, or damaged."""
     file = FILES[name]
@@ -287,7 +300,7 @@ def verify(name, folder=""):
         digest = _check(path, file)
     except (OSError, *DAMAGED) as error:
         raise ValueError(
-            f"{name}: {path} is not what was published ({first_line(error)}); to fetch it again: "
+            f"{name}: {path} is not the file that this fetches ({first_line(error)}); to fetch it: "
             f"python -m util.download {name} --overwrite"
         ) from error
     known = "as known" if file.sha256 else "none is known to compare with"
@@ -322,7 +335,12 @@ def download_pretrained_marh(overwrite=False):
 
 
 def _url(text):
-    if "://" not in text:
+    try:
+        parts = urlsplit(text)
+        fits = parts.scheme == "file" or (parts.hostname and parts.port != 0 and _PLAIN(text))
+    except ValueError:  # of brackets that do not match, or of the port
+        fits = False
+    if not fits:
         raise ArgumentTypeError(f"{text}: expected a URL, such as https://… or file:///…")
     return text
 

@@ -5,6 +5,7 @@ that was killed leaves behind can so be told from what another process is writin
 """
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -78,6 +79,17 @@ def check_zip(path):
         raise zipfile.BadZipFile(first_line(error)) from None
     if damaged:
         raise zipfile.BadZipFile(f"the checksum of {damaged} inside does not fit")
+
+
+def file_sha256(path, progress=None):
+    """The sha256 of a file. progress: a Progress that counts its bytes."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+            if progress:
+                progress.update(len(chunk))
+    return sha.hexdigest()
 
 
 # ---- writing -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from util.files import in_bytes
+from util.files import file_sha256, in_bytes
 from util.table import Table
 
 _DROPBOX = "https://www.dropbox.com/scl/fi/"
@@ -38,6 +38,13 @@ class File:
     def what(self):
         """What is stored, in words."""
         return "the .ckpt in it" if self.url.endswith(".zip") else "the file"
+
+    @property
+    def stated(self):
+        """Whose its sha256 is, in words."""
+        if self.url in self.mirrors.values():
+            return "that of this file on Hugging Face"
+        return "that of a copy on Hugging Face, as the authors state none"
 
     @property
     def size_in_words(self):
@@ -104,12 +111,19 @@ def mirror(name, place):
     return there.get(place)
 
 
+def _is_named(file, path):
+    """Whether a path, or None, has the name of a published tokenizer's file."""
+    return bool(path) and "vae" in Path(file.path).parts and Path(path).name == Path(file.path).name
+
+
 def _is_of(file, path):
-    """Whether a path, or None, is that of a published tokenizer: by its name, and its size if it is
-    there."""
-    if not path or "vae" not in Path(file.path).parts or Path(path).name != Path(file.path).name:
+    """Whether a path, or None, is that of a published tokenizer: by its name and, if it is there,
+    its size and sha256 as far as they are known."""
+    if not _is_named(file, path) or not Path(path).is_file():
+        return _is_named(file, path)
+    if file.size and Path(path).stat().st_size != file.size:
         return False
-    return not file.size or not Path(path).is_file() or Path(path).stat().st_size == file.size
+    return not file.sha256 or file_sha256(path) == file.sha256
 
 
 def usual_place(path, tokenizer):
@@ -126,7 +140,7 @@ def usual_place(path, tokenizer):
 def source_of(path):
     """Advice for a tokenizer's file that does not exist."""
     for name, file in FILES.items():
-        if _is_of(file, path):
+        if _is_named(file, path):
             return f"To fetch it: python -m util.download {name}"
     return "Published ones: python -m util.download --help; main_tokenizer.py trains small ones"
 

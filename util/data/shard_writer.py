@@ -25,10 +25,10 @@ from util import dist
 from util.data import rounds, shards
 from util.data.cached import read_arrays
 from util.data.manifest import AGAIN, read_manifest, read_part, write_manifest, write_part
-from util.data.shards import checksums_of, damaged_parts, file_sha256, part_path, rows_of
+from util.data.shards import checksums_of, damaged_parts, part_path, rows_of
 from util.data.sources import Pictures, Recorded
 from util.dist import all_gather, broadcast, is_main, rank, world_size
-from util.files import check_room, first_few, replacing
+from util.files import check_room, file_sha256, first_few, replacing
 from util.logger import Progress
 from util.run import stop
 

@@ -16,7 +16,6 @@ content of their .json files. Earlier versions wrote neither checksums nor sourc
 by util/data/shard_writer.py.
 """
 
-import hashlib
 import math
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from torch.utils.data import Dataset
 
 from util.data.manifest import AGAIN, MANIFEST, fingerprint, has_flips, read_manifest, read_part
 from util.dist import all_gather, is_main, rank, wait, world_size
-from util.files import first_few, replacing
+from util.files import file_sha256, first_few, replacing
 from util.logger import Progress
 
 SHARD_SIZE = 16384  # images: 0.5 GB of KL-16's latents at 256 pixels, which are 16 KB each
@@ -42,17 +41,6 @@ def rows_of(manifest):
 def part_path(folder, k, part):
     """The file of a part of shard k."""
     return Path(folder) / f"shard-{k:05d}.{part}.npy"
-
-
-def file_sha256(path, progress=None):
-    """The sha256 of a file. progress: a Progress that counts its bytes."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-            if progress:
-                progress.update(len(chunk))
-    return sha.hexdigest()
 
 
 def checksums_of(rows):
