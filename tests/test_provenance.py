@@ -205,11 +205,14 @@ def test_other_files(tmp_path):
     cases = {"no such file": lambda: None, "not a whole PNG": lambda: path.write_text("hello")}
     cases["does not say"] = lambda: save_image(path, GREY)
     cases["is damaged"] = lambda: save_image(path, GREY, {KEY: "[" * 10**5})
+    many = {"labels": [1] * 4097}
+    cases["one of a batch of 4097 images"] = lambda: write(path, **many)
     cases["format 2, expected 1"] = lambda: write(path, format=2)
     for words, prepare in cases.items():
         prepare()
         with pytest.raises(ValueError, match=words):
             read(path)
+    assert read(write(path, **many, index=None))["labels"] == many["labels"]
     whole = write(path).read_bytes()
     for size in (10, len(whole) // 2, len(whole) - 20):
         path.write_bytes(whole[:size])

@@ -19,7 +19,8 @@ from util.plain import is_count, is_number
 
 KEY = "mar"  # keyword of the text chunk
 FORMAT = 1
-MOST_LABELS = 2**16  # images of a batch or a grid
+MOST_LABELS = 2**16  # images of a grid
+LARGEST_BATCH = 2**12  # images of the batch of one
 LONGEST = 2**20  # characters of the whole text
 LONGEST_NAME = 4096  # of a path
 
@@ -126,6 +127,11 @@ def _check(made, path):
             raise ValueError(
                 f"{path}: what it was made by: {name} is {repr(shown)[:60]}, expected {expected}"
             )
+    if made["index"] is not None and len(made["labels"]) > LARGEST_BATCH:
+        raise ValueError(
+            f"{path}: what it was made by: one of a batch of {len(made['labels'])} images, "
+            f"expected at most {LARGEST_BATCH}"
+        )
     if made["index"] is not None and made["index"] >= len(made["labels"]):
         raise ValueError(
             f"{path}: what it was made by: index is {made['index']}, expected one of "
