@@ -197,7 +197,7 @@ def test_another_file_is_not_kept(server, capsys, wrong, said):
     assert len(other) == len(Server.content)
     server.content = {"size": Server.content + b"1", "sha256": other, "both": b"123456789"}[wrong]
     line = fails(capsys, "file")
-    assert said in line and "a file that you trust is used as it is" in line and not arrived()
+    assert said in line and "a file that you trust and put there is used" in line and not arrived()
     assert ("of a copy on Hugging Face" in line) == (wrong == "sha256")
 
 

@@ -48,7 +48,7 @@ class _Differs(Exception):
 
 
 _PLAIN = re.compile("[!-~]+").fullmatch  # ASCII without blanks
-TRUSTED = "a file that you trust is used as it is once it lies there, though --verify says this"
+TRUSTED = "a file that you trust and put there is used as it is; --verify then says how it differs"
 DAMAGED = (_Differs, zipfile.BadZipFile, SafetensorError)
 
 
