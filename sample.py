@@ -115,7 +115,8 @@ def add_sweep_flags(group):
     group.add_argument(
         "--output_dir",
         metavar="DIR",
-        help="folder of results.jsonl and the sweep's table and plots (default: the checkpoint's)",
+        help="folder of results.jsonl and the sweep's table and plots (default: the "
+        "checkpoint's; the current one for a model that is passed on)",
     )
     group.add_argument(
         "--data_path",
@@ -141,10 +142,9 @@ def main(argv=None):
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(**machine(args))
     asked = args.ckpt
-    if not Path(asked).exists():
-        args.output_dir = args.output_dir or "."  # not where the hub's files are kept
     model, tokenizer, config = open_checkpoint(args, like)
-    last_words.set_folder(args.output_dir or Path(args.ckpt).parent, "sample")
+    args.output_dir = folder_of_results(args, asked)
+    last_words.set_folder(args.output_dir, "sample")
     sampling = pick_sampling(args, config, model, points, like)
     labels, balance = pick_labels(args, config, like)
     precision = pick_precision(args.precision, device)  # also used for the features
@@ -233,6 +233,16 @@ def open_checkpoint(args, like=None):
     return model, tokenizer, {**config, "tokenizer": {**config["tokenizer"], **own}}
 
 
+def folder_of_results(args, asked):
+    """--output_dir, else the folder of the checkpoint, unless that is passed on: the current one.
+
+    asked: --ckpt as it was given.
+    """
+    folder = Path(args.ckpt).parent
+    passed_on = hub.is_name(asked) or hub.digest_in(folder)
+    return args.output_dir or ("." if passed_on else folder)
+
+
 def pick_sampling(args, config, model, points, like=None):
     """The checkpoint's Sampling, or that of --like, overridden by flags; checked at all points of a
     sweep."""
@@ -297,7 +307,7 @@ def measure(args, points, drawn, sampling, evaluator, outputs, generation, balan
     from util.dist import print0
     from util.evaluation.sweep import find_result, write_sweep
 
-    folder = Path(args.output_dir or Path(args.ckpt).parent)
+    folder = Path(args.output_dir)
     identity = evaluator.stated(len(drawn[2])) | engine.identify(*drawn, args.batch_size)
     identity |= {"seed": args.seed, "dtype": generation["precision"]}
     del identity["reference"]  # the content of a file matters, not its path

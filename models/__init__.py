@@ -48,8 +48,9 @@ def load_model(path, weights="ema", **overrides):
 
     path: a file, a folder that holds one or was written by `save_pretrained`, or the name of a
     repository of the Hugging Face hub. weights: "ema" or "raw". overrides: arguments of the model
-    to replace, e.g. num_sampling_steps. The model's attribute `config` is the configuration.
-    Raises ValueError for any other weights, and for a file that is no such checkpoint.
+    to replace, e.g. num_sampling_steps; those that are settings of sampling replace the stored
+    ones, too. The model's attribute `config` is the configuration. Raises ValueError for any other
+    weights, and for a file that is no such checkpoint.
     """
     from models.stored import facts_of
     from util.checkpoint import find_weights, load_checkpoint
@@ -60,12 +61,15 @@ def load_model(path, weights="ema", **overrides):
     path = find_weights(path)
     checkpoint = load_checkpoint(path)
     config = checkpoint_config(checkpoint, path)
-    arguments = {**config["model"], **{k: v for k, v in overrides.items() if v is not None}}
+    own = {name: value for name, value in overrides.items() if value is not None}
+    arguments = {**config["model"], **own}
     model = build_model(**arguments)
     if weights == "raw" and checkpoint["model"] is checkpoint["model_ema"]:
         raise ValueError(f"{path}: holds one set of weights only, expected --weights ema")
     load_strictly(model, checkpoint["model_ema" if weights == "ema" else "model"], path)
-    model.config = {**config, **facts_of(checkpoint, config, weights), "model": arguments}
+    sampling = config["sampling"] | {k: v for k, v in own.items() if k in Sampling.names()}
+    config = {**config, "model": arguments, "sampling": sampling}
+    model.config = {**config, **facts_of(checkpoint, config, weights)}
     return model.eval(), model.config
 
 

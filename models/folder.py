@@ -6,6 +6,7 @@ util/hub.py has the names of its files, and reads it.
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from util.rng import image_generators
 from util.sizes import sides
 from util.weights import digest, unwrapped, write_safetensors
 
-GRID = re.compile(r"epoch(\d+)_ema\.png")  # of main_mar.py
+GRID = re.compile(r"epoch(\d+)_(ema|raw)\.png")  # of main_mar.py
 COLUMNS = 10  # classes of a grid that is drawn, two images of each
 
 
@@ -49,11 +50,14 @@ def write(model, folder, given, tokenizer, with_tokenizer, run, samples, name, a
     }
     check_config(config, state, folder)
     picture = _picture(model, config, tokenizer, samples, run)
+    before = hub.digest_in(folder)
     make_folder(folder, "folder")
     _write(Path(folder), state, config, tokenizer, picture)
     results = jsonl.read(Path(run, "results.jsonl")) if run else []
     text = _card(model, config, name or Path(folder).resolve().name, picture, results)
     _write_text(Path(folder, hub.CARD), text)
+    if before:
+        _remove_old(Path(folder), config, before == config["weights_sha256"] or picture is not None)
 
 
 # ---- the configuration ---------------------------------------------------------------------------
@@ -116,12 +120,25 @@ def _reference(config, tokenizer, with_tokenizer, needed):
 
 def _write(folder, state, config, tokenizer, picture):
     """Write all but the card, the configuration last, as it has the digest of the weights."""
-    write_safetensors(folder / hub.WEIGHTS, state, {"config": json.dumps(config)})
-    if str(config["tokenizer"].get("vae_path")).startswith(hub.HERE):
+    if _is_copied(config):
         _write_tokenizer(folder / hub.TOKENIZER, tokenizer, config)
+    write_safetensors(folder / hub.WEIGHTS, state, {"config": json.dumps(config)})
     if picture is not None:
         save_image(folder / hub.SAMPLES, picture)
     _write_text(folder / hub.CONFIG, hub.readable(config) + "\n")
+
+
+def _remove_old(folder, config, keep_picture):
+    """Remove what an earlier call left in the folder and this one did not write."""
+    if not keep_picture:
+        (folder / hub.SAMPLES).unlink(missing_ok=True)
+    if not _is_copied(config):
+        (folder / hub.TOKENIZER).unlink(missing_ok=True)
+
+
+def _is_copied(config):
+    """Whether the tokenizer's file lies in the folder."""
+    return str(config["tokenizer"].get("vae_path")).startswith(hub.HERE)
 
 
 def _write_text(path, text):
@@ -141,7 +158,19 @@ def _write_tokenizer(path, tokenizer, config):
     }
     said = {"scale": tokenizer.scale, "shift": tokenizer.shift}
     content |= {name: value for name, value in said.items() if value is not None}
-    write_content(path, content)
+    write_content(path, content, partial(_check_tokenizer, config["tokenizer"]))
+
+
+def _check_tokenizer(own, path):
+    """Raises ValueError unless a tokenizer can be built from its file that was just written."""
+    try:
+        models.build_tokenizer(**{**own, "vae_path": str(path)})
+    except ValueError as error:
+        reason = first_line(error).replace(str(path), "it")
+        raise ValueError(
+            f"save_pretrained: not saved, as the network of this tokenizer {own['name']} could not "
+            f"be loaded again from a file alone ({reason})"
+        ) from None
 
 
 # ---- the card ------------------------------------------------------------------------------------
@@ -163,13 +192,15 @@ def _picture(model, config, tokenizer, samples, run):
 
 
 def _newest_grid(run, config):
-    """The last grid of samples in the folder of a run that is not of later averaged weights than
-    these, or the picture in a folder that these weights were passed on in; None without any."""
-    done = config.get("training", {}).get("epochs", math.inf)
+    """The last grid of samples in the folder of a run that is of weights of this kind, averaged or
+    raw, and not of later ones, or the picture in a folder that these weights were passed on in;
+    None without any."""
+    training = config.get("training", {})
+    kind = "raw" if training and "ema_rate" not in training else "ema"
     named = ((GRID.fullmatch(path.name), path) for path in Path(run, "samples").glob("*.png"))
-    grids = {int(found[1]): path for found, path in named if found and int(found[1]) <= done}
-    if grids:
-        return grids[max(grids)]
+    grids = {int(found[1]): path for found, path in named if found and found[2] == kind}
+    if done := [epoch for epoch in grids if epoch <= training.get("epochs", math.inf)]:
+        return grids[max(done)]
     own = hub.digest_in(run) == config["weights_sha256"] and Path(run, hub.SAMPLES).is_file()
     return Path(run, hub.SAMPLES) if own else None
 

@@ -182,10 +182,16 @@ class TrainState:
         return False
 
 
-def write_content(path, content):
-    """Write tensors in nested dicts with `torch.save`, whole or not at all."""
-    with replacing(path, size_of(content), durable=True) as beside, open(beside, "wb") as file:
-        torch.save(content, file)  # given a path, its name, with this host's, would be inside
+def write_content(path, content, check=None):
+    """Write tensors in nested dicts with `torch.save`, whole or not at all.
+
+    check: called with the temporary path of the whole file; what it raises keeps the old one.
+    """
+    with replacing(path, size_of(content), durable=True) as beside:
+        with open(beside, "wb") as file:  # given a path, torch stores its name, with this host's
+            torch.save(content, file)
+        if check:
+            check(beside)
 
 
 def size_of(content):
