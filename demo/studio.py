@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 import engine_mar as engine
 import models
@@ -30,6 +31,7 @@ from util.weights import digest
 
 MOST = 64  # pictures at once: a batch of sample.py, which makes the same bits again
 ON_PAGE = 512  # pixels: the least side of what is shown
+WIDE = 1024  # pixels: about the largest side of what is shown at each step
 PAINTED = 127  # opacity of a brush's stroke above which it counts
 
 
@@ -231,10 +233,11 @@ class Pace:
 
 def read(name, kind, text):
     """The value of a field, by an argparse type. Raises ValueError."""
+    text = "" if text is None else str(text)
     try:
-        return kind("" if text is None else str(text))
-    except ArgumentTypeError as error:
-        raise ValueError(f"{name} {error}") from None
+        return kind(text)
+    except ArgumentTypeError as error:  # of which some name the setting themselves
+        raise ValueError(f"{name} {error}" if str(error).startswith(text) else error) from None
 
 
 def read_field(field, value):
@@ -271,10 +274,15 @@ def zoom(picture):
 
 
 def frame(images, hidden):
-    """Images (N, H, W, 3) side by side, with hidden tokens (N, h, w) in gray; and a few words."""
+    """Images (N, H, W, 3) side by side, with hidden tokens (N, h, w) in gray; and a few words.
+
+    Many large images are reduced by an integer.
+    """
     hidden = torch.as_tensor(hidden)
     columns = columns_of(len(images))
     shown = grid(hide_unknown(images, hidden), columns, min_side=ON_PAGE // columns)
+    factor = max(1, round(max(shown.shape) / WIDE))
+    shown = np.asarray(Image.fromarray(shown).reduce(factor))
     return shown, f"{int((hidden == 0).sum())} of {hidden.numel()} tokens"
 
 

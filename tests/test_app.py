@@ -70,6 +70,7 @@ def test_wrong_fields_are_answered_in_one_line(studio):
         ({"cfg": "much"}, "cfg much: expected a number"),
         ({"cfg_interval": "0.5"}, "cfg_interval 0.5: expected 2 numbers"),
         ({"solver": "euler"}, "solver 'euler': expected one of"),
+        ({"num_sampling_steps": "0"}, "^diffusion steps '0': expected"),
     ):
         with pytest.raises(ValueError, match=said):
             studio.settings(values)
@@ -215,12 +216,15 @@ def test_what_is_painted():
 
 
 def test_frames():
-    """Small pictures are enlarged by repeating pixels, hidden tokens are gray, and counted."""
+    """Small pictures are enlarged by repeating pixels, many large ones are reduced, hidden tokens
+    are gray, and counted."""
     images, hidden = np.full((10, 8, 8, 3), 200, np.uint8), np.zeros((10, 4, 4))
     hidden[0, 0, 0] = 1
     shown, words = frame(images, hidden)
     assert words == "159 of 160 tokens" and min(shown.shape[:2]) > 200
     assert {tuple(shown[3, 3]), tuple(shown[-4, -4])} == {(110, 120, 140), (200, 200, 200)}
+    many = np.zeros((64, 256, 256, 3), np.uint8), np.zeros((64, 16, 16))
+    assert frame(*many)[0].shape == (1033, 1033, 3)
     assert [columns_of(n) for n in (1, 2, 3, 4, 7, 10, 64)] == [1, 2, 3, 2, 3, 5, 8]
 
 
