@@ -138,17 +138,17 @@ class AR(Autoregressive):
         following = {"target_pos_embed_learned": 0} if self.varies else {}
         return {"pos_embed_learned": 1, **following}
 
-    def check_orders(self, orders, name):
+    def check_orders(self, orders, what):
         """Raises ValueError for an order other than the learned one, unless it varied in training.
 
-        orders: (N, L).
+        orders: (N, L). what: setting that the message names.
         """
         if self.varies:
             return
         learned = ORDERS[self.order]().start(1, self.seq_len, device=orders.device)
         if not torch.equal(orders, learned.expand_as(orders)):
             raise ValueError(
-                f"order {name or 'as given'}: this model learned the {self.order} order only, and "
+                f"{what}: this model learned the {self.order} order only, and "
                 f"fills in {ORDERS[self.order].last}"
             )
 

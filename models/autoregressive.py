@@ -81,8 +81,11 @@ class Autoregressive(LatentModel):
         begin, end = interval
         return begin <= done < end
 
-    def check_orders(self, orders, name):
-        """Raises ValueError for orders (N, L), or their name, that this backbone cannot follow."""
+    def check_orders(self, orders, what):
+        """Raises ValueError for orders (N, L) that this backbone cannot follow.
+
+        what: setting that the message names.
+        """
 
     # ---- shared by all -------------------------------------------------------------------------
 

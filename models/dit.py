@@ -110,6 +110,10 @@ class DiT(Diffused, LatentModel):
                 raise ValueError(f"{name} {value}: DiT samples in one step; leave it out")
         self.plan(sampling)
 
+    def check_orders(self, orders, what):
+        """Raises ValueError; see `Autoregressive.check_orders`."""
+        raise ValueError(f"{what}: DiT generates all tokens at once, in no order")
+
     @torch.no_grad()
     def sample_tokens(
         self,

@@ -187,8 +187,10 @@ def _fill(model, latents, hidden, first, precision, labels, sampling, generators
         inside, own = hidden[tokens], generator_of(generators, rows, len(latents))
         most = int(inside.flatten(1).sum(1).max())
         orders = FILL_ORDERS[settings.order](inside, own)
-        if orders is not None and ORDERS[sampling.order or model.order].by_confidence:
-            raise ValueError(f"fill {settings.order}: the confidence order finds its own")
+        if orders is not None:
+            model.check_orders(orders, f"fill {settings.order}")
+            if ORDERS[sampling.order or model.order].by_confidence:
+                raise ValueError(f"fill {settings.order}: the confidence order finds its own")
         count = most if model.one_at_a_time else min(sampling.num_iter, most)
         steps = model.sample_steps(
             len(rows),

@@ -35,7 +35,7 @@ def sample_steps(
     _guidance_interval(sampling)
     _check_batch(model, bsz, orders)
     orders, tokens, mask = _start(model, bsz, policy, orders, generator, latents, mask)
-    model.check_orders(orders, sampling.order)
+    model.check_orders(orders, f"order {sampling.order or 'as given'}")
     counts = mask.sum(1).tolist()
     _check_steps(model, sampling.num_iter, max(counts))
     both = torch.stack([model.embed_labels(labels, bsz), model.embed_labels(None, bsz)])
@@ -101,7 +101,7 @@ def _in_place(orders, tokens):
 def check_sampling(model, sampling):
     """Raises ValueError for settings that the model does not support."""
     orders = _pick_order(model, sampling).start(1, model.seq_len, torch.Generator())
-    model.check_orders(orders, sampling.order)
+    model.check_orders(orders, f"order {sampling.order or 'as given'}")
     _guidance_interval(sampling)
     if sampling.cfg != 1.0 and not model.label_drop_prob:
         raise ValueError(

@@ -270,8 +270,12 @@ def test_what_a_model_cannot_is_said(made, drawn):
         inpaint(*raster, drawn, mask[:, ::-1], *rest)
     with pytest.raises(ValueError, match=only):
         outpaint(*raster, drawn, *rest, right=8)
+    with pytest.raises(ValueError, match=f"^fill border: this model {only}"):
+        inpaint(*raster, drawn, mask, *rest, order="border")
     with pytest.raises(ValueError, match="DiT generates all tokens at once and cannot keep any"):
         inpaint(*made("pixels", "dit_tiny"), drawn, mask, *rest)
+    with pytest.raises(ValueError, match="fill border: DiT generates all tokens at once"):
+        inpaint(*made("pixels", "dit_tiny"), drawn, mask, *rest, order="border")
 
 
 @pytest.mark.parametrize(
