@@ -7,7 +7,7 @@ import sample
 from models.settings import Editing
 from util.data.classes import find_labels, known_names
 from util.data.settings import plain_reading
-from util.files import check_writable, make_folder
+from util.files import check_writable, is_foreign, make_folder
 from util.flags import Parser, add_machine_flags, machine, nonnegative_int, positive_int, run
 from util.settings import add_flags, said_flags
 from util.sizes import sides
@@ -173,7 +173,7 @@ def check(args):
     for path in [*args.out, *([args.compare] if args.compare else [])]:
         if Path(path).suffix == ".png":
             check_writable(path, path)
-        elif path == args.compare or Path(path).suffix == ".npz":
+        elif path == args.compare or is_foreign(path, (".png",)):
             flag, more = ("--compare", "") if path == args.compare else ("--out", " or a folder")
             raise ValueError(f"{flag} {path}: expected a .png{more}")
         else:

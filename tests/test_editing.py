@@ -378,9 +378,9 @@ def test_edit_varies_and_extends(files, capsys):
     label, it is said that there is no guidance."""
     call("--image a.png --strength 0.5 --labels 0-2 --out three")
     assert len(list((files / "three").iterdir())) == 3
-    call("--outpaint right=7 left=2 --per_image 2 --out wide")
-    assert read("wide/0001.png").shape == (8, 8 + 8 + 2, 3)
-    assert read("wide/0001.png")[:, 2:10].std() > 0  # the new picture itself
+    call("--outpaint right=7 left=2 --per_image 2 --out wide.v2")
+    assert read("wide.v2/0001.png").shape == (8, 8 + 8 + 2, 3)
+    assert read("wide.v2/0001.png")[:, 2:10].std() > 0  # the new picture itself
     out = capsys.readouterr().out
     assert "NOTE: --outpaint right=7: 8 pixels" in out and "NOTE: no --labels" in out
     assert "cfg 1.0" in out.splitlines()[-2]
@@ -396,6 +396,7 @@ def test_edit_varies_and_extends(files, capsys):
         ("--image a.png --mask wide.png", "--mask wide.png: 64×16 pixels, expected 16×16"),
         ("--outpaint left=2 left=4", "--outpaint left: given twice"),
         ("--outpaint left=2 --out a.npz", "--out a.npz: expected a .png or a folder"),
+        ("--outpaint left=2 --out a.JPG", "--out a.JPG: expected a .png or a folder"),
         ("--outpaint left=2 --ckpt not/there.pth", "not/there.pth"),
         ("--outpaint left=2 --ckpt no/model", "no/model: no such file or folder"),
     ],

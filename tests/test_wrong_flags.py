@@ -109,6 +109,7 @@ def test_errors_leave_no_traceback():
         (("--num_sampling_steps", "ddim7,8"), "'ddim7,8'"),
         (("--temperature", "-1"), "--temperature: -1: expected a number, at least 0"),
         (("--out", "a.jpg"), "--out a.jpg: expected a name in .png or .npz, or a folder"),
+        (("--out", "a.npy"), "--out a.npy: expected a name in .png or .npz, or a folder"),
         (("--out", ""), "expected a name in .png or .npz, or a folder"),
         (("--out", ROOT / "LICENSE"), "LICENSE: not a folder to write to"),
         (("--vae_path", "x.ckpt"), "vae_path x.ckpt: the tokenizer pixels has no weights"),

@@ -54,6 +54,14 @@ def check_writable(path, what):
         raise ValueError(f"{what}: cannot be written ({reason})") from None
 
 
+def is_foreign(path, own):
+    """Whether a name is that of a picture or array by its suffix, but has none of `own`."""
+    from PIL import Image
+
+    suffix, others = Path(path).suffix, {*Image.registered_extensions(), ".npy", ".npz"}
+    return suffix.lower() in others and suffix not in own
+
+
 def first_few(names, shown=3):
     """The first names, and the number of others, for a message."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from util import dist
 from util.data.listing import pictures_below
@@ -26,6 +25,7 @@ from util.files import (
     check_writable,
     check_zip,
     first_few,
+    is_foreign,
     make_folder,
     remove_leftovers,
     replacing,
@@ -352,8 +352,7 @@ def _check_paths(paths, labels, img_size, columns, only):
 
 def _check_path(path):
     """Raises ValueError unless a name is one of an output, and it can be written there."""
-    others = set(Image.registered_extensions()) - {".png"}
-    if path.suffix.lower() in others or path.suffix in (".PNG", ".NPZ") or path == Path():
+    if is_foreign(path, (".png", ".npz")) or path == Path():
         raise ValueError(f"--out {path}: expected a name in .png or .npz, or a folder")
     is_file = path.suffix in (".png", ".npz")
     make_folder(path.parent if is_file else path, "--out")
