@@ -108,6 +108,11 @@ def box(text):
     return left, top, width, height
 
 
+def box_text(corner):
+    """A box as it is given to --box."""
+    return ",".join(map(str, corner))
+
+
 def extension(text):
     """An argparse type: SIDE=N to (side, integer)."""
     side, _, pixels = text.partition("=")
@@ -120,6 +125,7 @@ def main(argv=None):
     """Run the script."""
     args = get_parser().parse_args(argv)
     check(args)
+    check_pictures(args)
 
     from models.editing import inpaint
     from util import dist
@@ -222,6 +228,24 @@ def settings(args):
 # ---- pictures ------------------------------------------------------------------------------------
 
 
+def check_pictures(args):
+    """Raises ValueError for pictures and masks that cannot be opened, and boxes outside of them."""
+    from util.data.pictures import size_of
+    from util.data.settings import Reading
+
+    upright = Reading(orientation="exif")
+    for path in args.image or ():
+        height, width = size_of(path, upright)
+        for left, top, *more in args.box:
+            if left >= width or top >= height:
+                raise ValueError(
+                    f"--box {box_text((left, top, *more))}: outside of {path}, which is "
+                    f"{width}×{height} pixels"
+                )
+    for path in args.mask or ():
+        size_of(path, upright)
+
+
 def read(args, config, tokenizer, token):
     """Pictures uint8 (n, H, W, 3) and what to fill in of each, booleans (n, H, W).
 
@@ -267,13 +291,27 @@ def read_one(path, mask_path, args, size, reading):
     seen = np.asarray(center_crop_arr(picture, size).convert("RGB"))
     if not mask_path and not args.box:
         return seen, np.ones(size, bool)
-    mask = read_mask(mask_path, picture.size, size) if mask_path else np.zeros(size, bool)
-    for corner in args.box:
-        mask = mask | draw_box(corner, picture.size, size, path)
+    return seen, read_part(path, mask_path, args.box, picture.size, size)
+
+
+def read_part(path, mask_path, corners, picture_size, size):
+    """What to fill in of a picture, (H, W). Raises ValueError if the model sees nothing of it.
+
+    corners: of boxes. picture_size: (width, height) of the picture's file.
+    """
+    import numpy as np
+
+    from util.dist import print0
+
+    mask = read_mask(mask_path, picture_size, size) if mask_path else np.zeros(size, bool)
+    boxes = [(corner, draw_box(corner, picture_size, size)) for corner in corners]
+    mask = np.any([mask, *(box for _, box in boxes)], 0)
+    said = f"marks nothing of what the model sees of {path}"
     if not mask.any():
-        part = f"--mask {mask_path}" if mask_path else "--box"
-        raise ValueError(f"{part}: marks nothing of what the model sees of {path}")
-    return seen, mask
+        raise ValueError(f"{f'--mask {mask_path}' if mask_path else '--box'}: {said}")
+    for corner in [corner for corner, box in boxes if not box.any()]:
+        print0(f"NOTE: --box {box_text(corner)}: {said}")
+    return mask
 
 
 def read_mask(path, picture_size, size):
@@ -296,14 +334,11 @@ def read_mask(path, picture_size, size):
     return cropped(mask, picture_size, size)
 
 
-def draw_box(corner, picture_size, size, path):
-    """Where a box is, (H, W). Raises ValueError if it is outside of the picture."""
+def draw_box(corner, picture_size, size):
+    """Where a box is, (H, W)."""
     from PIL import Image
 
     (left, top, width, height), (w, h) = corner, picture_size
-    if left >= w or top >= h:
-        shown = ",".join(map(str, corner))
-        raise ValueError(f"--box {shown}: outside of {path}, which is {w}×{h} pixels")
     mask = Image.new("L", picture_size)
     mask.paste(255, (left, top, min(left + width, w), min(top + height, h)))
     return cropped(mask, picture_size, size)

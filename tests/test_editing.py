@@ -386,6 +386,26 @@ def test_edit_varies_and_extends(files, capsys):
     assert "cfg 1.0" in out.splitlines()[-2]
 
 
+def test_a_box_that_is_cropped_away(files, capsys):
+    """It is said which of several boxes the model does not see, and of which picture."""
+    Image.new("L", (64, 16)).save("wide.png")
+    call("--image b.png wide.png --box 0,0,8,16 8,0,24,16 --out folder --num_iter 1")
+    notes = [line for line in capsys.readouterr().out.splitlines() if "--box" in line]
+    assert notes == ["NOTE: --box 0,0,8,16: marks nothing of what the model sees of wide.png"]
+
+
+def test_pictures_are_opened_before_the_model(files, capsys):
+    """What is wrong with them is said at once, and so are boxes outside of them."""
+    (files / "words.png").write_text("words")
+    for text, message in (
+        ("--image nope.png --strength 1", "nope.png: not a readable image"),
+        ("--image a.png --mask words.png", "words.png: not a readable image"),
+        ("--image a.png --box 16,0,4,4", "--box 16,0,4,4: outside of a.png, which is 16×16"),
+    ):
+        flags = "--ckpt", "not/there.pth", *text.split()
+        assert message in complain(capsys, edit.main, *flags)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
