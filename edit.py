@@ -145,8 +145,9 @@ def main(argv=None):
     print0(f"{args.ckpt} ({args.weights}): {len(jobs)} results, {shown}, seed {args.seed}")
     model, tokenizer = model.to(device), tokenizer.to(device)
     how = {"precision": pick_precision(args.precision, device), **settings(args)}
-    results = []
-    for start in range(0, len(jobs), args.batch_size):
+    results, batches = [], range(0, len(jobs), args.batch_size)
+    for batch, start in enumerate(batches, 1):
+        how["progress"] = f"batch {batch} of {len(batches)}"
         indices = range(start, min(start + args.batch_size, len(jobs)))
         rows, classes = map(list, zip(*(jobs[i] for i in indices), strict=True))
         given = pictures[rows], masks[rows], None if classes[0] is None else classes

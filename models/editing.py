@@ -11,7 +11,7 @@ were, and the rest is blended with them.
 labels: a list of class indices, or None for no class. sampling: a models.settings.Sampling, of
 whose num_iter a window takes no more than it has tokens to fill in. generators: one per image, see
 util.rng.image_generators. precision: see util.precision. settings: fields of
-models.settings.Editing.
+models.settings.Editing, and progress, the label of a progress bar of windows (default: none).
 """
 
 from collections import deque
@@ -23,9 +23,10 @@ from scipy.ndimage import distance_transform_edt
 
 from models.order import RandomOrder
 from models.settings import FILL_ORDERS, ORDERS, Editing
-from util.data.pictures import to_range
+from util.data.pictures import LARGEST, to_range
 from util.images import to_uint8
 from util.precision import autocast_steps
+from util.progress import Progress
 from util.rng import generator_of, rand
 
 DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
@@ -123,9 +124,15 @@ def outpaint(
 def extended(images, token, left=0, right=0, top=0, bottom=0):
     """Images (N, H, W, 3) with margins to fill in, and their mask (N, H, W), True in the margins.
 
-    token: side of a token in pixels, to a multiple of which margins are rounded up.
+    token: side of a token in pixels, to a multiple of which margins are rounded up. Raises
+    ValueError if they are larger than pictures can be.
     """
     top, bottom, left, right = (-(-n // token) * token for n in (top, bottom, left, right))
+    height, width = images.shape[1] + top + bottom, images.shape[2] + left + right
+    if height * width > LARGEST:
+        raise ValueError(
+            f"images of {height}×{width} pixels: expected at most {LARGEST // 10**6} million"
+        )
     edges = (0, 0), (top, bottom), (left, right)
     mask = np.pad(np.zeros(images.shape[:3], bool), edges, constant_values=True)
     return np.pad(images, (*edges, (0, 0))), mask
@@ -149,6 +156,7 @@ def _edit(
     sampling,
     generators,
     precision,
+    progress=None,
     **settings,
 ):
     """Yields (a function that gives the images, the unknown tokens (N, h, w)) after each step."""
@@ -162,8 +170,9 @@ def _edit(
     first = _corners(~hidden, (model.seq_h, model.seq_w))
     hidden = _share(hidden, settings.strength, generators)
     labels = None if labels is None else torch.as_tensor(labels, device=device)
+    windows = _counted([*_windows(model, hidden.shape[1:], first, settings.overlap)], progress)
     given = labels, sampling, generators, settings
-    for found, still in _fill(model, latents, hidden, first, precision, *given):
+    for found, still in _fill(model, latents, hidden, windows, precision, *given):
         yield partial(_show, tokenizer, known, found, generators), still
 
 
@@ -172,14 +181,14 @@ def _show(tokenizer, known, latents, generators):
     return known.put_back(_decode(tokenizer, latents, generators))
 
 
-def _fill(model, latents, hidden, first, precision, labels, sampling, generators, settings):
+def _fill(model, latents, hidden, windows, precision, labels, sampling, generators, settings):
     """Yields latents (N, C, h·p, w·p) and unknown tokens (N, h, w) after each step of each window.
 
-    Once, if no token is unknown. labels: (N,), or None. first: see `_corners`.
+    Once, if no token is unknown. labels: (N,), or None. windows: see `_windows`.
     """
     if not hidden.any():
         yield latents, hidden
-    for rows, box, cells in _windows(model, hidden.shape[1:], first, settings.overlap):
+    for rows, box, cells in windows:
         rows = [i for i in rows if hidden[(i, *box)].any()]  # of the others, nothing is drawn
         if not rows:
             continue
@@ -205,6 +214,15 @@ def _fill(model, latents, hidden, first, precision, labels, sampling, generators
             latents, hidden = latents.clone(), hidden.clone()
             latents[cells], hidden[tokens] = found, still.view(inside.shape) > 0
             yield latents, hidden
+
+
+def _counted(windows, label):
+    """Yields the windows, with a progress bar if it has a label."""
+    bar = Progress(len(windows), label, "window")
+    for window in windows:
+        yield window
+        bar.update()
+    bar.close()
 
 
 def _windows(model, size, first, overlap):

@@ -382,8 +382,10 @@ def test_edit_varies_and_extends(files, capsys):
     assert read("wide.v2/0001.png").shape == (8, 8 + 8 + 2, 3)
     assert read("wide.v2/0001.png")[:, 2:10].std() > 0  # the new picture itself
     out = capsys.readouterr().out
+    assert out.count("batch 1 of 1: 1/1 window") == 1
+    assert out.count("batch 1 of 1: 4/4 window") == 1
     assert "NOTE: --outpaint right=7: 8 pixels" in out and "NOTE: no --labels" in out
-    assert "cfg 1.0" in out.splitlines()[-2]
+    assert "cfg 1.0" in out.splitlines()[-3]
 
 
 def test_a_box_that_is_cropped_away(files, capsys):
@@ -415,6 +417,7 @@ def test_pictures_are_opened_before_the_model(files, capsys):
         ("--image a.png --mask black.png", "--mask black.png: marks nothing"),
         ("--image a.png --mask wide.png", "--mask wide.png: 64×16 pixels, expected 16×16"),
         ("--outpaint left=2 left=4", "--outpaint left: given twice"),
+        ("--outpaint right=999999999999", "8×1000000000008 pixels: expected at most 200 million"),
         ("--outpaint left=2 --out a.npz", "--out a.npz: expected a .png or a folder"),
         ("--outpaint left=2 --out a.JPG", "--out a.JPG: expected a .png or a folder"),
         ("--outpaint left=2 --ckpt not/there.pth", "not/there.pth"),
