@@ -17,7 +17,7 @@ from models.pca import PatchPCA
 from models.settings import Sampling
 from util.data.settings import Reading
 from util.images import to_uint8
-from util.rng import image_generators
+from util.rng import image_generators, randn
 
 FIXTURES = ROOT / "tests" / "fixtures"
 DIGITS = ("--device", "cpu", "--ckpt", FIXTURES / "checkpoint.pth", "--num_iter", "3")
@@ -122,6 +122,17 @@ def test_steps_end_with_the_result(made, drawn):
     assert [hidden.flatten(1).sum(1).tolist() for _, hidden in steps] == [
         [13, 6, 3], [8, 4, 2], [0, 0, 0],
     ]  # fmt: skip
+
+
+def test_a_decoder_that_draws_changes_no_token(made, drawn, monkeypatch):
+    """Its draws, as of the Consistency Decoder, do not depend on which steps are shown, and leave
+    the generators as they are for the next step."""
+    model, tokenizer = made()
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda x, g: decode(x) + randn(x.shape, g, x.device))
+    given = model, tokenizer, drawn, np.ones((3, 16, 16)), LABELS, SAMPLING
+    steps = list(inpaint_steps(*given, generators()))
+    assert np.array_equal(steps[-1][0], inpaint(*given, generators()))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +365,8 @@ def test_results_have_their_own_seeds_and_classes(files):
 
 
 def test_boxes_and_masks_are_where_one_sees_them(files):
-    """In pixels of the upright picture, 16×32 of which the middle is cropped and halved."""
+    """In pixels of the upright picture, 16×32 of which the middle is cropped and halved; upright
+    also if the model's data were read as they are stored."""
     pixels = np.zeros((32, 16), np.uint8)
     pixels[8:16, :8] = 255
     exif = Image.Exif()
@@ -371,6 +383,10 @@ def test_boxes_and_masks_are_where_one_sees_them(files):
     ):
         seen, part = edit.read_one("picture.png", mask, Namespace(box=boxes), (8, 8), reading)
         assert np.array_equal(seen[..., 0] > 127, expected) and np.array_equal(part, expected)
+    config = {"model": {"img_size": 8}, "data": {"reading": {"orientation": "stored"}}}
+    args = Namespace(image=["picture.png"], mask=["mask.png"], box=[], outpaint=[])
+    seen, part = edit.read(args, config, Namespace(image_channels=1), 2)
+    assert np.array_equal(seen[0, ..., 0] > 127, expected) and np.array_equal(part[0], expected)
 
 
 def test_edit_varies_and_extends(files, capsys):
