@@ -59,7 +59,7 @@ def main(argv=None):
 
 
 def check_address(host, port):
-    """Raises ValueError for a host that is not this machine's, and for a port in use."""
+    """Raises ValueError for a host that is no IPv4 address of this machine, and a port in use."""
     with socket.socket() as test:
         test.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -67,7 +67,8 @@ def check_address(host, port):
         except OSError as error:
             taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
             flag = f"--port {port}" if taken else f"--host {host}"
-            raise ValueError(f"{flag}: {error.strerror}, expected another") from None
+            other = "another" if taken else "an IPv4 address of this machine"
+            raise ValueError(f"{flag}: {error.strerror}, expected {other}") from None
 
 
 def stay_local():

@@ -267,9 +267,9 @@ def test_what_cannot_be_served(capsys, tmp_path, monkeypatch):
         port = taken.getsockname()[1]
         said = complain(capsys, app.main, "--ckpt", CHECKPOINT, "--port", port)
         assert said.startswith(f"error: --port {port}: Address already in use")
-    assert "--host 1.2.3.4: " in complain(
-        capsys, app.main, "--ckpt", CHECKPOINT, "--host", "1.2.3.4"
-    )
+    for host in ("1.2.3.4", "::1"):
+        said = complain(capsys, app.main, "--ckpt", CHECKPOINT, "--host", host)
+        assert f"--host {host}: " in said and "expected an IPv4 address" in said
 
 
 # ---- with a browser ------------------------------------------------------------------------------
