@@ -369,7 +369,7 @@ def write(args, pictures, masks, jobs, results):
     for path in args.out:
         if Path(path).suffix == ".png":
             several = len(results) > 1
-            image = grid(np.stack(results), args.per_image) if several else results[0]
+            image = grid(np.stack(results), args.per_image, min_side=64) if several else results[0]
             save_image(path, image)
             continue
         for i, ((row, _), image) in enumerate(zip(jobs, results, strict=True)):

@@ -346,7 +346,7 @@ def test_edit_with_a_mask_and_a_box(files, capsys):
     assert np.array_equal(one[0][:, :4], one[1][:, :4])
     assert not np.array_equal(one[0], one[1])
     assert read("c.png").shape == (2 * 66 + 2, 4 * 66 + 2, 3)
-    assert read("grid.png").shape == (2 * 10 + 2, 2 * 10 + 2, 3)
+    assert read("grid.png").shape == (2 * 66 + 2, 2 * 66 + 2, 3)  # enlarged to 64
     assert "4 results" in capsys.readouterr().out
 
 

@@ -83,7 +83,7 @@ def card(name, config, *, facts, table=None, picture=None, tokenizer=""):
         "## Training",
         *_training(config),
         "## Metrics",
-        table or "None were measured of these weights in the folder of its run.",
+        table or "No metrics of these weights are recorded beside the checkpoint.",
         "## Licence",
         about.get("license") or "Not stated by who passed the model on: ask before you use it.",
         "## Citation",

@@ -114,7 +114,10 @@ def _unavailable(name, weights, error):
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if weights is not None:
         return f"{weights}: not the weights of {name} ({reason})"
-    advice = f"download {INCEPTION_URL} elsewhere and pass it as --inception_weights FILE"
+    advice = (
+        f"download {INCEPTION_URL} elsewhere and pass it as --inception_weights FILE, "
+        "or choose an --extractor that needs none, such as grey-pixels"
+    )
     if name != INCEPTION:
         advice = "torch-fidelity fetches them where there is a network"
     return f"the weights of {name} could not be fetched ({reason}); {advice}"
