@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from models.tokenizer import decode
 from util import dist, hub
 from util.checkpoint import TrainState
 from util.data.caching import cache_latents as cache_latents  # a published name
 from util.dist import print0, unwrap
 from util.ema import EMA
-from util.images import grid, to_uint8
+from util.images import grid
 from util.logger import Progress, Stopwatch
 from util.meter import Meter
 from util.outputs import Outputs, in_order, open_outputs
@@ -28,7 +29,6 @@ from util.run import stop
 from util.weights import digest
 
 UNKNOWN_RANGE = 10.0  # latents have a std of about 1; used if training recorded no range
-DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 
 
 # ---- training ------------------------------------------------------------------------------------
@@ -283,15 +283,6 @@ def sample_latents(model, labels, sampling, generators, device, precision):
             generator=generators,
             **sampling.asdict(),
         )
-
-
-@torch.no_grad()
-def decode(tokenizer, latents, generators):
-    """Latents (n, C, h, w) to images uint8 (n, H, W, 3)."""
-    parts = [slice(i, i + DECODED_AT_ONCE) for i in range(0, len(latents), DECODED_AT_ONCE)]
-    return np.concatenate(
-        [to_uint8(tokenizer.decode(latents[part], generators[part])) for part in parts]
-    )
 
 
 def warn_if_diverged(extremes, limit, advice):

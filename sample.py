@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from models import sampling_of
-from models.again import (
+from models.like import (
     check_labels,
     compare_digests,
     find_ckpt,

@@ -23,72 +23,38 @@ from scipy.ndimage import distance_transform_edt
 
 from models.order import RandomOrder
 from models.settings import FILL_ORDERS, ORDERS, Editing
+from models.tokenizer import DECODED_AT_ONCE, decode
 from util.data.pictures import LARGEST, to_range
-from util.images import to_uint8
 from util.precision import autocast_steps
 from util.progress import Progress
 from util.rng import generator_of, rand
 
-DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 GREY = (0.299, 0.587, 0.114)  # luminance of red, green and blue
 
 
-def inpaint(
-    model,
-    tokenizer,
-    images,
-    mask,
-    labels,
-    sampling,
-    generators,
-    *,
-    precision="fp32",
-    **settings,
-):
+def inpaint(model, tokenizer, images, mask, labels, sampling, generators, **settings):
     """The images (N, H, W, 3) with what the mask marks filled in: the last of `inpaint_steps`."""
-    given = images, mask, labels, sampling, generators, precision
-    return _last(_edit(model, tokenizer, *given, **settings))
+    steps = _edit(model, tokenizer, images, mask, labels, sampling, generators, **settings)
+    ((show, _),) = deque(steps, maxlen=1)  # only the last step is decoded
+    return show()
 
 
-def inpaint_steps(
-    model,
-    tokenizer,
-    images,
-    mask,
-    labels,
-    sampling,
-    generators,
-    *,
-    precision="fp32",
-    **settings,
-):
+def inpaint_steps(model, tokenizer, images, mask, labels, sampling, generators, **settings):
     """Yields images uint8 (N, H, W, 3) and the tokens still unknown (N, h, w), as 1, at each step.
 
     mask: (N, H, W), above 0 where pixels are to be filled in; so is a token that has such a pixel.
     See the top of this file for the rest. Raises ValueError for what does not fit, and for what the
     model cannot fill in.
     """
-    given = images, mask, labels, sampling, generators, precision
-    for show, hidden in _edit(model, tokenizer, *given, **settings):
+    steps = _edit(model, tokenizer, images, mask, labels, sampling, generators, **settings)
+    for show, hidden in steps:
         yield show(), hidden
 
 
-def vary(
-    model,
-    tokenizer,
-    images,
-    labels,
-    sampling,
-    generators,
-    *,
-    strength,
-    precision="fp32",
-    **settings,
-):
+def vary(model, tokenizer, images, labels, sampling, generators, *, strength, **settings):
     """Variations of the images (N, H, W, 3): the share `strength` of all tokens is drawn anew."""
-    mask = np.ones(images.shape[:3], bool)
-    given = images, mask, labels, sampling, generators, precision
-    return _last(_edit(model, tokenizer, *given, strength=strength, **settings))
+    given = images, np.ones(images.shape[:3], bool), labels, sampling, generators
+    return inpaint(model, tokenizer, *given, strength=strength, **settings)
 
 
 def outpaint(
@@ -103,7 +69,6 @@ def outpaint(
     right=0,
     top=0,
     bottom=0,
-    precision="fp32",
     **settings,
 ):
     """The images (N, H, W, 3) extended by so many pixels at each side, rounded up to whole tokens.
@@ -117,8 +82,7 @@ def outpaint(
     mask |= images is None
     if settings.get("strength", 1.0) != 1.0:
         raise ValueError(f"strength {settings['strength']}: nothing is there yet, expected 1")
-    given = canvas, mask, labels, sampling, generators, precision
-    return _last(_edit(model, tokenizer, *given, **settings))
+    return inpaint(model, tokenizer, canvas, mask, labels, sampling, generators, **settings)
 
 
 def extended(images, token, left=0, right=0, top=0, bottom=0):
@@ -138,12 +102,6 @@ def extended(images, token, left=0, right=0, top=0, bottom=0):
     return np.pad(images, (*edges, (0, 0))), mask
 
 
-def _last(steps):
-    """The images of the last step."""
-    ((show, _),) = deque(steps, maxlen=1)
-    return show()
-
-
 # ---- tokens --------------------------------------------------------------------------------------
 
 
@@ -155,7 +113,7 @@ def _edit(
     labels,
     sampling,
     generators,
-    precision,
+    precision="fp32",
     progress=None,
     **settings,
 ):
@@ -177,8 +135,9 @@ def _edit(
 
 
 def _show(tokenizer, known, latents, generators):
-    """The images that the latents stand for."""
-    return known.put_back(_decode(tokenizer, latents, generators))
+    """The images that the latents stand for. The generators stay as they are, for later steps."""
+    copies = [generator.clone_state() for generator in generators]
+    return known.put_back(decode(tokenizer, latents, copies))
 
 
 def _fill(model, latents, hidden, windows, precision, labels, sampling, generators, settings):
@@ -348,16 +307,6 @@ def _encode(tokenizer, images, device):
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)[:, : tokenizer.image_channels]
     parts = to_range(pixels.contiguous()).split(DECODED_AT_ONCE)
     return torch.cat([tokenizer.mode(tokenizer.encode(part.to(device))).float() for part in parts])
-
-
-@torch.no_grad()
-def _decode(tokenizer, latents, generators):
-    """Images uint8 (N, H, W, 3). The generators stay as they are, so that steps can be shown."""
-    copies, parts = [generator.clone_state() for generator in generators], []
-    for start in range(0, len(latents), DECODED_AT_ONCE):
-        part = slice(start, start + DECODED_AT_ONCE)
-        parts.append(to_uint8(tokenizer.decode(latents[part], copies[part])))
-    return np.concatenate(parts)
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ class, or a `partial` of one, and a row of TOKENIZERS in models/settings.py.
 import math
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -21,7 +22,9 @@ from models.scale import check_numbers, scale_and_shift
 from models.vae import AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
 from util.dist import all_gather, print0
+from util.images import to_uint8
 
+DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 EXACT = 2**24  # up to here float32 represents every integer
 USUAL_STD = (0.8, 1.25)  # of the latents of a batch
 FEW = 8  # images, whose latents may have any std
@@ -274,6 +277,15 @@ class PixelTokenizer(Tokenizer):
 
     def decode(self, latents, generator=None):
         return self.to_raw(latents)
+
+
+@torch.no_grad()
+def decode(tokenizer, latents, generators):
+    """Latents (N, C, h, w) to images uint8 (N, H, W, 3). generators: one per image."""
+    parts = [slice(i, i + DECODED_AT_ONCE) for i in range(0, len(latents), DECODED_AT_ONCE)]
+    return np.concatenate(
+        [to_uint8(tokenizer.decode(latents[part], generators[part])) for part in parts]
+    )
 
 
 def mean_and_std(latents):

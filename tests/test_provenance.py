@@ -159,7 +159,7 @@ def test_what_contradicts_it(made, tmp_path, capsys):
         (["--like", gone], "made by nowhere.pth, which is not there: --ckpt takes its new place"),
         (["--like", interval], "config's sampling cfg_interval is list, expected 2 values"),
         (["--like", other], "tokenizer kl16: "),
-        (["--like", edited], "edited (inpaint): it needs its original, from which edit.py"),
+        (["--like", edited], "edited (inpaint): it does not hold its original"),
     ):
         assert words in complain(capsys, sample.main, *flags)
 

@@ -22,8 +22,8 @@ def read_like(args, given):
     made = provenance.read(args.like)
     if made["edited"]:
         raise ValueError(
-            f"{args.like}: edited ({made['edited']}): it needs its original, from which edit.py "
-            "makes it again"
+            f"{args.like}: edited ({made['edited']}): it does not hold its original, without which "
+            "it cannot be made again"
         )
     for name in ("ckpt", "weights", "seed", "precision"):
         if name not in given:
