@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-import engine_mar
 import main_cache
 import main_mar
 import main_tokenizer
+import models.tokenizer
 import sample
 from util.checkpoint import load_checkpoint
 from util.flags import Parser, run
@@ -114,13 +114,13 @@ def record(folder, only=""):
         if type(module).__name__ in ("MAR", "AR", "DiT") and module.training:
             losses.append(output.item())
 
-    to_bytes = engine_mar.to_uint8
+    to_bytes = models.tokenizer.to_uint8
 
     def note_images(images):
         decoded.append(images.detach().float().cpu().contiguous().numpy().tobytes())
         return to_bytes(images)
 
-    engine_mar.to_uint8 = note_images
+    models.tokenizer.to_uint8 = note_images
     hook = torch.nn.modules.module.register_module_forward_hook(note_loss)
     try:
         paths = {}
@@ -159,7 +159,7 @@ def record(folder, only=""):
             found |= evaluation(folder, folder / "mar-pixels-diffloss")
             found |= caches(folder, paths)
     finally:
-        engine_mar.to_uint8 = to_bytes
+        models.tokenizer.to_uint8 = to_bytes
         hook.remove()
     return found
 
