@@ -1,0 +1,94 @@
+"""Settings of the training of autoencoders. Nothing here imports torch."""
+
+from dataclasses import dataclass
+
+from util.flags import fraction, integer, nonnegative, nonnegative_int, positive_int
+from util.settings import Settings, setting
+
+CODEBOOKS = ("gradient", "ema")
+
+
+@dataclass(frozen=True)
+class Network(Settings):
+    """The size of a new network. Only some fields apply to each kind: `kinds`, if not all."""
+
+    ch: int = setting(32, "base width (LDM's networks: 128)", type=positive_int)
+    ch_mult: str = setting(
+        "1,2",
+        "width of each level in base widths, full resolution first; each level but the first "
+        "halves the image, so 1,2 has stride 2 and LDM's 1,1,2,2,4 stride 16",
+        metavar="M,M,…",
+    )
+    res_blocks: int = setting(
+        2, "residual blocks of a level of the encoder; the decoder has one more", type=positive_int
+    )
+    encoder_attention: bool = setting(False, "attention in the encoder's lowest level")
+    decoder_attention: bool = setting(False, "attention in the decoder's lowest level")
+    num_codes: int = setting(256, "number of codes of a vq network", type=positive_int, metavar="K")
+    token_norm: bool = setting(
+        False, "latents of one norm at each position, also in sampling (SphereAR); kl only"
+    )
+    stride: int = setting(
+        8, "side in pixels of the patches of a pca network, which one pass fits", type=positive_int
+    )
+
+
+@dataclass(frozen=True)
+class Losses(Settings):
+    """The losses of an autoencoder, beside the absolute error, whose weight is 1."""
+
+    kl_weight: float = setting(
+        1e-6, "weight of the KL divergence, summed over an image like the error", type=nonnegative
+    )
+    perceptual: str = setting(
+        "none",
+        "perceptual loss: lpips (LPIPS with VGG), timm:NAME (features of any timm model), or none",
+        metavar="NAME",
+    )
+    perceptual_weights: str = setting(
+        None, "weights of its network", metavar="FILE", otherwise="fetched"
+    )
+    perceptual_weight: float = setting(1.0, "weight of the perceptual loss", type=nonnegative)
+    disc_weight: float = setting(
+        0.0,
+        "weight of the adversarial loss, times the adaptive one; 0: no discriminator (LDM: 0.5 "
+        "with kl, 0.75 with vq)",
+        type=nonnegative,
+    )
+    disc_start: int = setting(
+        0, "optimizer steps before the discriminator begins (LDM: 50001)", type=nonnegative_int
+    )
+    disc_layers: int = setting(
+        3, "levels of the discriminator, each of which halves the image", type=integer(1, 8)
+    )
+    disc_ch: int = setting(64, "base width of the discriminator", type=positive_int)
+    codebook: str = setting(
+        "gradient",
+        "how codes of a vq network are learned: by the codebook loss, or as moving averages of "
+        "the latents nearest to them",
+        choices=CODEBOOKS,
+    )
+    codebook_decay: float = setting(0.99, "decay rate of these averages", type=fraction)
+    entropy_weight: float = setting(
+        0.0, "weight of the entropy loss of a vq network, which spreads codes", type=nonnegative
+    )
+
+
+@dataclass(frozen=True)
+class Changes(Settings):
+    """How latents are changed in training before they are decoded. Off by default."""
+
+    latent_noise: float = setting(
+        0.0,
+        "mix latents with noise of up to this standard deviation (l-DeTok: 3)",
+        type=nonnegative,
+    )
+    latent_mask: float = setting(
+        0.0, "hide at most this fraction of the latents of an image (l-DeTok: 0.7)", type=fraction
+    )
+    equivariance: float = setting(
+        0.0,
+        "fraction of batches in which latents and the images to reconstruct are scaled or rotated "
+        "alike (EQ-VAE: 0.5)",
+        type=fraction,
+    )
