@@ -6,7 +6,6 @@ Scripts handle flags and files; functions here take named values.
 import hashlib
 import math
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +20,11 @@ from util.dist import print0, unwrap
 from util.ema import EMA
 from util.images import grid
 from util.logger import Progress, Stopwatch
-from util.meter import Meter
 from util.outputs import Outputs, in_order, open_outputs
 from util.precision import autocast
 from util.rng import EpochDraws, image_generators
 from util.run import stop
+from util.run.loop import Work, run_epoch
 from util.weights import digest
 
 UNKNOWN_RANGE = 10.0  # latents have a std of about 1; used if training recorded no range
@@ -60,18 +59,6 @@ def new_state(model, recipe, device, precision, batch_images):
         fsdp.accept_whole(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     return TrainState(model, ema, optimizer, scaler, batch_images=batch_images)
-
-
-def run_epochs(saver, run_epoch, follow, epochs):
-    """All epochs that are left, and after each, once it is saved, what follows it."""
-    state = saver.state
-    for epoch in range(state.epoch, epochs):
-        saver.note_range(run_epoch(epoch=epoch, start=state.batch, draws=state.draws))
-        saver.end_epoch(epochs)
-        try:
-            follow(saver.step)
-        except stop.Stopped as request:
-            saver.stop_within(request)
 
 
 def train_one_epoch(
@@ -111,75 +98,77 @@ def train_one_epoch(
     Raises FloatingPointError, on every process, for a loss that is not finite.
     """
     model.train()
-    source = EpochDraws(seed, epoch, device, shared_mask_ratio, 0 if draws else start)
-    meter = Meter(device, accum_iter, start)
-    steps = loader.steps // accum_iter
-    largest = torch.zeros((), device=device)
-
-    def log(batches):
-        meter.check(epoch, partial(names_of_images, loader, epoch))
-        metrics = meter.pop(epoch, norm, optimizer.param_groups[0]["lr"])
-        metrics |= unwrap(model).statistics(dist.all_reduce)
-        if logger:
-            step = epoch * steps + batches // accum_iter
-            logger.scalars(metrics, step, epoch=epoch + batches / loader.steps)
-
-    if draws:
-        source.load_state_dict(draws)
-    batches = loader.epoch(epoch, start) if start else loader.epoch(epoch)
     optimizer.zero_grad(set_to_none=True)
-    for i, (batch, labels) in enumerate(meter.waiting.timed(batches), start):
-        if i == steps * accum_iter:  # too few left for a full step
-            break
-        if i % accum_iter == 0:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch + i / loader.steps)
+    source = EpochDraws(seed, epoch, device, shared_mask_ratio, 0 if draws else start)
+    work = _Latents(
+        model,
+        tokenizer,
+        optimizer,
+        scaler,
+        ema,
+        device,
+        precision=precision,
+        cached=cached,
+        accum_iter=accum_iter,
+        grad_clip=grad_clip,
+    )
+    return run_epoch(
+        work,
+        loader,
+        epoch,
+        source,
+        learning_rate=learning_rate,
+        accum_iter=accum_iter,
+        logger=logger,
+        progress=progress,
+        log_every=log_every,
+        start=start,
+        draws=draws,
+        after_step=after_step,
+    )
 
-        batch = batch.to(device, non_blocking=True)
-        latents = to_latents(tokenizer, batch, cached, source.generator)
-        labels = labels.to(device, non_blocking=True)
-        largest = torch.maximum(largest, latents.abs().max())
-        last = (i + 1) % accum_iter == 0
-        with nullcontext() if last else unsynchronized(model):
-            with autocast(device, precision):
-                loss = model(latents, labels, source.generator, source.step_generator)
-            if i == start:
-                tokenizer.check_first(latents)
+
+class _Latents(Work):
+    """The training of a model of latents. Further arguments are those of `train_one_epoch`."""
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        optimizer,
+        scaler,
+        ema,
+        device,
+        *,
+        precision,
+        cached,
+        accum_iter,
+        grad_clip,
+    ):
+        super().__init__([optimizer], scaler, device)
+        self.model, self.tokenizer, self.ema = model, tokenizer, ema
+        self.precision, self.cached = precision, cached
+        self.accum_iter, self.grad_clip = accum_iter, grad_clip
+
+    def batch(self, batch, labels, source, first, last):
+        latents = to_latents(self.tokenizer, batch, self.cached, source.generator)
+        self.largest = torch.maximum(self.largest, latents.abs().max())
+        with nullcontext() if last else unsynchronized(self.model):
+            with autocast(self.device, self.precision):
+                loss = self.model(latents, labels, source.generator, source.step_generator)
+            if first:
+                self.tokenizer.check_first(latents)
                 dist.wait()  # for processes that compile, or read from a slow disk
-            scaler.scale(loss / accum_iter).backward()
-        meter.add(loss, latents)
-        if not last:
-            continue
+            self.scaler.scale(loss / self.accum_iter).backward()
+        return loss, latents
 
-        norm = optimizer_step(model, optimizer, scaler, grad_clip)
-        if not scaler.is_enabled():  # a scaler skips such steps itself
-            meter.note_gradient(norm)
-        ema.update(unwrap(model))
-        due = (i + 1) // accum_iter % min(log_every, steps) == 0
-        if due:
-            log(i + 1)
-        if progress:
-            progress.update(1, meter.note)
-        if after_step:
-            try:
-                after_step(i + 1, source, largest)
-            except stop.Stopped:
-                if not due:
-                    log(i + 1)
-                raise
-            except FloatingPointError:  # not saved; the loss that led to it says more
-                meter.check(epoch, partial(names_of_images, loader, epoch))
-                raise
-    meter.check(epoch, partial(names_of_images, loader, epoch))
-    return dist.all_reduce(largest, "max").item()
+    def step(self):
+        norm = optimizer_step(self.model, self.optimizers[0], self.scaler, self.grad_clip)
+        self.ema.update(unwrap(self.model))
+        return norm
 
-
-def names_of_images(loader, epoch, batch):
-    """Index and name of each image of a batch, if the loader and its data set know them."""
-    if not hasattr(loader, "indices"):
-        return []
-    name = getattr(loader.dataset, "name", lambda index: "")
-    return [f"{i} {name(i)}".strip() for i in loader.indices(epoch, batch)]
+    def metrics(self):
+        return unwrap(self.model).statistics(dist.all_reduce)
 
 
 @torch.no_grad()

@@ -328,7 +328,9 @@ def train(this, model, checkpoint, path, evaluator):
     """Train from the checkpoint's place, or from the first epoch, to the last."""
     from util import dist
     from util.dist import print0
+    from util.run.page import Page
     from util.run.saver import Saver
+    from util.run.training import train_epochs
 
     args = this.args
     loader = open_loader(this)
@@ -345,8 +347,11 @@ def train(this, model, checkpoint, path, evaluator):
         if args.dry_run:
             try_out(this, saver, run_epoch, loader, recipe.epochs * steps)
         else:
+            page = Page(args, get_parser(), this.argv, recipe.epochs)
+            follow = partial(after_epoch, this, state, recipe.epochs, evaluator, page)
             run_epoch = partial(run_epoch, loader=loader)
-            train_epochs(this, saver, run_epoch, recipe.epochs, evaluator, path)
+            train_epochs(saver, run_epoch, follow, page, recipe.epochs, path)
+            print0(f"done: {saver.last}, samples and curves in {page.path}")
 
 
 def epoch_runner(this, model, state, recipe):
@@ -386,51 +391,14 @@ def try_out(this, saver, run_epoch, loader, steps):
     dry_run(saver, run_epoch, loader, draw, steps - saver.step, this.device)
 
 
-def train_epochs(this, saver, run_epoch, epochs, evaluator, resumed):
-    """Train to the last epoch, and log. epochs: those of the run. resumed: a path, or None."""
-    import engine_mar as engine
-    from util.checkpoint import keep_others
-    from util.dist import print0
-    from util.logger import Progress
-    from util.run import lock
-    from util.run.page import Page
-
-    keep_others(saver.folder, resumed)
-    lock.sign(saver.folder)
-    logger = open_logger(this.args, saver)
-    page = Page(this.args, get_parser(), this.argv, epochs)
-    saver.after_save = page.write
-    progress = Progress(epochs * saver.steps, "training", "step", done=saver.step)
-    run_epoch = partial(run_epoch, logger=logger, progress=progress, after_step=saver.after_step)
-    follow = partial(after_epoch, this, saver.state, epochs, evaluator, logger, page)
-    try:
-        with page.following(), stop.deferred():
-            engine.run_epochs(saver, run_epoch, follow, epochs)
-    except stop.Stopped:
-        logger.close()  # trackers send what they still hold
-        raise
-    progress.close()
-    logger.close()
-    print0(f"done: {saver.last}, samples and curves in {page.path}")
-
-
-def open_logger(args, saver):
-    """The Logger of a run, which continues at the place of its Saver."""
-    from util.logger import Logger
-    from util.run.tracker import open_trackers
-
-    folder, place = args.log_dir or args.output_dir, saver.place_in_logs()
-    trackers = open_trackers(args.tracker, folder, vars(args), resumed=place["resumed"])
-    return Logger(folder, **place, trackers=trackers)
-
-
 def start_state(this, model, recipe, checkpoint, path, loader):
     """The TrainState of a new run, or of a run resumed from a checkpoint. Raises ValueError."""
     import engine_mar as engine
     from models.config import compare_with
     from util.data.manifest import MANIFEST
-    from util.dist import print0, world_size
+    from util.dist import world_size
     from util.run.record import describe
+    from util.run.training import restore
 
     args, total = this.args, recipe.batch_size * world_size()
     state = engine.new_state(model, recipe, this.device, this.precision, total)
@@ -443,22 +411,11 @@ def start_state(this, model, recipe, checkpoint, path, loader):
     if not checkpoint:
         return state
     notes = compare_with(checkpoint, path, vars(args), this.config, state.record)
-    state.load(checkpoint, path)
-    if "optimizer" not in checkpoint:
-        print0(f"NOTE: {path} holds weights only: training begins with epoch {state.epoch}")
-        return state
-    place = f"{state.epoch} epochs are done"
-    if "place" in checkpoint:
-        same = state.resume_within(checkpoint["place"], recipe.accum_iter, loader.steps)
-        place += f", and {state.batch} batches of the next one"
-        place += "" if same else ", which goes on with other random draws"
-    print0(f"resumed {path}: {place}")
-    for note in notes:
-        print0(f"NOTE: {note}")
+    restore(state, checkpoint, path, notes, recipe.accum_iter, loader.steps)
     return state
 
 
-def after_epoch(this, state, epochs, evaluator, logger, page, step):
+def after_epoch(this, state, epochs, evaluator, page, logger, step):
     """Sample grids and evaluate when due. epochs: those of the run. step: optimizer steps done."""
     if state.epoch % this.args.eval_freq == 0 or state.epoch == epochs:
         for name in ("ema", "raw"):

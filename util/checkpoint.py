@@ -30,7 +30,7 @@ from util.dist import (
     rank,
     world_size,
 )
-from util.files import first_few, replacing
+from util.files import first_few, first_line, replacing
 from util.plain import is_count
 from util.stored import check_checkpoint, check_optimizer_fits, expect
 from util.weights import (
@@ -68,12 +68,14 @@ class TrainState:
 
     `batch_images`: images in a batch of all processes. `draws`: within an epoch that was resumed,
     the state of this process's EpochDraws, or None. `record`: see util/run/record.py, or None.
+    parts: what else a training has, such as a discriminator, name -> object with `state_dict` and
+    `load_state_dict`.
     """
 
-    def __init__(self, model, ema, optimizer, scaler, epoch=0, batch_images=1):
+    def __init__(self, model, ema, optimizer, scaler, epoch=0, batch_images=1, parts=None):
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
         self.epoch, self.batch, self.draws = epoch, 0, None
-        self.batch_images, self.record = batch_images, None
+        self.batch_images, self.record, self.parts = batch_images, None, parts or {}
 
     def save(self, path, config, args, before=None):
         """Write the state to `path` atomically: after a crash, the old file is still there.
@@ -101,6 +103,8 @@ class TrainState:
             "config": config,
             "format": FORMAT,
         }
+        if self.parts:
+            content["parts"] = {name: part.state_dict() for name, part in self.parts.items()}
         if self.record:
             content["record"] = self.record
         if self.scaler.is_enabled():  # the published code cannot load the state of a disabled one
@@ -138,18 +142,29 @@ class TrainState:
             raise ValueError(
                 f"{source}: not finite: {first_few(bad)}; it is damaged, or of a run that diverged"
             )
-        decay = [group["weight_decay"] for group in self.optimizer.param_groups]
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group |= {
-                "fused": True,
-                "foreach": None,
-            }  # implementation choices, whoever wrote the file
+        own = [
+            {name: group[name] for name in ("weight_decay", "fused", "foreach")}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, value in zip(self.optimizer.param_groups, decay, strict=True):
-            group["weight_decay"] = value
+        for group, values in zip(self.optimizer.param_groups, own, strict=True):
+            group |= values  # the last two are implementation choices, whoever wrote the file
+        self._load_parts(checkpoint.get("parts", {}), source)
         self.epoch = checkpoint["epoch"] + 1
         if self.scaler.is_enabled() and checkpoint.get("scaler"):
             self.scaler.load_state_dict(checkpoint["scaler"])
+
+    def _load_parts(self, states, source):
+        for name, part in self.parts.items():
+            if name not in states:
+                print0(f"NOTE: {source} has no {name}: it begins anew")
+                continue
+            try:
+                part.load_state_dict(states[name])
+            except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{source}: its {name} does not fit: {first_line(error)}"
+                ) from None
 
     def network(self, weights):
         """The model with these weights, "ema" or "raw", in evaluation mode. A collective call."""
@@ -205,6 +220,16 @@ def size_of(content):
     return sum(map(size_of, content))
 
 
+def tensors_of(content, name=""):
+    """(name, tensor) of all tensors in nested dicts and lists; names are joined by spaces."""
+    if isinstance(content, torch.Tensor):
+        yield name, content
+    if isinstance(content, list | tuple):
+        content = dict(enumerate(content))
+    for key, value in content.items() if isinstance(content, dict) else ():
+        yield from tensors_of(value, f"{name} {key}".lstrip())
+
+
 def not_finite(content, names=()):
     """Names of the values of a checkpoint that are not finite, where this process holds them.
 
@@ -218,6 +243,8 @@ def not_finite(content, names=()):
     for number, state in content["optimizer"]["state"].items():
         name = names[number] if number in range(len(names)) else number
         values |= {f"optimizer's {key} of {name}": value for key, value in state.items()}
+    tensors = tensors_of(content.get("parts", {}))
+    values |= {name: value for name, value in tensors if value.is_floating_point()}
     finite = [own_part(torch.as_tensor(value)).isfinite().all() for value in values.values()]
     whole = torch.stack([x.to(finite[0].device) for x in finite]).tolist() if finite else []
     return [name for name, ok in zip(values, whole, strict=True) if not ok]
@@ -293,17 +320,20 @@ def steps_done(checkpoint):
     return int(next(iter(states.values()))["step"]) if states else checkpoint.get("epoch", 0)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, of_tokenizer=False):
     """The content of a checkpoint: ours, a published one, or an EMA export. A dict.
 
     `model` and `model_ema` are always present, `args` is a dict, `config` is None in a published
-    file. Raises ValueError if the file is missing, damaged, not a MAR checkpoint, or of a newer
-    format.
+    file. of_tokenizer: whether main_tokenizer.py wrote it. Raises ValueError if the file is
+    missing, damaged, of a newer format, or of something else than is expected.
     """
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix == ".safetensors" and not of_tokenizer:
         return _load_export(path)
     content = read_file(path)
-    _refuse_tokenizer(content, path)
+    if of_tokenizer:
+        _expect_tokenizer(content, path)
+    else:
+        _refuse_tokenizer(content, path)
     if not isinstance(content, dict) or "model" not in content:
         names = list(map(str, content)) if isinstance(content, dict) else [type(content).__name__]
         held = first_few(names, 5)
@@ -329,6 +359,16 @@ def _refuse_tokenizer(content, path):
         raise ValueError(
             f"{path}: the network of a tokenizer, expected a checkpoint of a model; --vae_path "
             "takes this file"
+        )
+
+
+def _expect_tokenizer(content, path):
+    """Raises ValueError unless it is the checkpoint of the training of a tokenizer's network."""
+    config = content.get("config") if isinstance(content, dict) else None
+    if not isinstance(config, dict) or "network" not in config or "optimizer" not in content:
+        raise ValueError(
+            f"{path}: expected a checkpoint of the training of a tokenizer, as main_tokenizer.py "
+            "writes it"
         )
 
 

@@ -65,6 +65,9 @@ def check_checkpoint(content, path):
     scaler = content.get("scaler") or {}
     fits = isinstance(scaler, dict) and all(map(is_number, scaler.values()))
     expect(fits, path, "scaler", scaler, "numbers by name")
+    parts = content.get("parts", {})
+    fits = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
+    expect(fits, path, "parts", parts, "states by name")
     if "place" in content:
         _check_place(content["place"], path)
 

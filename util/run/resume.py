@@ -41,15 +41,16 @@ def hold_output(args):
         yield
 
 
-def load_resumed(args, needed=False):
+def load_resumed(args, needed=False, of_tokenizer=False):
     """(content, path) of the checkpoint that --resume names, or (None, None) to start a new run.
 
-    args: the parsed flags. needed: whether there must be one. A collective call. Raises ValueError,
+    args: the parsed flags. needed: whether there must be one. of_tokenizer: see `load_checkpoint`.
+    A collective call. Raises ValueError,
     on all processes, if it cannot be read, and if they have different flags or checkpoints.
     """
     flags = {f"--{k}": v for k, v in vars(args).items() if k not in LOCAL}
     agree({"version of this library": _version(), **flags})
-    content, path = _load_alike("--resume", partial(_load, args.resume, needed))
+    content, path = _load_alike("--resume", partial(_load, args.resume, needed, of_tokenizer))
     if args.resume and not path:
         print0(f"--resume {args.resume}: no {LAST} there, starting a new run")
     return content, path
@@ -92,7 +93,7 @@ def _load_alike(flag, load):
 # ---- finding a checkpoint that is whole ----------------------------------------------------------
 
 
-def _load(resume, needed):
+def _load(resume, needed, of_tokenizer):
     path = find_checkpoint(resume) if resume else None
     if not path and needed and hub.is_name(resume):
         path = find_weights(resume)
@@ -101,7 +102,7 @@ def _load(resume, needed):
     if not path:
         return None, None
     try:
-        return load_checkpoint(path), path
+        return load_checkpoint(path, of_tokenizer), path
     except ValueError as error:
         if not is_damaged(path) or not OWN_NAME.fullmatch(path.name):
             raise
@@ -111,7 +112,7 @@ def _load(resume, needed):
         if not Path(resume).is_dir():
             raise ValueError(f"{error}; {earlier} is intact") from None
         print0(f"NOTE: {error}; resuming {earlier}, an earlier one, instead")
-    return load_checkpoint(earlier), earlier
+    return load_checkpoint(earlier, of_tokenizer), earlier
 
 
 def is_damaged(path):
