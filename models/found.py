@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from models import fitting, presets
+from models.tokenizer_file import read
 from util.data import CACHE_CHECKED, follow_classes, kind_or_folder, open_data
 from util.data.settings import PLAIN, Reading
 from util.dist import print0
@@ -117,11 +118,5 @@ def of_cache(folder):
 
 def of_file(path):
     """What the file of a network that main_tokenizer.py trained says: flag -> value; else {}."""
-    from util.weights import read_file
-
-    content = read_file(path) if Path(path).is_file() else {}
-    config = content.get("config")
-    if not isinstance(config, dict) or "network" not in config:
-        return {}
-    kind = "vq" if "num_codes" in config["network"] else "kl"  # older files do not say it
-    return {"tokenizer": config.get("tokenizer", kind), "img_size": config["img_size"]}
+    said = read(path)
+    return {name: said[name] for name in ("tokenizer", "img_size") if said}
