@@ -1,301 +1,218 @@
-"""Loops of tokenizers: training, statistics of latents, and evaluation of reconstructions."""
+"""The training of tokenizers."""
 
-import math
+from collections import Counter
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
+from models.changes import Trained
+from models.codebook import code_learner
+from models.discriminator import Pair, PatchDiscriminator
+from models.objective import Objective
+from models.perceptual import open_perceptual
 from torch import nn
-from torch.utils.data import Subset
 
 from util import dist
-from util.data.loader import plain_loader
-from util.dist import unwrap
-from util.evaluation.accumulator import Accumulator, RunningStatistics
-from util.evaluation.metrics import INCEPTION, SSIM_WINDOW, frechet_distance, psnr, ssim
-from util.images import to_uint8
-from util.logger import Progress
-from util.meter import Meter
-from util.precision import autocast, float64_device
-from util.rng import epoch_seed, image_generators
+from util.checkpoint import TrainState
+from util.ema import EMA
+from util.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
+from util.evaluation.reconstruction import fit_patches as fit_patches
+from util.evaluation.reconstruction import latent_scale as latent_scale
+from util.images import grid, save_image, to_uint8
+from util.precision import autocast
+from util.rng import EpochDraws
+from util.run.loop import Work, run_epoch
 
-# LDM's (0.5, 0.9) are for its adversarial loss; without it they cost 0.5 dB on the digits
+# without the adversarial loss, LDM's values for it cost 0.5 dB on the digits
 BETAS = (0.9, 0.99)
-PAIRS = 8  # images returned with their reconstructions
+ADVERSARIAL_BETAS = (0.5, 0.9)
+MOST_CHANNELS = 16  # of latents in a picture
 
 # ---- training -------------------------------------------------------------------------------
 
 
-def train_tokenizer(
+def new_state(network, recipe, losses, device, precision, batch_images, seed):
+    """(TrainState, Objective) of an autoencoder: EMA, Adam and scaler by a util.recipe.Recipe.
+
+    losses: a models.autoencoder_settings.Losses, by which there are, as `parts`, a discriminator
+    with its optimizer, and what learns and restarts codes. batch_images: images in a batch of all
+    processes. Raises ValueError if the network of the perceptual loss is unavailable.
+    """
+    perceptual = open_perceptual(losses.perceptual, losses.perceptual_weights)
+    perceptual = perceptual and perceptual.to(device)
+    parts = {}
+    learner = code_learner(network, losses, torch.Generator(device).manual_seed(seed))
+    if learner:
+        parts["codes"] = learner
+    betas = BETAS
+    if losses.disc_weight:
+        betas = ADVERSARIAL_BETAS
+        channels = network.config["in_channels"]
+        discriminator = PatchDiscriminator(channels, losses.disc_ch, losses.disc_layers).to(device)
+        own = torch.optim.Adam(discriminator.parameters(), recipe.lr, betas=betas)
+        parts |= {"discriminator": discriminator, "discriminator_optimizer": own}
+    weights = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(weights, recipe.lr, betas=betas)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    ema = EMA(network, recipe.ema_rate)
+    state = TrainState(network, ema, optimizer, scaler, batch_images=batch_images, parts=parts)
+    return state, Objective(losses, network, perceptual, parts.get("discriminator"))
+
+
+def wrapped(network, changes, state, device):
+    """(Trained, Pair or None): what the processes train together, each wrapped by `dist.wrap`.
+
+    changes: a models.autoencoder_settings.Changes.
+    """
+    discriminator = state.parts.get("discriminator")
+    pair = dist.wrap(Pair(discriminator), device) if discriminator else None
+    return dist.wrap(Trained(network, changes), device), pair
+
+
+def train_one_epoch(
     model,
+    pair,
+    objective,
+    state,
     loader,
-    reviver=None,
+    epoch,
     *,
-    epochs,
-    lr,
+    learning_rate,
     device,
     precision="fp32",
+    accum_iter=1,
+    grad_clip=0.0,
     seed=0,
-    logger=None,
-    log_every=20,
+    start=0,
+    draws=None,
+    **how,
 ):
-    """Train an AutoencoderKL or a VQModel on images; labels are ignored.
+    """Train an autoencoder on every batch of an epoch of `loader`; labels are ignored.
 
-    model: wrapped by `dist.wrap` if there are several processes. reviver: Reviver of a VQModel's
-    codes. lr: initial learning rate of Adam, decayed to 0 over half a cosine. Random draws depend
-    on (seed, epoch, rank) only.
-    Raises FloatingPointError, on all processes, for a loss that is not finite.
+    model: a models.changes.Trained; pair: a models.discriminator.Pair, or None; both wrapped by
+    `dist.wrap` if there are several processes. objective: a models.objective.Objective. state: see
+    `new_state`. The other arguments, the random draws and what is raised are those of
+    `engine_mar.train_one_epoch`.
     """
-    network, steps = unwrap(model).train(), loader.steps
-    step = _Step(model, reviver, lr, device, precision)
-    progress = Progress(epochs * steps, "training", "step")
-    for epoch in range(epochs):
-        torch.manual_seed(epoch_seed(seed, epoch, 0))  # the loader's workers
-        generator = torch.Generator(device).manual_seed(epoch_seed(seed, epoch, 1))
-        meter, parts = Meter(device, 1), 0
-        for i, (images, _) in enumerate(meter.waiting.timed(loader.epoch(epoch))):
-            images = images.to(device, non_blocking=True)
-            loss, losses = step(images, generator, done=(epoch + i / steps) / epochs)
-            meter.add(loss, images)
-            parts += torch.stack(list(losses.values())).detach()
-            if (i + 1) % min(log_every, steps) == 0:
-                meter.check(epoch)
-                means = (dist.all_reduce(parts / meter.recent) / dist.world_size()).tolist()
-                metrics = dict(zip(losses, means, strict=True))
-                metrics |= meter.pop(epoch, step.norm, step.lr) | step.code_metrics()
-                if logger:
-                    logger.scalars(metrics, epoch * steps + i + 1, epoch=epoch + (i + 1) / steps)
-                parts = 0
-            progress.update(1, meter.note)
-        meter.check(epoch)
-    progress.close()
-    network.eval()
+    model.train()
+    source = EpochDraws(seed, epoch, device, start=0 if draws else start)
+    done = epoch * (loader.steps // accum_iter) + start // accum_iter
+    work = _Images(model, pair, objective, state, done, device, precision, accum_iter, grad_clip)
+    run_epoch(
+        work,
+        loader,
+        epoch,
+        source,
+        learning_rate=learning_rate,
+        accum_iter=accum_iter,
+        start=start,
+        draws=draws,
+        **how,
+    )
+    state.model.eval()
 
 
-class _Step:
-    """Optimizer steps. `norm`, `lr`: gradient norm and learning rate of the last one."""
+class _Images(Work):
+    """The training of an autoencoder on images. done: optimizer steps before."""
 
-    def __init__(self, model, reviver, lr, device, precision):
-        self.model, self.network, self.reviver = model, unwrap(model), reviver
-        self.initial_lr, self.device, self.precision = lr, device, precision
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr, betas=BETAS)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+    def __init__(
+        self, model, pair, objective, state, done, device, precision, accum_iter, grad_clip
+    ):
+        own = state.parts.get("discriminator_optimizer")
+        super().__init__([state.optimizer] + [own] * bool(own), state.scaler, device)
+        self.model, self.pair, self.objective, self.state = model, pair, objective, state
+        self.done, self.precision = done, precision
+        self.accum_iter, self.grad_clip = accum_iter, grad_clip
+        self.learner, self.latents = state.parts.get("codes"), []
+        self.sums = Counter()  # of the terms of the loss since the last `metrics`
+        self.counts = Counter()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
-    def __call__(self, images, generator, done):
-        """One step; returns (loss, its terms: name -> scalar). done: fraction of training done."""
-        self.lr = self.initial_lr * (1 + math.cos(math.pi * done)) / 2
-        self.optimizer.param_groups[0]["lr"] = self.lr
-        with autocast(self.device, self.precision):
-            output = self.model(images, generator)
-        losses = self.network.losses(images, output)
-        loss = sum(losses.values())
-        self._update(loss)
-        if self.reviver:
-            self.reviver.step(*output[1:])
-        return loss, losses
+    def batch(self, batch, labels, source, first, last):
+        with ExitStack() as context:
+            for each in (self.model, self.pair):
+                context.enter_context(nullcontext() if last else unsynchronized(each))
+            with autocast(self.device, self.precision):
+                target, output = self.model(batch, source.generator)
+                scale = self.scaler.get_scale()
+                loss, terms = self.objective.loss(target, output, self.done, scale)
+            if first:
+                dist.wait()  # for processes that read from a slow disk
+            self._backward(loss)
+            if self.objective.adversarial(self.done):
+                with autocast(self.device, self.precision):
+                    other = self.objective.discriminator_loss(self.pair, target, output[0])
+                self._backward(other[0])
+                terms |= other[1]
+        self._note(terms)
+        if self.learner:
+            self.latents.append([x.detach() for x in output[1:]])
+        return loss, batch
 
-    def _update(self, loss):
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        self.norm = nn.utils.clip_grad_norm_(self.network.parameters(), float("inf"))
-        self.scaler.step(self.optimizer)
+    def _backward(self, loss):
+        self.scaler.scale(loss / self.accum_iter).backward()
+
+    def _note(self, terms):
+        self.sums.update(terms)
+        self.counts.update(dict.fromkeys(terms, 1))
+
+    def step(self):
+        self.scaler.unscale_(self.optimizers[0])
+        limit = self.grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.state.model.parameters(), limit)
+        for optimizer in self.optimizers[: 1 + self.objective.adversarial(self.done)]:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
+        if self.learner:
+            self.learner.step(*map(torch.cat, zip(*self.latents, strict=True)))
+            self.latents.clear()
+        self.state.ema.update(self.state.model)
+        self.done += 1
+        return norm
 
-    def code_metrics(self):
-        return {"codes_revived": self.reviver.revived.item()} if self.reviver else {}
-
-
-# ---- measuring ------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def fit_patches(network, dataset, *, batch_size, num_workers, device, seed=0):
-    """Fit a PatchPCA to a data set of images, in one pass. A collective call."""
-    statistics = RunningStatistics(network.components[0].numel(), device)
-    for _, images in _own_images(dataset, batch_size, num_workers, device):
-        statistics.add(network.patches(images))
-    statistics.reduce()
-    found = statistics.result()
-    network.fit(torch.from_numpy(found["mu"]), torch.from_numpy(found["sigma"]))
+    def metrics(self):
+        names = list(self.sums)
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
+        means = (dist.all_reduce(means) / dist.world_size()).tolist()
+        self.sums.clear()
+        self.counts.clear()
+        metrics = dict(zip(names, means, strict=True))
+        return metrics | (self.learner.metrics() if self.learner else {})
 
 
-@torch.no_grad()
-def latent_scale(network, dataset, *, batch_size, num_workers, device, seed=0, per_channel=False):
-    """(scale, shift) that normalize an autoencoder's latents over a data set of images.
+def unsynchronized(model):
+    """A context without gradient synchronization, to accumulate gradients over batches."""
+    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
-    By default the scale is one over the standard deviation of all elements, and the shift is 0.
-    With per_channel both are lists of one float per channel, which give every channel mean 0 and
-    standard deviation 1. Raises ValueError for latents that are constant.
-    """
-    statistics = _LatentStatistics(network.config["embed_dim"] if per_channel else 1, device)
-    generator = torch.Generator(device).manual_seed(epoch_seed(seed, 0, 2))
-    for _, images in _own_images(dataset, batch_size, num_workers, device):
-        statistics.add(network.latents(images, generator))
-    statistics.reduce()
-    scale, shift = statistics.normalization()
-    return (scale, shift) if per_channel else (scale[0], 0.0)
+
+# ---- pictures --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate_tokenizer(
-    tokenizer,
-    dataset,
-    extractor,
-    *,
-    batch_size,
-    num_workers,
-    device,
-    seed=0,
-    per_channel=False,
-):
-    """Encode, sample and decode every image of a data set of (image in [−1, 1], label).
+def pictures(network, images, generator=None):
+    """Name -> uint8 (H, W, 3): `reconstructions`, each below its image, and `latents`.
 
-    Returns (metrics, pairs) on rank 0, elsewhere ({}, None). Metrics: `rfid` (`rfd` for features
-    other than Inception's), the Fréchet distance between decoded and original images; `psnr` in dB
-    and `ssim`, means over the images; `latent_mean` and `latent_std` over all elements of the raw
-    latents, and `latent_scale`, one over that standard deviation. With per_channel also
-    `scale_per_channel` and `shift_per_channel`, lists that normalize every channel. A discrete
-    tokenizer instead has `codes_used`, the fraction of codes in use, and `code_perplexity`, exp of
-    the entropy of their frequencies. pairs: uint8 (2n, H, W, 3), each of a few images followed by
-    its reconstruction. Random draws for image i depend on (seed, i) only.
+    images: (n, I, H, W). Latents are raw ones: a row for each image, a column for each of the first
+    MOST_CHANNELS channels, black to white from 3 standard deviations below the mean to 3 above.
     """
-    quality = _Quality(extractor, len(dataset), device)
-    channels = tokenizer.channels if per_channel else None
-    latent = _CodeUse if tokenizer.num_codes else _LatentMetrics
-    latent = latent(tokenizer.num_codes or channels, device)
-    progress, pairs = Progress(math.ceil(len(dataset) / dist.world_size()), "tokenizing", "img"), []
-    shown = {i * len(dataset) // PAIRS for i in range(PAIRS)}  # spread over all classes
-    for indices, images in _own_images(dataset, batch_size, num_workers, device):
-        generators = image_generators(seed, indices)
-        latents = tokenizer.sample(tokenizer.encode(images), generators)
-        decoded = tokenizer.decode(latents, generators).clamp(-1, 1)
-        latent.add(latents if tokenizer.num_codes else tokenizer.to_raw(latents))
-        both = quality.add(indices, images, decoded)
-        pairs += [pair for i, *pair in zip(indices, *both, strict=True) if i in shown]
-        progress.update(len(images))
-    progress.close()
-    metrics = quality.result() | latent.result()
-    if not dist.is_main():
-        return {}, None
-    return metrics, np.concatenate(list(zip(*pairs, strict=True)))
+    latents = network.latents(images, generator)
+    decoded = network.reconstruct(latents).clamp(-1, 1)
+    pairs = np.concatenate([to_uint8(x) for x in (images, decoded)])
+    std, mean = torch.std_mean(latents, dim=(0, 2, 3), keepdim=True)
+    shown = ((latents - mean) / (3 * std + 1e-12))[:, :MOST_CHANNELS]
+    columns = shown.shape[1]
+    return {
+        "reconstructions": grid(pairs, len(images), min_side=64),
+        "latents": grid(to_uint8(shown.reshape(-1, 1, *shown.shape[2:])), columns, min_side=32),
+    }
 
 
-def _own_images(dataset, batch_size, num_workers, device):
-    """(indices, images on the device) of each batch of this process, in order."""
-    mine, start = range(dist.rank(), len(dataset), dist.world_size()), 0
-    for images, _ in plain_loader(Subset(dataset, mine), batch_size, num_workers):
-        yield mine[start : start + len(images)], images.to(device)
-        start += len(images)
-
-
-class _Quality:
-    """Metrics that compare decoded images with the originals."""
-
-    def __init__(self, extractor, count, device):
-        self.name = "rfid" if extractor.name == INCEPTION else "rfd"
-        self.real, self.decoded = (Accumulator(extractor, count) for _ in range(2))
-        self.place = float64_device(device)
-        self.sums = torch.zeros(2, dtype=torch.float64, device=self.place)  # of PSNR and SSIM
-        self.count, self.has_ssim = count, False
-
-    def add(self, indices, images, decoded):
-        """Add a batch (n, I, H, W); returns both as uint8 (n, H, W, 3)."""
-        images, decoded = images.to(self.place), decoded.to(self.place)
-        self.sums[0] += psnr(images, decoded).sum()
-        self.has_ssim = min(images.shape[-2:]) >= SSIM_WINDOW
-        if self.has_ssim:
-            self.sums[1] += ssim(images, decoded).sum()
-        both = [to_uint8(x) for x in (images, decoded)]
-        self.real.add(indices, both[0])
-        self.decoded.add(indices, both[1])
-        return both
-
-    def result(self):
-        """Metrics of all processes: name -> number, {} except on rank 0."""
-        dist.wait()
-        dist.all_reduce(self.sums)
-        real, decoded = self.real.summary(), self.decoded.summary()
-        if not dist.is_main():
-            return {}
-        distance = frechet_distance(decoded.statistics, real.statistics)
-        mean_psnr, mean_ssim = (self.sums / self.count).tolist()
-        metrics = {self.name: distance, "psnr": mean_psnr}
-        return metrics | ({"ssim": mean_ssim} if self.has_ssim else {})
-
-
-class _LatentStatistics:
-    """Mean and variance of raw latents (N, C, h, w): of each channel, or of all elements.
-
-    channels: C, or 1 for all elements together.
-    """
-
-    def __init__(self, channels, device):
-        self.channels, self.running = channels, RunningStatistics(channels, device)
-
-    def add(self, latents):
-        rows = latents if self.channels == 1 else latents.movedim(1, -1)
-        self.running.add(rows.reshape(-1, self.channels))
-
-    def reduce(self):
-        """Add up the sums of all processes."""
-        self.running.reduce()
-
-    def result(self):
-        """(means, variances), lists of one float per channel."""
-        found = self.running.result()
-        return found["mu"].tolist(), found["sigma"].diagonal().tolist()
-
-    def normalization(self):
-        """(scale, shift), lists. Raises ValueError if a channel is constant."""
-        means, variances = self.result()
-        if not min(variances) > 0:
-            raise ValueError(
-                f"the latents have a channel of variance {min(variances):.3g}, expected above 0"
-            )
-        return [variance**-0.5 for variance in variances], means
-
-
-class _LatentMetrics:
-    """Metrics of raw latents. channels: C to add per-channel scales and shifts, or None."""
-
-    def __init__(self, channels, device):
-        self.all = _LatentStatistics(1, device)
-        self.each = _LatentStatistics(channels, device) if channels else None
-
-    def add(self, latents):
-        self.all.add(latents)
-        if self.each:
-            self.each.add(latents)
-
-    def result(self):
-        """Metrics of all processes: name -> number or list."""
-        self.all.reduce()
-        (mean,), (variance,) = self.all.result()
-        std = variance**0.5
-        metrics = {"latent_mean": mean, "latent_std": std, "latent_scale": 1 / std}
-        if self.each:
-            self.each.reduce()
-            scale, shift = self.each.normalization()
-            metrics |= {"scale_per_channel": scale, "shift_per_channel": shift}
-        return metrics
-
-
-class _CodeUse:
-    """Metrics of the code indices of a discrete tokenizer."""
-
-    def __init__(self, num_codes, device):
-        place = float64_device(device)
-        self.uses = torch.zeros(num_codes, dtype=torch.float64, device=place)
-
-    def add(self, indices):
-        indices = indices.to(self.uses.device).long().flatten()
-        self.uses += torch.bincount(indices, minlength=len(self.uses))
-
-    def result(self):
-        """Metrics of all processes: name -> number."""
-        dist.wait()  # process 0 may still compute distances
-        dist.all_reduce(self.uses)
-        frequency = self.uses / self.uses.sum()
-        entropy = -torch.special.xlogy(frequency, frequency).sum()
-        used = (self.uses > 0).double().mean()
-        return {"codes_used": used.item(), "code_perplexity": entropy.exp().item()}
+def log_pictures(network, images, folder, epoch, logger, step, seed):
+    """Log the pictures of a few images, and save them in a folder under the number of the epoch."""
+    generator = torch.Generator(images.device).manual_seed(seed)
+    for name, image in pictures(network, images, generator).items():
+        logger.image(name, image, step)
+        save_image(Path(folder) / f"epoch{epoch:04d}_{name}.png", image)

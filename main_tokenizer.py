@@ -11,10 +11,13 @@ is one over the latter. For a discrete tokenizer it gives the fraction of codes 
 writes reconstructions.png, images above their reconstructions.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from models import fitting, presets
+from models.autoencoder_settings import NETWORKS, Changes, Losses, Network
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
@@ -25,39 +28,32 @@ from util.flags import (
     add_machine_flags,
     add_tokenizer_flags,
     machine,
-    nonnegative,
     nonnegative_int,
     positive_int,
     run,
 )
+from util.recipe import Output, Recipe
 from util.run import last_words
 from util.run.tracker import add_tracker_flag
 from util.settings import Settings, add_flags, from_flags, setting
 from util.sizes import plain, shown, sides
 
-# what can be trained -> channels of its latents, unless --vae_embed_dim is given
-TRAINABLE = {"kl": 4, "vq": 4, "vq_latent": 4, "pca": 24}
+MEASURED = 10_000  # images, by which the scale is measured before training has ended
+CHECKED = "data_checked_{}.txt"  # which images of a split are intact
+SHOWN = 8  # images whose reconstructions are shown
+# fields of the recipe and of the output that apply to networks
+RECIPE = ("accum_iter", "lr", "blr", "min_lr", "lr_schedule", "warmup_epochs", "grad_clip")
+RECIPE += ("ema_rate",)
+OFF = {"warmup_epochs": 0, "grad_clip": 0.0, "ema_rate": 0.0}
+OUTPUT = [name for name in Output.names() if name not in ("init_from", "start_epoch")]
 
 
 @dataclass(frozen=True)
 class Training(Settings):
-    """Settings of the training of a network."""
+    """When a network is trained and measured."""
 
     epochs: int = setting(0, "train for this many epochs; 0: only evaluate", type=nonnegative_int)
-    lr: float = setting(
-        1e-3, "initial learning rate, decayed to 0 over half a cosine", type=nonnegative
-    )
-    ch: int = setting(32, "base width (LDM's networks: 128)", type=positive_int)
-    ch_mult: str = setting(
-        "1,2",
-        "width of each level in base widths, full resolution first; each level but the first "
-        "halves the image, so 1,2 has stride 2 and LDM's 1,1,2,2,4 stride 16",
-        metavar="M,M,…",
-    )
-    num_codes: int = setting(256, "number of codes of a vq network", type=positive_int, metavar="K")
-    stride: int = setting(
-        8, "side in pixels of the patches of a pca network, which one pass fits", type=positive_int
-    )
+    online_eval: bool = setting(False, "evaluate every --eval_freq epochs as well")
 
 
 def get_parser():
@@ -84,22 +80,29 @@ def get_parser():
     group.add_argument(
         "--batch_size", type=positive_int, default=64, help="images per batch and process"
     )
-    group.add_argument("--output_dir", default="./output_dir", metavar="DIR", help="the results")
-    add_tracker_flag(group)
     add_tokenizer_flags(parser, TOKENIZERS)
     group = parser.add_argument_group(
         "training",
-        f"of a {', '.join(TRAINABLE)} network on the train split, with random flips if the data "
+        f"of a {', '.join(NETWORKS)} network on the train split, with random flips if the data "
         "set has them; --batch_size and --vae_embed_dim (here 4, for pca 24) apply as well",
     )
     group.add_argument(
         "--preset",
-        choices=presets.FITTED,
+        choices=presets.NETWORKS,
         metavar="NAME",
-        help="small: a tokenizer for a small data set that fits the size and number of its "
-        "pictures; flags on the command line override it (default: none)",
+        help="a named set of flags: a published recipe, or small, which fits a small data set; "
+        "flags on the command line override it (default: none)",
     )
     add_flags(group, Training)
+    add_flags(group, Recipe, RECIPE, lr=1e-3, lr_schedule="cosine", **OFF)
+    add_flags(parser.add_argument_group("network"), Network)
+    add_flags(parser.add_argument_group("losses"), Losses)
+    add_flags(
+        parser.add_argument_group("changes of latents in training", "Off unless given."), Changes
+    )
+    group = parser.add_argument_group("output")
+    add_flags(group, Output, OUTPUT)
+    add_tracker_flag(group)
     group = parser.add_argument_group("metrics")
     group.add_argument(
         "--per_channel",
@@ -112,39 +115,71 @@ def get_parser():
     return parser
 
 
+@dataclass
+class Run:
+    """The objects of one run of this script."""
+
+    args: object  # parsed flags
+    device: object
+    precision: str
+    images: object  # those to evaluate
+    extractor: object
+    argv: list = None  # the flags as they were given; None for those of the process
+    checkpoint: dict = None  # that is resumed, if any
+    path: Path = None  # of it
+
+    @property
+    def file(self):
+        """The file of the trained network."""
+        return Path(self.args.output_dir) / "tokenizer.ckpt"
+
+    def loading(self):
+        """Arguments of engine_tokenizer for reading a data set in evaluation."""
+        how = {"batch_size": self.args.batch_size, "num_workers": self.args.num_workers}
+        return {**how, "device": self.device, "seed": self.args.seed}
+
+
 def main(argv=None):
-    args, given = get_parser().parse_given(argv)
+    args, given = presets.apply_to_network(get_parser(), argv)
     if "img_size" not in given:
         args.img_size = kind_or_folder(args.data_path).defaults.get("img_size", args.img_size)
-    if not args.preset:
+    if args.preset not in presets.FITTED:
         check(args, given)
 
     from models.found import complete
     from util import dist
-    from util.data import match_channels
-    from util.evaluation.features import Extractor, pick_extractor
     from util.precision import pick_precision
+    from util.run.resume import hold_output
 
     device = dist.init(**machine(args))
-    if args.preset:
+    if args.preset in presets.FITTED:
         fit(args, given)
     elif not args.epochs:
         complete(args, given)
-    training = from_flags(Training, args)
     precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
     make_folder(args.output_dir, "--output_dir")
-    last_words.set_folder(args.output_dir, "main_tokenizer")
-    dataset = get_images(args)
-    channels, *size = dataset[0][0].shape
-    tokenizer = None if training.epochs else get_tokenizer(args, channels)
+    with hold_output(args) if args.epochs else nullcontext():
+        last_words.set_folder(args.output_dir, "main_tokenizer")
+        work(args, given, argv, device, precision)
+
+
+def work(args, given, argv, device, precision):
+    """Train a network, if there are --epochs, and evaluate it."""
+    from util.data import match_channels
+    from util.evaluation.features import Extractor, pick_extractor
+
+    held = resumed(args, given) if args.epochs else (None, None)
+    images = get_images(args)
+    channels, *size = images[0][0].shape
+    tokenizer = None if args.epochs else get_tokenizer(args, channels)
     name = pick_extractor(args.extractor, args.data_path)
     extractor = Extractor(name, args.inception_weights, device, size)
+    this = Run(args, device, precision, images, extractor, argv, *held)
     if not tokenizer:
-        args.vae_path = Path(args.output_dir) / "tokenizer.ckpt"
-        train(args, training, plain(size), device, precision)
+        train(this, given, plain(size))
         tokenizer = get_tokenizer(args, channels)
-    match_channels(dataset.dataset, tokenizer, args.channels)
-    measure(args, training, tokenizer.to(device), dataset, extractor, device)
+    match_channels(images.dataset, tokenizer, args.channels)
+    measure(this, tokenizer)
 
 
 def fit(args, given):
@@ -165,23 +200,23 @@ def fit(args, given):
 
 def check(args, given):
     """Raises ValueError for flags that contradict each other."""
-    training = from_flags(Training, args)
-    if training.epochs and args.tokenizer not in TRAINABLE:
+    if args.epochs and args.tokenizer not in NETWORKS:
         raise ValueError(
-            f"--epochs {training.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "
-            f"be trained: {', '.join(TRAINABLE)}"
+            f"--epochs {args.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "
+            f"be trained: {', '.join(NETWORKS)}"
         )
     for name in ("vae_path", "vae_scale", "vae_shift"):
-        if training.epochs and name in given:
+        if args.epochs and name in given:
             raise ValueError(
                 f"--{name} {getattr(args, name)}: with --epochs the network is trained from "
                 "scratch and its scale measured; leave the flag out"
             )
-    idle = given & set(Training.names()) - {"epochs"}
-    if idle and not training.epochs:
+    only = {*Training.names(), *RECIPE, *Network.names(), *Losses.names(), *Changes.names()}
+    idle = given & {*only, "resume"} - {"epochs"}
+    if idle and not args.epochs:
         name = min(idle)
         raise ValueError(f"--{name} {getattr(args, name)}: is for training, pass --epochs")
-    if args.tokenizer in TRAINABLE and not training.epochs and "vae_path" not in given:
+    if args.tokenizer in NETWORKS and not args.epochs and "vae_path" not in given:
         raise ValueError(
             f"--tokenizer {args.tokenizer}: expected --epochs to train one, or a --vae_path"
         )
@@ -208,46 +243,52 @@ def get_tokenizer(args, channels):
     return tokenizer
 
 
-def measure(args, training, tokenizer, dataset, extractor, device):
-    """Evaluate a tokenizer on a data set; report metrics and write reconstructions."""
+def measure(this, tokenizer, **report):
+    """Evaluate a tokenizer on the images; report metrics and write reconstructions.
+
+    report: arguments of util.evaluation.reports.report, such as a logger.
+    """
     import engine_tokenizer as engine
     from util.dist import is_main, print0
-    from util.evaluation.reports import few_images, report
+    from util.evaluation import reports
     from util.images import grid, save_image
 
-    print0(f"{len(dataset)} images, {args.tokenizer} on {device}")
+    args, images = this.args, this.images
+    print0(f"{len(images)} images, {args.tokenizer} on {this.device}")
     metrics, pairs = engine.evaluate_tokenizer(
-        tokenizer,
-        dataset,
-        extractor,
-        **loading(args, device),
+        tokenizer.to(this.device),
+        images,
+        this.extractor,
+        **this.loading(),
         per_channel=args.per_channel and not tokenizer.num_codes,
     )
     if not is_main():
         return
     lists = {name: value for name, value in metrics.items() if isinstance(value, list)}
     metrics = {name: value for name, value in metrics.items() if name not in lists}
-    settings = stated(args, training, tokenizer, dataset, extractor) | lists
-    report(metrics, settings, few_images(len(dataset), extractor), output_dir=args.output_dir)
+    notes = reports.few_images(len(images), this.extractor)
+    settings = stated(this, tokenizer) | lists
+    reports.report(metrics, settings, notes, output_dir=args.output_dir, **report)
     path = Path(args.output_dir) / "reconstructions.png"
     save_image(path, grid(pairs, len(pairs) // 2, min_side=64))
-    if lists and not training.epochs:  # otherwise they are in the file
+    if lists and not args.epochs:  # otherwise they are in the file
         print0(f"--vae_scale={joined(lists['scale_per_channel'])}")
         print0(f"--vae_shift={joined(lists['shift_per_channel'])}")
     print0(f"in {args.output_dir}: results.jsonl, {path.name} (images above, decoded below)")
 
 
-def stated(args, training, tokenizer, dataset, extractor):
+def stated(this, tokenizer):
     """All that the metrics depend on, for the report."""
     from util.weights import digest
 
-    settings = {"images": len(dataset), "data_path": args.data_path, "split": args.split}
-    settings |= {"img_size": plain(dataset[0][0].shape[1:]), "tokenizer": args.tokenizer}
+    args, images = this.args, this.images
+    settings = {"images": len(images), "data_path": args.data_path, "split": args.split}
+    settings |= {"img_size": plain(images[0][0].shape[1:]), "tokenizer": args.tokenizer}
     settings |= {"scale_used": tokenizer.scale}
     settings |= {"shift_used": tokenizer.shift} if tokenizer.shift else {}
     settings |= {"weights_sha256": digest(tokenizer.state_dict()), "seed": args.seed}
-    settings |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
-    return settings | ({"epochs": training.epochs} if training.epochs else {})
+    settings |= {"extractor": this.extractor.name, "extractor_sha256": this.extractor.sha256}
+    return settings | ({"epochs": args.epochs} if args.epochs else {})
 
 
 def joined(numbers):
@@ -255,28 +296,19 @@ def joined(numbers):
     return ",".join(f"{number:.6g}" for number in numbers)
 
 
-def loading(args, device):
-    """Arguments of engine_tokenizer for reading a data set in evaluation."""
-    how = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    return {**how, "device": device, "seed": args.seed}
-
-
 def get_images(args):
     """The images to evaluate, (image in [−1, 1], label) each. Raises ValueError."""
-    from torch.utils.data import Subset
-
     dataset = open_split(args, args.split, flip=False)
     if not has_images(args.data_path):
         raise ValueError(f"--data_path {args.data_path}: a stream, expected images to measure")
-    count = min(args.num_images or len(dataset), len(dataset))
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+    return evenly(dataset, args.num_images)
 
 
 def open_split(args, split, flip):
     """A split of the data set, its images checked. Raises ValueError."""
     from util.data import open_data
 
-    record = Path(args.output_dir) / f"data_checked_{split}.txt"
+    record = Path(args.output_dir) / CHECKED.format(split)
     reading = from_flags(Reading, args)
     reading = reading.but(flip=reading.flip and flip)
     how = {"workers": args.num_workers, "record": record}
@@ -286,131 +318,240 @@ def open_split(args, split, flip):
 # ---- training -------------------------------------------------------------------------------
 
 
-def train(args, training, img_size, device, precision):
-    """Train a network on images of this size, and write it to args.vae_path."""
+def resumed(args, given):
+    """(content, path) of the checkpoint to resume, whose network the flags then describe.
+
+    (None, None) to start a new run. Raises ValueError for flags that contradict it.
+    """
+    from util.run.resume import load_resumed
+
+    checkpoint, path = load_resumed(args, of_tokenizer=True)
+    stored = checkpoint["args"] if checkpoint else {}
+    for name in ("tokenizer", "img_size", "vae_embed_dim", *Network.names()):
+        value = stored.get(name, getattr(args, name))
+        if name in given and getattr(args, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: the network in {path} has {value}, which its "
+                "weights fix; leave the flag out"
+            )
+        setattr(args, name, value)
+    return checkpoint, path
+
+
+def train(this, given, img_size):
+    """Train a network on images of this size, and write its file, args.vae_path."""
     import torch
 
     import engine_tokenizer as engine
-    from util import dist
+    from models.autoencoders import arguments, unused
+    from util.dist import print0
 
+    args = this.args
     dataset = open_split(args, "train", flip=True)
+    own = arguments(args.tokenizer, from_flags(Network, args), args.vae_embed_dim, dataset.channels)
+    if idle := unused(args.tokenizer, given):
+        print0(f"NOTE: not used by {args.tokenizer}: {', '.join(f'--{name}' for name in idle)}")
     torch.manual_seed(args.seed)  # initial weights, the same on every process
-    network = new_network(args, training, dataset.channels).to(device)
-    fitted = hasattr(network, "fit")
+    network = NETWORKS[args.tokenizer](**own).to(this.device)
     if any(side % network.stride for side in sides(img_size)):
-        flag = f"--stride {training.stride}" if fitted else f"--ch_mult {training.ch_mult}"
+        flag = f"--stride {args.stride}" if "stride" in own else f"--ch_mult {args.ch_mult}"
         raise ValueError(
             f"{flag}: images of {shown(img_size)} pixels, expected a multiple of the stride "
             f"{network.stride}"
         )
-    if fitted:
-        engine.fit_patches(network, dataset, **loading(args, device))
+    if hasattr(network, "fit"):
+        engine.fit_patches(network, dataset, **this.loading())
     else:
-        optimize(args, training, network, dataset, device, precision)
-    scale, shift = engine.latent_scale(
-        network, dataset, **loading(args, device), per_channel=args.per_channel or fitted
-    )
-    if dist.is_main():
-        save(args, training, network, img_size, scale, shift)
-    dist.barrier()
+        network = optimize(this, network, dataset)
+    args.vae_path = str(this.file)
+    write(this, network, dataset)
 
 
-def optimize(args, training, network, dataset, device, precision):
-    """Train a KL or VQ network by gradients, and log."""
-    import engine_tokenizer as engine
-    from util import dist
-    from util.logger import Logger
-    from util.run.tracker import open_trackers
+def optimize(this, network, dataset):
+    """Train a network by gradients, and log; returns that of the averaged weights."""
+    from util.dist import print0
+    from util.run.dry import dry_run
+    from util.run.page import Page
+    from util.run.saver import Saver
+    from util.run.training import train_epochs
 
-    trackers = open_trackers(args.tracker, args.output_dir, vars(args))
-    logger = Logger(args.output_dir, trackers=trackers)
-    engine.train_tokenizer(
-        dist.wrap(network, device),
-        get_loader(args, dataset, network, device),
-        get_reviver(args, network, device),
-        epochs=training.epochs,
-        lr=training.lr,
-        device=device,
-        precision=precision,
-        seed=args.seed,
-        logger=logger,
-    )
-    logger.close()
+    args = this.args
+    loader, recipe = get_loader(this, dataset, network), get_recipe(args)
+    state, objective = start_state(this, network, recipe, loader)
+    for line in recipe.misfits(loader.steps // recipe.accum_iter):
+        print0(f"NOTE: {line}")
+    run_epoch = epoch_runner(this, network, state, objective, recipe)
+    config = {**described(this, network, dataset), "latent_range": 0.0}
+    counts = {"steps": loader.steps // recipe.accum_iter, "accum_iter": recipe.accum_iter}
+    output = from_flags(Output, args)
+    saver = Saver(state, output, config, vars(args), resumed=this.path, **counts)
+    if args.dry_run:
+        images = next(iter(loader.epoch(0)))[0][:1].to(this.device)
+        left = recipe.epochs * saver.steps - saver.step
+        dry_run(saver, run_epoch, loader, partial(network, images), left, this.device)
+    elif state.epoch >= recipe.epochs:
+        print0(f"nothing to train: {state.epoch} epochs are done, --epochs is {recipe.epochs}")
+    else:
+        page = Page(args, get_parser(), this.argv, recipe.epochs, "main_tokenizer.py")
+        follow = partial(after_epoch, this, state, dataset, page)
+        run_epoch = partial(run_epoch, loader=loader)
+        train_epochs(saver, run_epoch, follow, page, recipe.epochs, this.path)
+        print0(f"done: {saver.last}, reconstructions and curves in {page.path}")
+    return state.network("ema")
 
 
-def get_loader(args, dataset, network, device):
-    """The loader of the training images."""
+def get_recipe(args):
+    """The Recipe by the flags."""
+    from util.dist import world_size
+
+    return from_flags(Recipe, args).resolved(world_size())
+
+
+def get_loader(this, dataset, network):
+    """The loader of the training images. Raises ValueError for less than a step per epoch."""
     from util import dist
     from util.data.loader import open_loader
     from util.dist import print0
 
-    pin = args.pin_mem and device.type == "cuda"
+    args = this.args
+    pin = args.pin_mem and this.device.type == "cuda"
     loader = open_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
-    total = args.batch_size * dist.world_size()
+    steps, total = loader.steps // args.accum_iter, get_recipe(args).total_batch(dist.world_size())
+    if not steps:
+        raise ValueError(f"--accum_iter {args.accum_iter}: an epoch has {loader.steps} batches")
     size = sum(p.numel() for p in network.parameters())
-    print0(
-        f"{loader.images} images, {loader.steps} steps of {total} per epoch, {size:,} parameters"
-    )
+    print0(f"{loader.images} images, {steps} steps of {total} per epoch, {size:,} parameters")
     return loader
 
 
-def get_reviver(args, network, device):
-    """The Reviver of a VQModel's codes, or None."""
+def start_state(this, network, recipe, loader):
+    """(TrainState, Objective) of a new run, or of the one that is resumed. Raises ValueError."""
+    import engine_tokenizer as engine
+    from util.dist import print0, world_size
+    from util.run.record import check_resumed, describe
+    from util.run.training import restore
+
+    args, losses = this.args, from_flags(Losses, this.args)
+    if losses.perceptual == "none":
+        print0("NOTE: without a perceptual loss, reconstructions are blurred; see --perceptual")
+    how = {"precision": this.precision, "batch_images": recipe.batch_size * world_size()}
+    how |= {"device": this.device, "seed": args.seed}
+    state, objective = engine.new_state(network, recipe, losses, **how)
+    listing = Path(args.output_dir) / CHECKED.format("train")
+    more = {"cached": False, "listing": listing, "precision": this.precision}
+    state.record = describe(None, loader, recipe, state.optimizer, **more)
+    if this.checkpoint:
+        before = this.checkpoint["args"], this.checkpoint["record"]
+        now, anyway = (vars(args), state.record), args.resume_anyway
+        notes = list(check_resumed(this.path, now, before, anyway=anyway))
+        restore(state, this.checkpoint, this.path, notes, recipe.accum_iter, loader.steps)
+    return state, objective
+
+
+def epoch_runner(this, network, state, objective, recipe):
+    """`engine_tokenizer.train_one_epoch` with all arguments that are the same for every epoch."""
+    import engine_tokenizer as engine
+
+    return partial(
+        engine.train_one_epoch,
+        *engine.wrapped(network, from_flags(Changes, this.args), state, this.device),
+        objective,
+        state,
+        learning_rate=recipe.rate,
+        device=this.device,
+        precision=this.precision,
+        accum_iter=recipe.accum_iter,
+        grad_clip=recipe.grad_clip,
+        seed=this.args.seed,
+    )
+
+
+def after_epoch(this, state, dataset, page, logger, step):
+    """When due, write pictures and the file of the network; measure it with --online_eval."""
+    args, last = this.args, state.epoch == this.args.epochs
+    if state.epoch % args.eval_freq and not last:
+        return
+    network = state.network("ema")
+    draw_pictures(this, network, state.epoch, logger, step)
+    if not last:  # it is written and measured after training
+        args.vae_path = str(this.file)
+        write(this, network, dataset, MEASURED)
+        if args.online_eval:
+            tokenizer = get_tokenizer(args, dataset.channels)
+            measure(this, tokenizer, logger=logger, step=step)
+    page.write()
+
+
+def draw_pictures(this, network, epoch, logger, step):
+    """Save a few of the images above their reconstructions, and their latents."""
     import torch
 
-    from models.vq import Reviver
+    import engine_tokenizer as engine
+    from util.dist import is_main
 
-    if not network.num_codes:
-        return None
-    return Reviver(network, torch.Generator(device).manual_seed(args.seed))
+    if not is_main():
+        return
+    images = torch.stack([image for image, _ in evenly(this.images, SHOWN)]).to(this.device)
+    folder = Path(this.args.output_dir) / "samples"
+    make_folder(folder, "--output_dir")
+    engine.log_pictures(network, images, folder, epoch, logger, step, this.args.seed)
 
 
-def new_network(args, training, channels):
-    """A network with random weights, configured by the flags, with attention only in the middle."""
-    from models.pca import PatchPCA
-    from models.vae import AutoencoderKL
-    from models.vq import VQModel
+def write(this, network, dataset, most=None):
+    """Measure the scale of the latents, and write the network's file.
 
-    embed_dim = args.vae_embed_dim or TRAINABLE[args.tokenizer]
-    if args.tokenizer == "pca":
-        return PatchPCA(embed_dim, training.stride, channels)
-    shared = {
-        "embed_dim": embed_dim,
-        "ch": training.ch,
-        "ch_mult": parse_ch_mult(training.ch_mult),
-        "encoder_attention": False,
-        "decoder_attention": False,
-        "in_channels": channels,
+    most: number of images at most, by which the scale is measured; None for all.
+    """
+    import engine_tokenizer as engine
+    from util import dist
+
+    args = this.args
+    per_channel = args.per_channel or hasattr(network, "fit")
+    how = {**this.loading(), "per_channel": per_channel}
+    scale, shift = engine.latent_scale(network, evenly(dataset, most), **how)
+    if dist.is_main():
+        save(this, network, dataset, scale, shift)
+    dist.barrier()
+
+
+def evenly(dataset, most):
+    """A data set, or at most so many of its images, spread evenly."""
+    from torch.utils.data import Subset
+
+    count = min(most or len(dataset), len(dataset))
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
+
+
+def described(this, network, dataset):
+    """What the file and the checkpoints of a network say of it, name -> plain data."""
+    from models import tokenizer_file
+    from util.dist import world_size
+
+    args = this.args
+    training = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
+    training |= {"processes": world_size(), "precision": this.precision}
+    settings = [from_flags(cls, args) for cls in (Losses, Changes)]
+    training["flags"] = tokenizer_file.flags_of(*settings)
+    return {
+        "network": dict(network.config),
+        "tokenizer": args.tokenizer,
+        "img_size": args.img_size,
+        "data": tokenizer_file.data_facts(dataset, args.data_path),
+        "training": training,
     }
-    if args.tokenizer == "kl":
-        return AutoencoderKL(**shared)
-    return VQModel(num_codes=training.num_codes, **shared)
 
 
-def parse_ch_mult(text):
-    """A text such as "1,2,4" to (1, 2, 4). Raises ValueError."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--ch_mult {text!r}: expected integers, at least 1, such as 1,2,4")
-    return tuple(int(part) for part in parts)
-
-
-def save(args, training, network, img_size, scale, shift):
-    """Write a trained network to args.vae_path, for `build_tokenizer`."""
-    from util.checkpoint import write_content
+def save(this, network, dataset, scale, shift):
+    """Write a network to args.vae_path, for `build_tokenizer`."""
+    from models import tokenizer_file
     from util.dist import print0
 
-    config = {"network": network.config, "data_path": args.data_path, "img_size": img_size}
-    config |= {"tokenizer": args.tokenizer}
-    config |= {"epochs": training.epochs, "lr": training.lr}
-    config |= {"batch_size": args.batch_size, "seed": args.seed}
-    content = {"model": network.state_dict(), "scale": scale, "config": config}
-    if shift:
-        content["shift"] = shift
-    write_content(args.vae_path, content)
+    own = described(this, network, dataset)
+    del own["network"]
+    tokenizer_file.write(this.args.vae_path, network, scale, shift, **own)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
-    print0(f"{args.vae_path}: scale {shown}")
+    print0(f"{this.args.vae_path}: scale {shown}")
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, resumes=True)

@@ -2,21 +2,31 @@
 
 from dataclasses import dataclass
 
-from util.flags import fraction, integer, nonnegative, nonnegative_int, positive_int
+from util.flags import checked, fraction, integer, nonnegative, nonnegative_int, positive_int
 from util.settings import Settings, setting
+from util.table import Table
 
 CODEBOOKS = ("gradient", "ema")
 
 
+def widths(text):
+    """A text such as "1,2,4" to (1, 2, 4). Raises ValueError."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise ValueError(f"{text!r}: expected integers, at least 1, such as 1,2,4")
+    return tuple(int(part) for part in parts)
+
+
 @dataclass(frozen=True)
 class Network(Settings):
-    """The size of a new network. Only some fields apply to each kind: `kinds`, if not all."""
+    """The size of a new network. Each kind of network takes the fields that it names."""
 
     ch: int = setting(32, "base width (LDM's networks: 128)", type=positive_int)
     ch_mult: str = setting(
         "1,2",
         "width of each level in base widths, full resolution first; each level but the first "
         "halves the image, so 1,2 has stride 2 and LDM's 1,1,2,2,4 stride 16",
+        type=checked(widths),
         metavar="M,M,…",
     )
     res_blocks: int = setting(
@@ -92,3 +102,21 @@ class Changes(Settings):
         "alike (EQ-VAE: 0.5)",
         type=fraction,
     )
+
+
+# what can be trained -> its network, whose arguments are fields of Network
+NETWORKS = Table(
+    "network",
+    {
+        "kl": "models.vae:AutoencoderKL",
+        "vq": "models.vq:VQModel",
+        "vq_latent": "models.vq:VQModel",
+        "pca": "models.pca:PatchPCA",
+    },
+)
+CHANNELS = {
+    "kl": 4,
+    "vq": 4,
+    "vq_latent": 4,
+    "pca": 24,
+}  # of latents, unless --vae_embed_dim is given

@@ -33,6 +33,7 @@ TRAINING = {  # names in the log -> caption
     "data_wait": "fraction of time spent waiting for data",
 }
 QUARTERS = re.compile(r"loss_t(\d+-\d+)")
+WHEN = ("step", "epoch")
 EVALUATION = re.compile(r"eval_(\w+)/(.+)")
 
 
@@ -41,12 +42,13 @@ class Page:
 
     args: parsed flags, among them output_dir and log_dir. parser: the parser of them, which knows
     the defaults. argv: the flags as they were given; None for those of the process. epochs: of the
-    run.
+    run. script: by which it is resumed.
     """
 
-    def __init__(self, args, parser, argv, epochs):
+    def __init__(self, args, parser, argv, epochs, script="main_mar.py"):
         self.folder, self.logs = Path(args.output_dir), Path(args.log_dir or args.output_dir)
         self.path, self.epochs, self.failed = self.folder / FILE, epochs, False
+        self.script = script
         self.argv = [*map(str, sys.argv[1:] if argv is None else argv)]
         self.flags, self.defaults = vars(args), vars(parser.parse_args([]))
 
@@ -105,7 +107,7 @@ class Page:
             epoch = self.epochs if state == "done" else f"{last['epoch']:.1f}"
             place = f"epoch {epoch} of {self.epochs}, step {last['step']}"
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        model = escape(str(self.flags.get("model", "")))
+        model = escape(str(self.flags.get("model", self.flags["tokenizer"])))
         return f'{model} · <b class="{state}">{state}</b> · {place} · written {now}'
 
     def _commands(self):
@@ -113,7 +115,7 @@ class Page:
         if world_size() > 1:
             launcher = f"torchrun --nproc_per_node={local_world_size()}"
         argv = [*without(self.argv, "--resume"), "--resume", str(self.folder)]
-        resume = f"{launcher} main_mar.py {shlex.join(argv)}"
+        resume = f"{launcher} {self.script} {shlex.join(argv)}"
         board = f"tensorboard --logdir {shlex.quote(str(self.logs))}"
         more = " on each machine, as before," if world_size() > local_world_size() else ""
         return (
@@ -163,6 +165,9 @@ def training(records):
     series = {text: {name: points(records, name)} for name, text in TRAINING.items()}
     quarters = filter(None, map(QUARTERS.fullmatch, names))
     series["loss by timestep"] = {found[1]: points(records, found[0]) for found in quarters}
+    own = [n for n in names if n not in (*TRAINING, *WHEN) and "/" not in n]  # of a tokenizer
+    own = [name for name in own if not QUARTERS.fullmatch(name)]
+    series |= {name.replace("_", " "): {name: points(records, name)} for name in own}
     return _row([chart(text, each) for text, each in series.items() if any(each.values())])
 
 

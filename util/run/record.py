@@ -52,9 +52,9 @@ LABELS = {
 def describe(tokenizer, loader, recipe, optimizer, *, precision, cached, listing):
     """The record of a run. A collective call; raises ValueError if processes differ in it.
 
-    tokenizer: a module. loader: of the training data. recipe: a resolved util.recipe.Recipe.
-    cached: whether the data are latents. listing: a file whose first line changes with the files of
-    the data; it need not exist.
+    tokenizer: a module; None where it is what is trained. loader: of the training data. recipe: a
+    resolved util.recipe.Recipe. cached: whether the data are latents. listing: a file whose first
+    line changes with the files of the data; it need not exist.
     """
     dataset = getattr(loader, "dataset", None)
     record = {
@@ -66,7 +66,7 @@ def describe(tokenizer, loader, recipe, optimizer, *, precision, cached, listing
         "optimizer": type(optimizer).__name__,
         "library": library_version(),
         "torch": str(torch.__version__),
-        "tokenizer": digest(tokenizer.state_dict()),
+        "tokenizer": tokenizer and digest(tokenizer.state_dict()),
         "classes": [str(name) for name in getattr(dataset, "classes", ())] or None,
         "images": loader.images,
         "names": _sha256("\n".join(names)) if (names := names_of(dataset)) else None,

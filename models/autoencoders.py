@@ -1,0 +1,21 @@
+"""New networks of tokenizers, built by the flags."""
+
+from inspect import signature
+
+from models.autoencoder_settings import CHANNELS, NETWORKS, Network, widths
+
+
+def arguments(kind, network, embed_dim=None, in_channels=3):
+    """The constructor arguments of a network of NETWORKS, name -> value.
+
+    network: a Network, of which some fields apply. embed_dim: channels of the latents; None for the
+    usual number. in_channels: channels of the images.
+    """
+    values = network.asdict() | {"ch_mult": widths(network.ch_mult), "in_channels": in_channels}
+    values["embed_dim"] = embed_dim or CHANNELS[kind]
+    return {name: values[name] for name in signature(NETWORKS[kind]).parameters if name in values}
+
+
+def unused(kind, given):
+    """The fields of Network among the names `given` that a kind of network does not take."""
+    return sorted(set(given) & set(Network.names()) - arguments(kind, Network()).keys())
