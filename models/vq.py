@@ -61,6 +61,7 @@ class VQModel(Autoencoder):
         ch: base width.
         encoder_attention, decoder_attention: whether the lowest level has attention.
         in_channels: channels I of the images.
+        res_blocks: residual blocks of a level of the encoder; the decoder's have one more.
 
     Attributes: `config`, these arguments.
     """
@@ -76,6 +77,7 @@ class VQModel(Autoencoder):
         encoder_attention=True,
         decoder_attention=True,
         in_channels=3,
+        res_blocks=2,
     ):
         super().__init__()
         self.config = {
@@ -86,9 +88,11 @@ class VQModel(Autoencoder):
             "encoder_attention": encoder_attention,
             "decoder_attention": decoder_attention,
             "in_channels": in_channels,
+            "res_blocks": res_blocks,
         }
-        self.encoder = Encoder(embed_dim, ch, ch_mult, encoder_attention, in_channels)
-        self.decoder = Decoder(embed_dim, ch, ch_mult, decoder_attention, in_channels)
+        shape = embed_dim, ch, ch_mult
+        self.encoder = Encoder(*shape, encoder_attention, in_channels, res_blocks)
+        self.decoder = Decoder(*shape, decoder_attention, in_channels, res_blocks)
         self.quantize = Codebook(num_codes, embed_dim)
         self.quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
@@ -146,16 +150,17 @@ class VQModel(Autoencoder):
         self._check_latents(latents)
         return self.decoder(self.post_quant_conv(latents))
 
-    def forward(self, images, generator=None):
+    def forward(self, images, generator=None, change=None):
         """Training: images (N,I,H,W) -> (decoded images, latents (N,C,h,w), indices (N,h,w)).
 
         The decoder is given the codes; its gradient is copied to the latents, the straight-through
-        estimator (Bengio et al. 2013, van den Oord et al. 2017). Deterministic.
+        estimator (Bengio et al. 2013, van den Oord et al. 2017). Deterministic. change: function of
+        the codes (N,C,h,w) that gives what is decoded instead, see models/changes.py.
         """
         latents = self.encode(images).float()
         indices = self.quantize(latents)
         codes = latents + (self._codes(indices) - latents).detach()
-        return self.decode(codes), latents, indices
+        return self.decode(change(codes) if change else codes), latents, indices
 
     def losses(self, images, output):
         """Name -> scalar; their sum is the training loss of `output = model(images)`.

@@ -19,6 +19,7 @@ VARIANTS = {
     "vq-f16": {},
     "no attention": {"encoder_attention": False, "decoder_attention": False},
     "encoder only": {"decoder_attention": False},
+    "decoder only": {"encoder_attention": False, "res_blocks": 1},
     "grey": {"in_channels": 1, "ch_mult": (1, 1, 2)},
 }
 
