@@ -1,5 +1,6 @@
 """Reads files of KL and VQ autoencoders: the weights under LDM's names, and their variant."""
 
+import itertools
 import re
 
 from models.diffusers_files import weights_file
@@ -72,6 +73,7 @@ def _shared_variant(state, kind):
         "encoder_attention": _lowest_level_attends(state, "encoder.down"),
         "decoder_attention": _lowest_level_attends(state, "decoder.up"),
         "in_channels": in_channels,
+        "res_blocks": _count(state, "encoder.down.0.block"),
     }
 
 
@@ -81,6 +83,12 @@ def _level_widths(state):
     while (name := f"encoder.down.{len(widths)}.block.0.conv1.weight") in state:
         widths.append(state[name].shape[0])
     return widths
+
+
+def _count(state, blocks):
+    """Number of the residual blocks whose names begin like this."""
+    numbers = itertools.count()
+    return next(i for i in numbers if f"{blocks}.{i}.conv1.weight" not in state)
 
 
 def _lowest_level_attends(state, levels):

@@ -25,14 +25,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.autoencoder_files import kl_variant, load_first_stage
+from models.autoencoder_settings import Losses
 from models.diffusers_files import check_config, read_config
 from util.files import first_line
 from util.rng import randn
 from util.weights import check_fits, load_strictly
-
-KL_WEIGHT = (
-    1e-6  # LDM's weight of the KL in nats, summed like the absolute error, whose weight is 1
-)
 
 
 class DiagonalGaussian:
@@ -175,11 +172,17 @@ class Encoder(nn.Module):
     """(N,in_channels,H,W) -> (N,out_channels,H/s,W/s), s = 2**(levels - 1).
 
     `down.0` has the full resolution. attention: whether the lowest level has attention, as the
-    middle always does.
+    middle always does. res_blocks: residual blocks of a level.
     """
 
     def __init__(
-        self, out_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=True, in_channels=3
+        self,
+        out_channels,
+        ch=128,
+        ch_mult=(1, 1, 2, 2, 4),
+        attention=True,
+        in_channels=3,
+        res_blocks=2,
     ):
         super().__init__()
         widths = [ch * m for m in ch_mult]
@@ -187,7 +190,7 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         self.down = nn.ModuleList()
         for i, (c_in, c_out) in enumerate(pairwise([ch, *widths])):
-            level = Level(c_in, c_out, blocks=2, attention=attention and i == last)
+            level = Level(c_in, c_out, res_blocks, attention=attention and i == last)
             if i < last:
                 level.downsample = Downsample(c_out)
             self.down.append(level)
@@ -208,11 +211,18 @@ class Decoder(nn.Module):
     """(N,z_channels,h,w) -> (N,out_channels,s*h,s*w), s = 2**(levels - 1).
 
     `up.0` has the full resolution, so the levels run from the last to the first. attention:
-    whether the lowest level has attention, as the middle always does.
+    whether the lowest level has attention, as the middle always does. res_blocks: residual blocks
+    of a level of the encoder; here each has one more.
     """
 
     def __init__(
-        self, z_channels, ch=128, ch_mult=(1, 1, 2, 2, 4), attention=False, out_channels=3
+        self,
+        z_channels,
+        ch=128,
+        ch_mult=(1, 1, 2, 2, 4),
+        attention=False,
+        out_channels=3,
+        res_blocks=2,
     ):
         super().__init__()
         widths = [ch * m for m in ch_mult]
@@ -222,7 +232,7 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList()
         for i, c_out in enumerate(widths):
             c_in = widths[min(i + 1, last)]
-            level = Level(c_in, c_out, blocks=3, attention=attention and i == last)
+            level = Level(c_in, c_out, res_blocks + 1, attention=attention and i == last)
             if i > 0:
                 level.upsample = Upsample(c_out)
             self.up.append(level)
@@ -296,7 +306,7 @@ class Autoencoder(nn.Module):
             "out_channels": own["in_channels"],
             "latent_channels": own["embed_dim"],
             "block_out_channels": widths,
-            "layers_per_block": 2,
+            "layers_per_block": own["res_blocks"],
             "down_block_types": [down] * plain + [lowest["encoder"] + down],
             "up_block_types": [lowest["decoder"] + up] + [up] * plain,
             "mid_block_add_attention": True,
@@ -348,6 +358,7 @@ class AutoencoderKL(Autoencoder):
         in_channels: channels I of the images.
         quant_conv, post_quant_conv: whether a 1×1 convolution follows the encoder, and precedes
             the decoder.
+        res_blocks: residual blocks of a level of the encoder; the decoder's have one more.
 
     Raises:
         ValueError: the file is missing, unreadable or does not fit.
@@ -369,6 +380,7 @@ class AutoencoderKL(Autoencoder):
         in_channels=3,
         quant_conv=True,
         post_quant_conv=True,
+        res_blocks=2,
     ):
         super().__init__()
         self.config = {
@@ -380,9 +392,11 @@ class AutoencoderKL(Autoencoder):
             "in_channels": in_channels,
             "quant_conv": quant_conv,
             "post_quant_conv": post_quant_conv,
+            "res_blocks": res_blocks,
         }
-        self.encoder = Encoder(2 * embed_dim, ch, ch_mult, encoder_attention, in_channels)
-        self.decoder = Decoder(embed_dim, ch, ch_mult, decoder_attention, in_channels)
+        shape = ch, ch_mult
+        self.encoder = Encoder(2 * embed_dim, *shape, encoder_attention, in_channels, res_blocks)
+        self.decoder = Decoder(embed_dim, *shape, decoder_attention, in_channels, res_blocks)
         moments, latents = 2 * embed_dim, embed_dim
         self.quant_conv = nn.Conv2d(moments, moments, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if post_quant_conv else nn.Identity()
@@ -416,21 +430,34 @@ class AutoencoderKL(Autoencoder):
         self._check_latents(z)
         return self.decoder(self.post_quant_conv(z))
 
-    def forward(self, images, generator=None):
-        """Training: images (N,I,H,W) -> (one sample of the posterior decoded, the posterior)."""
+    def forward(self, images, generator=None, change=None):
+        """Training: images (N,I,H,W) -> (one sample of the posterior decoded, the posterior).
+
+        change: function of the sample (N,C,h,w) that gives what is decoded instead, see
+        models/changes.py.
+        """
         posterior = self.encode(images)
-        return self.decode(posterior.sample(generator)), posterior
+        latents = posterior.sample(generator)
+        return self.decode(change(latents) if change else latents), posterior
 
     def losses(self, images, output):
         """Name -> scalar; their sum is the training loss of `output = model(images)`.
 
-        LDM's recipe: |error| + KL_WEIGHT · KL(posterior || N(0, I)), both summed over an image.
-        Here both are divided by the number of elements of an image, so that the loss does not
-        depend on the resolution. LDM's perceptual and adversarial losses are left out.
+        LDM's recipe, |error| + 1e-6 · KL, both summed over an image. Here both are divided by the
+        number of elements of an image, so that the loss does not depend on the resolution. LDM's
+        perceptual and adversarial losses are in models/objective.py.
+        """
+        l1 = F.l1_loss(output[0].float(), images)
+        return {"l1": l1, **self.regularizers(output, Losses())}
+
+    def regularizers(self, output, settings):
+        """Name -> scalar: KL(posterior || N(0, I)), per element of a decoded image, weighted.
+
+        settings: a models.autoencoder_settings.Losses.
         """
         decoded, posterior = output
-        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / images[0].numel()
-        return {"l1": F.l1_loss(decoded.float(), images), "kl": KL_WEIGHT * kl}
+        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / decoded[0].numel()
+        return {"kl": settings.kl_weight * kl}
 
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), sampled as in the tokenizer."""

@@ -38,6 +38,7 @@ NETWORKS = {
         [0.25, 1.0, 0.5, 0.125],
         MEAN,
     ),
+    "one layer": ({"latent_channels": 4, "layers_per_block": 1}, 0.18215, 0.0),
     "one convolution": ({"latent_channels": 4, "use_post_quant_conv": False}, 0.18215, 0.0),
 }
 
@@ -166,6 +167,7 @@ def test_a_configuration_of_another_file(sdxl, tmp_path, capsys, text, said):
         ({"act_fn": "gelu"}, "act_fn gelu, expected silu"),
         ({"norm_num_groups": 16}, "norm_num_groups 16, expected 32"),
         ({"layers_per_block": 3}, "layers_per_block 3, expected 2"),
+        ({"layers_per_block": 1}, "layers_per_block 1, expected 2"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention False, expected True"),
         ({"up_block_types": ["SkipUpBlock2D"]}, r"up_block_types \['SkipUpBlock2D'\], expected"),
         ({"block_out_channels": "wide"}, "block_out_channels wide, expected"),

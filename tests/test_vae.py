@@ -14,6 +14,7 @@ import torch
 from rule import GOLDEN, by_rule, rule_input
 from safetensors.torch import save_file
 
+from models.autoencoder_settings import Losses
 from models.vae import AutoencoderKL, DiagonalGaussian, kl_variant, load_first_stage
 from util.weights import load_strictly, read_weights
 
@@ -26,6 +27,8 @@ VARIANTS = {
     "decoder only": {"encoder_attention": False, "decoder_attention": True},
     "kl8-like": {"embed_dim": 4, "ch_mult": (1, 2, 4, 4), "encoder_attention": False},
     "as SD3": {"embed_dim": 4, "quant_conv": False, "post_quant_conv": False},
+    "one block a level": {"res_blocks": 1},
+    "three blocks, all attention": {"res_blocks": 3, "decoder_attention": True},
     "grey, stride 2": {"in_channels": 1, "ch_mult": (1, 2), "encoder_attention": False},
 }
 
@@ -135,6 +138,30 @@ def test_sample_has_the_posterior_s_mean_and_std():
     sample = DiagonalGaussian(moments).sample(torch.Generator().manual_seed(0))
     assert abs(sample.mean() - 3) < 0.01
     assert abs(sample.std() - 0.5) < 0.01
+
+
+def test_change_is_applied_to_what_is_decoded():
+    """forward decodes change(sample): the posterior stays, and gradients pass through it."""
+    model = tiny()
+    images = rule_input("image", (2, 3, 8, 16))
+    plain, posterior = model(images, torch.Generator().manual_seed(0))
+    changed, same = model(images, torch.Generator().manual_seed(0), lambda z: 0.5 * z.flip(0))
+    assert torch.equal(posterior.moments, same.moments)
+    sample = posterior.sample(torch.Generator().manual_seed(0))
+    assert torch.equal(changed, model.decode(0.5 * sample.flip(0)))
+    assert not torch.equal(changed, plain)
+    changed.sum().backward()
+    assert model.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_regularizers_weigh_the_kl():
+    """The KL per element, times its weight; `losses` are those of the default settings."""
+    model = tiny()
+    images = rule_input("image", (2, 3, 8, 16))
+    output = model(images, torch.Generator().manual_seed(0))
+    plain, strong = (model.regularizers(output, Losses.of(kl_weight=w)) for w in (1e-6, 0.5))
+    assert plain == {"kl": model.losses(images, output)["kl"]}
+    assert strong["kl"].item() == pytest.approx(0.5 * output[1].kl().mean().item() / 384)
 
 
 def test_losses_are_ldm_s_divided_by_the_elements():

@@ -10,7 +10,7 @@ import torch
 from rule import by_rule, rule_input
 from safetensors.torch import save_file
 
-from models import vq
+from models import codebook
 from models.vae import AutoencoderKL
 from models.vq import PATIENCE, Reviver, VQModel, nearest, vq_variant
 
@@ -19,6 +19,7 @@ VARIANTS = {
     "vq-f16": {},
     "no attention": {"encoder_attention": False, "decoder_attention": False},
     "encoder only": {"decoder_attention": False},
+    "decoder only": {"encoder_attention": False, "res_blocks": 1},
     "grey": {"in_channels": 1, "ch_mult": (1, 1, 2)},
 }
 
@@ -64,7 +65,7 @@ def test_nearest_is_that_of_brute_force(monkeypatch):
     distances = (points.double()[:, None] - codes.double()[None]).norm(dim=2)
     expected = distances.argmin(1)
     assert torch.equal(nearest(points, codes), expected)
-    monkeypatch.setattr(vq, "MAX_DISTANCES", 3 * 50)
+    monkeypatch.setattr(codebook, "MAX_DISTANCES", 3 * 50)
     assert torch.equal(nearest(points, codes), expected)
 
 
