@@ -99,18 +99,8 @@ def train_one_epoch(
     source = EpochDraws(seed, epoch, device, start=0 if draws else start)
     done = epoch * (loader.steps // accum_iter) + start // accum_iter
     work = _Images(model, pair, objective, state, done, device, precision, accum_iter, grad_clip)
-    run_epoch(
-        work,
-        loader,
-        epoch,
-        source,
-        learning_rate=learning_rate,
-        accum_iter=accum_iter,
-        start=start,
-        draws=draws,
-        **how,
-    )
-    state.model.eval()
+    how |= {"learning_rate": learning_rate, "accum_iter": accum_iter}
+    return run_epoch(work, loader, epoch, source, start=start, draws=draws, **how)
 
 
 class _Images(Work):

@@ -31,7 +31,7 @@ from util.stored import expect
 from util.weights import digest, read_file
 
 LARGEST = 2**24  # of a side in pixels, and of the arguments of a network
-TEXTS = ("name", "flags", "library", "extractor")  # what is said; all else are numbers
+TEXTS = ("name", "flags", "library", "precision", "extractor")  # what is said; all else are numbers
 PLACES = ("FILE", "DIR", "PATH")  # metavars of flags, whose values are paths of one machine
 OLD = ("epochs", "lr", "batch_size", "seed")  # of the training, in files of earlier versions
 

@@ -462,3 +462,7 @@ class AutoencoderKL(Autoencoder):
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), sampled as in the tokenizer."""
         return self.encode(images).sample(generator)
+
+    def reconstruct(self, latents):
+        """Raw latents (N,C,h,w) -> images (N,I,h*stride,w*stride)."""
+        return self.decode(latents)

@@ -148,5 +148,9 @@ class VQModel(Autoencoder):
         """Images -> raw latents (N,C,h,w), before quantization. Deterministic."""
         return self.encode(images)
 
+    def reconstruct(self, latents):
+        """Raw latents (N,C,h,w) -> images (N,I,h*stride,w*stride), by way of their codes."""
+        return self.decode(self.lookup(self.quantize(latents)))
+
     def _codes(self, indices):
         return self.quantize.embedding(indices).permute(0, 3, 1, 2)
