@@ -13,7 +13,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.autoencoder_files import vq_variant
-from models.codebook import PATIENCE, Codebook, Reviver, nearest  # noqa: F401 (published here)
+from models.autoencoder_settings import Losses
+from models.codebook import (  # noqa: F401 (published here)
+    PATIENCE,
+    Codebook,
+    Reviver,
+    entropy_loss,
+    nearest,
+)
 from models.vae import Autoencoder, Decoder, Encoder
 
 COMMITMENT = 0.25  # weight of the commitment loss; the codebook loss has weight 1
@@ -133,16 +140,24 @@ class VQModel(Autoencoder):
     def losses(self, images, output):
         """Name -> scalar; their sum is the training loss of `output = model(images)`.
 
-        The mean absolute error, and the codebook and commitment losses of van den Oord et al. 2017,
-        eq. 3. LDM's perceptual and adversarial losses are left out.
+        The mean absolute error, and `regularizers` by default.
         """
-        decoded, latents, indices = output
-        codes = self._codes(indices)
-        return {
-            "l1": F.l1_loss(decoded.float(), images),
-            "codebook": F.mse_loss(codes, latents.detach()),
-            "commitment": COMMITMENT * F.mse_loss(latents, codes.detach()),
-        }
+        return {"l1": F.l1_loss(output[0].float(), images), **self.regularizers(output, Losses())}
+
+    def regularizers(self, output, settings):
+        """Name -> scalar, weighted: the losses of `output = model(images)` beside the error.
+
+        The codebook and commitment losses of van den Oord et al. 2017, eq. 3, and the entropy loss
+        if it has a weight. Codes that get no gradient, as moving averages, have no codebook loss.
+        settings: Losses.
+        """
+        _, latents, indices = output
+        weight, codes = self.quantize.embedding.weight, self._codes(indices)
+        losses = {"codebook": F.mse_loss(codes, latents.detach())} if weight.requires_grad else {}
+        losses["commitment"] = COMMITMENT * F.mse_loss(latents, codes.detach())
+        if settings.entropy_weight:
+            losses["entropy"] = settings.entropy_weight * entropy_loss(latents, weight)
+        return losses
 
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), before quantization. Deterministic."""
