@@ -98,7 +98,7 @@ class Changes(Settings):
     )
     equivariance: float = setting(
         0.0,
-        "fraction of batches in which latents and the images to reconstruct are scaled or rotated "
+        "fraction of batches in which latents and the images to reconstruct are scaled and rotated "
         "alike (EQ-VAE: 0.5)",
         type=fraction,
     )
