@@ -2,23 +2,26 @@
 
 from collections import Counter
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+
 from models.changes import Trained
 from models.codebook import code_learner
 from models.discriminator import Pair, PatchDiscriminator
 from models.objective import Objective
 from models.perceptual import open_perceptual
-from torch import nn
-
 from util import dist
 from util.checkpoint import TrainState
+from util.dist import print0
 from util.ema import EMA
 from util.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
 from util.evaluation.reconstruction import fit_patches as fit_patches
 from util.evaluation.reconstruction import latent_scale as latent_scale
+from util.evaluation.reports import few_images, report
 from util.images import grid, save_image, to_uint8
 from util.precision import autocast
 from util.rng import EpochDraws
@@ -60,14 +63,25 @@ def new_state(network, recipe, losses, device, precision, batch_images, seed):
     return state, Objective(losses, network, perceptual, parts.get("discriminator"))
 
 
-def wrapped(network, changes, state, device):
-    """(Trained, Pair or None): what the processes train together, each wrapped by `dist.wrap`.
+def epoch_runner(network, changes, state, objective, recipe, *, device, precision, seed):
+    """`train_one_epoch` with all arguments that are the same for every epoch.
 
-    changes: a models.autoencoder_settings.Changes.
+    changes: a models.autoencoder_settings.Changes. recipe: a resolved util.recipe.Recipe.
     """
     discriminator = state.parts.get("discriminator")
-    pair = dist.wrap(Pair(discriminator), device) if discriminator else None
-    return dist.wrap(Trained(network, changes), device), pair
+    return partial(
+        train_one_epoch,
+        dist.wrap(Trained(network, changes), device),
+        dist.wrap(Pair(discriminator), device) if discriminator else None,
+        objective,
+        state,
+        learning_rate=recipe.rate,
+        accum_iter=recipe.accum_iter,
+        grad_clip=recipe.grad_clip,
+        device=device,
+        precision=precision,
+        seed=seed,
+    )
 
 
 def train_one_epoch(
@@ -206,3 +220,25 @@ def log_pictures(network, images, folder, epoch, logger, step, seed):
     for name, image in pictures(network, images, generator).items():
         logger.image(name, image, step)
         save_image(Path(folder) / f"epoch{epoch:04d}_{name}.png", image)
+
+
+# ---- measuring -------------------------------------------------------------------------------
+
+
+def measure(tokenizer, images, extractor, *, settings, output_dir, logger=None, step=0, **how):
+    """Evaluate a tokenizer on images, report, and write reconstructions.png; returns the metrics.
+
+    settings: all that the metrics depend on, for the report. how: the other arguments of
+    `evaluate_tokenizer`. Off rank 0 there are no metrics.
+    """
+    metrics, pairs = evaluate_tokenizer(tokenizer, images, extractor, **how)
+    if not dist.is_main():
+        return {}
+    lists = {name: value for name, value in metrics.items() if isinstance(value, list)}
+    numbers = {name: value for name, value in metrics.items() if name not in lists}
+    notes = few_images(len(images), extractor)
+    report(numbers, settings | lists, notes, None, output_dir, logger, step)
+    path = Path(output_dir) / "reconstructions.png"
+    save_image(path, grid(pairs, len(pairs) // 2, min_side=64))
+    print0(f"in {output_dir}: results.jsonl, {path.name} (images above, decoded below)")
+    return metrics

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from models import fitting, presets
+from models import presets
 from models.autoencoder_settings import NETWORKS, Changes, Losses, Network
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
-from util.evaluation.settings import NETWORK, Evaluation
+from util.evaluation.settings import NETWORK, Evaluation, Images
 from util.files import make_folder
 from util.flags import (
     Parser,
@@ -29,7 +29,6 @@ from util.flags import (
     add_tokenizer_flags,
     machine,
     nonnegative_int,
-    positive_int,
     run,
 )
 from util.recipe import Output, Recipe
@@ -65,21 +64,8 @@ def get_parser():
         metavar="PATH",
         help=describe_paths(),
     )
-    group.add_argument(
-        "--split",
-        default="train",
-        help="split to evaluate: train, or another one of the data set, such as val or test",
-    )
-    group.add_argument(
-        "--num_images",
-        type=positive_int,
-        metavar="N",
-        help="evaluate N images, spread evenly over the data set (default: all)",
-    )
+    add_flags(group, Images)
     add_flags(group, Reading)
-    group.add_argument(
-        "--batch_size", type=positive_int, default=64, help="images per batch and process"
-    )
     add_tokenizer_flags(parser, TOKENIZERS)
     group = parser.add_argument_group(
         "training",
@@ -146,14 +132,15 @@ def main(argv=None):
     if args.preset not in presets.FITTED:
         check(args, given)
 
-    from models.found import complete
+    from models.found import complete, fit_tokenizer
     from util import dist
     from util.precision import pick_precision
     from util.run.resume import hold_output
 
     device = dist.init(**machine(args))
     if args.preset in presets.FITTED:
-        fit(args, given)
+        fit_tokenizer(args, given)
+        check(args, given)
     elif not args.epochs:
         complete(args, given)
     precision = pick_precision(args.precision, device)  # also affects convolutions in evaluation
@@ -180,22 +167,6 @@ def work(args, given, argv, device, precision):
         tokenizer = get_tokenizer(args, channels)
     match_channels(images.dataset, tokenizer, args.channels)
     measure(this, tokenizer)
-
-
-def fit(args, given):
-    """Set the flags that --preset chooses for the pictures. Raises ValueError."""
-    from models.found import of_pictures
-    from util.data import open_data
-    from util.dist import print0
-
-    reading = from_flags(Reading, args)
-    if "img_size" not in given:
-        args.img_size = of_pictures(args.data_path, reading).get("img_size", args.img_size)
-    data = open_data(args.data_path, "train", args.img_size, reading)
-    own = {name: getattr(args, name) for name in {"tokenizer", "batch_size", "epochs"} & given}
-    chosen = fitting.small_tokenizer(len(data), data.channels, args.img_size, **own)
-    print0(f"NOTE: {presets.choose(args, given, chosen)} (for {len(data)} images)")
-    check(args, given)
 
 
 def check(args, given):
@@ -250,31 +221,36 @@ def measure(this, tokenizer, **report):
     """
     import engine_tokenizer as engine
     from util.dist import is_main, print0
-    from util.evaluation import reports
-    from util.images import grid, save_image
 
     args, images = this.args, this.images
     print0(f"{len(images)} images, {args.tokenizer} on {this.device}")
-    metrics, pairs = engine.evaluate_tokenizer(
-        tokenizer.to(this.device),
+    tokenizer.to(this.device)
+    metrics = engine.measure(
+        tokenizer,
         images,
         this.extractor,
         **this.loading(),
         per_channel=args.per_channel and not tokenizer.num_codes,
+        settings=stated(this, tokenizer),
+        output_dir=args.output_dir,
+        **report,
     )
     if not is_main():
         return
-    lists = {name: value for name, value in metrics.items() if isinstance(value, list)}
-    metrics = {name: value for name, value in metrics.items() if name not in lists}
-    notes = reports.few_images(len(images), this.extractor)
-    settings = stated(this, tokenizer) | lists
-    reports.report(metrics, settings, notes, output_dir=args.output_dir, **report)
-    path = Path(args.output_dir) / "reconstructions.png"
-    save_image(path, grid(pairs, len(pairs) // 2, min_side=64))
-    if lists and not args.epochs:  # otherwise they are in the file
-        print0(f"--vae_scale={joined(lists['scale_per_channel'])}")
-        print0(f"--vae_shift={joined(lists['shift_per_channel'])}")
-    print0(f"in {args.output_dir}: results.jsonl, {path.name} (images above, decoded below)")
+    if args.epochs:  # scale and shift are in the file
+        add_metrics(this, metrics)
+    elif "scale_per_channel" in metrics:
+        print0(f"--vae_scale={joined(metrics['scale_per_channel'])}")
+        print0(f"--vae_shift={joined(metrics['shift_per_channel'])}")
+
+
+def add_metrics(this, metrics):
+    """Write into the file of the network how well it reconstructs."""
+    from models import tokenizer_file
+
+    found = {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    found |= {"extractor": this.extractor.name, "images": len(this.images)}
+    tokenizer_file.add_metrics(this.args.vae_path, found)
 
 
 def stated(this, tokenizer):
@@ -298,6 +274,8 @@ def joined(numbers):
 
 def get_images(args):
     """The images to evaluate, (image in [−1, 1], label) each. Raises ValueError."""
+    from util.data.loader import evenly
+
     dataset = open_split(args, args.split, flip=False)
     if not has_images(args.data_path):
         raise ValueError(f"--data_path {args.data_path}: a stream, expected images to measure")
@@ -323,18 +301,12 @@ def resumed(args, given):
 
     (None, None) to start a new run. Raises ValueError for flags that contradict it.
     """
+    from models.autoencoders import follow
     from util.run.resume import load_resumed
 
     checkpoint, path = load_resumed(args, of_tokenizer=True)
-    stored = checkpoint["args"] if checkpoint else {}
-    for name in ("tokenizer", "img_size", "vae_embed_dim", *Network.names()):
-        value = stored.get(name, getattr(args, name))
-        if name in given and getattr(args, name) != value:
-            raise ValueError(
-                f"--{name} {getattr(args, name)}: the network in {path} has {value}, which its "
-                "weights fix; leave the flag out"
-            )
-        setattr(args, name, value)
+    if checkpoint:
+        follow(args, given, checkpoint["args"], path)
     return checkpoint, path
 
 
@@ -369,6 +341,7 @@ def train(this, given, img_size):
 
 def optimize(this, network, dataset):
     """Train a network by gradients, and log; returns that of the averaged weights."""
+    import engine_tokenizer as engine
     from util.dist import print0
     from util.run.dry import dry_run
     from util.run.page import Page
@@ -380,7 +353,9 @@ def optimize(this, network, dataset):
     state, objective = start_state(this, network, recipe, loader)
     for line in recipe.misfits(loader.steps // recipe.accum_iter):
         print0(f"NOTE: {line}")
-    run_epoch = epoch_runner(this, network, state, objective, recipe)
+    how = {"device": this.device, "precision": this.precision, "seed": args.seed}
+    changes = from_flags(Changes, args)
+    run_epoch = engine.epoch_runner(network, changes, state, objective, recipe, **how)
     config = {**described(this, network, dataset), "latent_range": 0.0}
     counts = {"steps": loader.steps // recipe.accum_iter, "accum_iter": recipe.accum_iter}
     output = from_flags(Output, args)
@@ -448,24 +423,6 @@ def start_state(this, network, recipe, loader):
     return state, objective
 
 
-def epoch_runner(this, network, state, objective, recipe):
-    """`engine_tokenizer.train_one_epoch` with all arguments that are the same for every epoch."""
-    import engine_tokenizer as engine
-
-    return partial(
-        engine.train_one_epoch,
-        *engine.wrapped(network, from_flags(Changes, this.args), state, this.device),
-        objective,
-        state,
-        learning_rate=recipe.rate,
-        device=this.device,
-        precision=this.precision,
-        accum_iter=recipe.accum_iter,
-        grad_clip=recipe.grad_clip,
-        seed=this.args.seed,
-    )
-
-
 def after_epoch(this, state, dataset, page, logger, step):
     """When due, write pictures and the file of the network; measure it with --online_eval."""
     args, last = this.args, state.epoch == this.args.epochs
@@ -487,6 +444,7 @@ def draw_pictures(this, network, epoch, logger, step):
     import torch
 
     import engine_tokenizer as engine
+    from util.data.loader import evenly
     from util.dist import is_main
 
     if not is_main():
@@ -504,6 +462,7 @@ def write(this, network, dataset, most=None):
     """
     import engine_tokenizer as engine
     from util import dist
+    from util.data.loader import evenly
 
     args = this.args
     per_channel = args.per_channel or hasattr(network, "fit")
@@ -512,14 +471,6 @@ def write(this, network, dataset, most=None):
     if dist.is_main():
         save(this, network, dataset, scale, shift)
     dist.barrier()
-
-
-def evenly(dataset, most):
-    """A data set, or at most so many of its images, spread evenly."""
-    from torch.utils.data import Subset
-
-    count = min(most or len(dataset), len(dataset))
-    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
 
 def described(this, network, dataset):

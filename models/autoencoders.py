@@ -19,3 +19,19 @@ def arguments(kind, network, embed_dim=None, in_channels=3):
 def unused(kind, given):
     """The fields of Network among the names `given` that a kind of network does not take."""
     return sorted(set(given) & set(Network.names()) - arguments(kind, Network()).keys())
+
+
+def follow(args, given, stored, source):
+    """Set the flags of a network to those of the run that is resumed.
+
+    given: names of the flags on the command line. stored: flags of the checkpoint at `source`, name
+    -> value. Raises ValueError for a flag that contradicts it.
+    """
+    for name in ("tokenizer", "img_size", "vae_embed_dim", *Network.names()):
+        value = stored.get(name, getattr(args, name))
+        if name in given and getattr(args, name) != value:
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: the network in {source} has {value}, which its "
+                "weights fix; leave the flag out"
+            )
+        setattr(args, name, value)

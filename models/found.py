@@ -45,6 +45,20 @@ def complete(args, given):
         setattr(args, name, value)
 
 
+def fit_tokenizer(args, given):
+    """Set the flags of main_tokenizer.py that its --preset derives from the pictures.
+
+    given: names of the flags on the command line, which win. Raises ValueError.
+    """
+    reading = from_flags(Reading, args)
+    if "img_size" not in given:
+        args.img_size = of_pictures(args.data_path, reading).get("img_size", args.img_size)
+    data = open_data(args.data_path, "train", args.img_size, reading)
+    own = {name: getattr(args, name) for name in {"tokenizer", "batch_size", "epochs"} & given}
+    chosen = fitting.small_tokenizer(len(data), data.channels, args.img_size, **own)
+    print0(f"NOTE: {presets.choose(args, given, chosen)} (for {len(data)} images)")
+
+
 def open_training_data(args, given, stored):
     """The data set to train on: its images are listed, but not read before `check_data`.
 

@@ -360,7 +360,7 @@ def test_a_trained_network_is_a_tokenizer(trained):
             assert latents.std().item() == pytest.approx(1, abs=0.01)
     content = torch.load(path, weights_only=True)
     assert content["config"]["network"] == tokenizer.vae.config
-    assert content["config"]["epochs"] == 2
+    assert content["config"]["training"]["epochs"] == 2
     with zipfile.ZipFile(path) as archive:  # not the name of this host
         assert {name.split("/")[0] for name in archive.namelist()} == {"archive"}
 

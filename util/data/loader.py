@@ -5,7 +5,7 @@ from functools import partial
 from itertools import islice
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
 from util.dist import local_world_size, rank, world_size
 from util.rng import drawing_from, epoch_seed
@@ -119,6 +119,12 @@ def open_loader(dataset, batch_size, num_workers, seed, pin_memory=False):
     """The training loader of a data set: `training_loader` if it has one, else a Loader."""
     make = getattr(dataset, "training_loader", partial(Loader, dataset))
     return make(batch_size, num_workers, seed, pin_memory)
+
+
+def evenly(dataset, most):
+    """A data set, or at most so many of its images, spread evenly. most: None for all."""
+    count = min(most or len(dataset), len(dataset))
+    return Subset(dataset, [i * len(dataset) // count for i in range(count)])
 
 
 def plain_loader(dataset, batch_size, num_workers):

@@ -78,3 +78,20 @@ class Occasions(Settings):
         choices=LABELS,
     )
     eval_bsz: int = setting(64, "images per batch", type=positive_int)
+
+
+@dataclass(frozen=True)
+class Images(Settings):
+    """The images that a tokenizer reconstructs."""
+
+    split: str = setting(
+        "train", "split to evaluate: train, or another one of the data set, such as val or test"
+    )
+    num_images: int = setting(
+        None,
+        "evaluate N images, spread evenly over the data set",
+        type=positive_int,
+        metavar="N",
+        otherwise="all",
+    )
+    batch_size: int = setting(64, "images per batch and process", type=positive_int)
