@@ -260,6 +260,7 @@ class Autoencoder(nn.Module):
     """
 
     described = None
+    summed = True  # whether LDM sums this network's losses over an image, or averages them
 
     @classmethod
     def from_file(cls, path, **expected):
@@ -311,6 +312,11 @@ class Autoencoder(nn.Module):
     def stride(self):
         """Pixels per latent along each side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    @property
+    def last_layer(self):
+        """The weight of the decoder's last convolution, for the adaptive weight of a loss."""
+        return self.decoder.conv_out.weight
 
     def _check_images(self, images):
         check_images(images, self.config["in_channels"], self.stride)
@@ -431,6 +437,12 @@ class AutoencoderKL(Autoencoder):
         decoded, posterior = output
         kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / images[0].numel()
         return {"l1": F.l1_loss(decoded.float(), images), "kl": KL_WEIGHT * kl}
+
+    def regularizers(self, output, settings):
+        """Name -> weighted scalar: the losses of the latents. settings: Losses."""
+        decoded, posterior = output
+        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / decoded[0].numel()
+        return {"kl": settings.kl_weight * kl}
 
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), sampled as in the tokenizer."""

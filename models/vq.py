@@ -66,6 +66,7 @@ class VQModel(Autoencoder):
     """
 
     diffusers = "VQModel"
+    summed = False
 
     def __init__(
         self,
@@ -167,6 +168,15 @@ class VQModel(Autoencoder):
         codes = self._codes(indices)
         return {
             "l1": F.l1_loss(decoded.float(), images),
+            "codebook": F.mse_loss(codes, latents.detach()),
+            "commitment": COMMITMENT * F.mse_loss(latents, codes.detach()),
+        }
+
+    def regularizers(self, output, settings):
+        """Name -> weighted scalar: the losses of the latents. settings: Losses."""
+        _, latents, indices = output
+        codes = self._codes(indices)
+        return {
             "codebook": F.mse_loss(codes, latents.detach()),
             "commitment": COMMITMENT * F.mse_loss(latents, codes.detach()),
         }
