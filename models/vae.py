@@ -270,6 +270,7 @@ class Autoencoder(nn.Module):
     """
 
     described = None
+    summed = True  # whether LDM sums this network's losses over an image, or averages them
 
     @classmethod
     def from_file(cls, path, **expected):
@@ -321,6 +322,11 @@ class Autoencoder(nn.Module):
     def stride(self):
         """Pixels per latent along each side."""
         return 2 ** (len(self.config["ch_mult"]) - 1)
+
+    @property
+    def last_layer(self):
+        """The weight of the decoder's last convolution, for the adaptive weight of a loss."""
+        return self.decoder.conv_out.weight
 
     def _check_images(self, images):
         check_images(images, self.config["in_channels"], self.stride)
@@ -455,6 +461,12 @@ class AutoencoderKL(Autoencoder):
 
         settings: a models.autoencoder_settings.Losses.
         """
+        decoded, posterior = output
+        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / decoded[0].numel()
+        return {"kl": settings.kl_weight * kl}
+
+    def regularizers(self, output, settings):
+        """Name -> weighted scalar: the losses of the latents. settings: Losses."""
         decoded, posterior = output
         kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / decoded[0].numel()
         return {"kl": settings.kl_weight * kl}
