@@ -287,11 +287,14 @@ def open_loader(this):
 def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
     """Evaluate samples of a checkpoint's EMA weights."""
     import engine_mar as engine
+    from models import compare_tokenizer
+    from models.stored import digests_of
     from util.checkpoint import steps_done
     from util.logger import Logger
     from util.weights import load_strictly
 
     load_strictly(model, checkpoint["model_ema"], path)
+    compare_tokenizer(this.tokenizer, digests_of(checkpoint))
     logger = Logger(this.args.log_dir or this.args.output_dir, resumed=True)
     drawn = model, this.tokenizer, this.labels()[0], this.sampling
     how = {"weights": "ema", **this.generation()}

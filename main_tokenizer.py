@@ -1,9 +1,7 @@
 """Evaluate a tokenizer on a data set, or train one first. `python main_tokenizer.py --help`.
 
-With --epochs, a KL or VQ network is trained from scratch. It is written to tokenizer.ckpt, with the
-scale (and with --per_channel the shift) of its latents; every script takes it by --tokenizer kl (or
-vq, vq_latent) --vae_path tokenizer.ckpt. The losses are those of `losses` in models/vae.py and
-models/vq.py, without LDM's perceptual and adversarial losses, which make images sharp.
+With --epochs, a network is trained from scratch, by the losses of models/objective.py. It is
+written to tokenizer.ckpt with all that is known of it; every script takes it by --vae_path.
 
 Evaluation prints, and appends to results.jsonl, the Fréchet distance between reconstructed and
 original images (rFID), PSNR, SSIM, and the mean and standard deviation of the latents; --vae_scale
@@ -158,13 +156,15 @@ def work(args, given, argv, device, precision):
     held = resumed(args, given) if args.epochs else (None, None)
     images = get_images(args)
     channels, *size = images[0][0].shape
-    tokenizer = None if args.epochs else get_tokenizer(args, channels)
+    tokenizer = None if args.epochs else get_tokenizer(args, channels, args.vae_path)
     name = pick_extractor(args.extractor, args.data_path)
     extractor = Extractor(name, args.inception_weights, device, size)
     this = Run(args, device, precision, images, extractor, argv, *held)
     if not tokenizer:
         train(this, given, plain(size))
-        tokenizer = get_tokenizer(args, channels)
+        if args.dry_run:
+            return
+        tokenizer = get_tokenizer(args, channels, this.file)
     match_channels(images.dataset, tokenizer, args.channels)
     measure(this, tokenizer)
 
@@ -196,11 +196,12 @@ def check(args, given):
 # ---- measuring ------------------------------------------------------------------------------
 
 
-def get_tokenizer(args, channels):
-    """The tokenizer to measure. Raises ValueError for flags that do not fit it."""
+def get_tokenizer(args, channels, path):
+    """The tokenizer to measure, in the file at `path`. Raises ValueError for flags that do not fit
+    it."""
     from models import arguments_of_tokenizer, build_tokenizer
 
-    own = arguments_of_tokenizer(args.tokenizer, channels=channels, vae_path=args.vae_path)
+    own = arguments_of_tokenizer(args.tokenizer, channels=channels, vae_path=str(path))
     own |= {"scale": args.vae_scale, "shift": args.vae_shift}
     tokenizer = build_tokenizer(args.tokenizer, **own)
     if args.epochs:  # the flags were those of the trained network
@@ -250,7 +251,7 @@ def add_metrics(this, metrics):
 
     found = {name: value for name, value in metrics.items() if not isinstance(value, list)}
     found |= {"extractor": this.extractor.name, "images": len(this.images)}
-    tokenizer_file.add_metrics(this.args.vae_path, found)
+    tokenizer_file.add_metrics(this.file, found)
 
 
 def stated(this, tokenizer):
@@ -311,7 +312,7 @@ def resumed(args, given):
 
 
 def train(this, given, img_size):
-    """Train a network on images of this size, and write its file, args.vae_path."""
+    """Train a network on images of this size, and write its file."""
     import torch
 
     import engine_tokenizer as engine
@@ -335,21 +336,22 @@ def train(this, given, img_size):
         engine.fit_patches(network, dataset, **this.loading())
     else:
         network = optimize(this, network, dataset)
-    args.vae_path = str(this.file)
-    write(this, network, dataset)
+    if not args.dry_run:
+        write(this, network, dataset)
 
 
 def optimize(this, network, dataset):
     """Train a network by gradients, and log; returns that of the averaged weights."""
     import engine_tokenizer as engine
-    from util.dist import print0
+    from util.dist import print0, world_size
     from util.run.dry import dry_run
     from util.run.page import Page
     from util.run.saver import Saver
     from util.run.training import train_epochs
 
     args = this.args
-    loader, recipe = get_loader(this, dataset, network), get_recipe(args)
+    recipe = from_flags(Recipe, args).resolved(world_size())
+    loader = get_loader(this, dataset, network, recipe.total_batch(world_size()))
     state, objective = start_state(this, network, recipe, loader)
     for line in recipe.misfits(loader.steps // recipe.accum_iter):
         print0(f"NOTE: {line}")
@@ -375,23 +377,18 @@ def optimize(this, network, dataset):
     return state.network("ema")
 
 
-def get_recipe(args):
-    """The Recipe by the flags."""
-    from util.dist import world_size
+def get_loader(this, dataset, network, total):
+    """The loader of the training images. total: images per optimizer step, of all processes.
 
-    return from_flags(Recipe, args).resolved(world_size())
-
-
-def get_loader(this, dataset, network):
-    """The loader of the training images. Raises ValueError for less than a step per epoch."""
-    from util import dist
+    Raises ValueError for less than a step per epoch.
+    """
     from util.data.loader import open_loader
     from util.dist import print0
 
     args = this.args
     pin = args.pin_mem and this.device.type == "cuda"
     loader = open_loader(dataset, args.batch_size, args.num_workers, args.seed, pin)
-    steps, total = loader.steps // args.accum_iter, get_recipe(args).total_batch(dist.world_size())
+    steps = loader.steps // args.accum_iter
     if not steps:
         raise ValueError(f"--accum_iter {args.accum_iter}: an epoch has {loader.steps} batches")
     size = sum(p.numel() for p in network.parameters())
@@ -431,10 +428,9 @@ def after_epoch(this, state, dataset, page, logger, step):
     network = state.network("ema")
     draw_pictures(this, network, state.epoch, logger, step)
     if not last:  # it is written and measured after training
-        args.vae_path = str(this.file)
         write(this, network, dataset, MEASURED)
         if args.online_eval:
-            tokenizer = get_tokenizer(args, dataset.channels)
+            tokenizer = get_tokenizer(args, dataset.channels, this.file)
             measure(this, tokenizer, logger=logger, step=step)
     page.write()
 
@@ -493,15 +489,15 @@ def described(this, network, dataset):
 
 
 def save(this, network, dataset, scale, shift):
-    """Write a network to args.vae_path, for `build_tokenizer`."""
+    """Write a network with what is known of it, for `build_tokenizer`."""
     from models import tokenizer_file
     from util.dist import print0
 
     own = described(this, network, dataset)
     del own["network"]
-    tokenizer_file.write(this.args.vae_path, network, scale, shift, **own)
+    tokenizer_file.write(this.file, network, scale, shift, **own)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
-    print0(f"{this.args.vae_path}: scale {shown}")
+    print0(f"{this.file}: scale {shown}")
 
 
 if __name__ == "__main__":

@@ -96,15 +96,30 @@ def may_share_latents(name, trained):
 
 
 def compare_tokenizer(tokenizer, config):
-    """Say it if a tokenizer is not the one of the training, as far as that is known."""
+    """Say it if a tokenizer is not the one of the training, as far as that is known.
+
+    config: with `tokenizer_sha256` and `encoder_sha256` of the training, where they are known.
+    Raises ValueError if the encoder is another, as the model's latents are then not this one's.
+    """
     from util.dist import print0
     from util.weights import digest
 
-    trained = config.get("tokenizer_sha256")
-    if trained not in (None, digest(tokenizer.state_dict())):
+    trained, own = config.get("tokenizer_sha256"), digest(tokenizer.state_dict())
+    if trained in (None, own):
+        return
+    encoders = tokenizer.encoder_sha256(), config.get("encoder_sha256")
+    path, both = tokenizer.config.get("vae_path"), f"sha256 {own[:12]}, in training {trained[:12]}"
+    if None in encoders:
         print0(
-            f"NOTE: {tokenizer.config.get('vae_path')}: the model was trained with other weights "
-            "of a tokenizer, whose latents these may not decode"
+            f"NOTE: {path}: the model was trained with other weights of a tokenizer, whose latents "
+            f"these may not decode ({both})"
+        )
+    elif encoders[0] == encoders[1]:
+        print0(f"NOTE: {path}: another decoder of the same latents than in training ({both})")
+    else:
+        raise ValueError(
+            f"{path}: not the tokenizer of the model's latents ({both}); expected the file that it "
+            "was trained with, or another decoder of the same latents"
         )
 
 

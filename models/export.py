@@ -7,6 +7,7 @@ the averaged weights alone, for sample.py.
 from pathlib import Path
 
 from models import checkpoint_config, load_model
+from models.stored import digests_of
 from util import hub
 from util.checkpoint import export_ema, find_weights, load_checkpoint
 from util.files import make_folder
@@ -60,7 +61,8 @@ def write_file(args):
     make_folder(Path(args.out).parent, "out")
     path = find_weights(args.checkpoint)
     checkpoint = load_checkpoint(path)
-    export_ema(checkpoint, args.out, checkpoint_config(checkpoint, path))
+    config = checkpoint_config(checkpoint, path) | digests_of(checkpoint)
+    export_ema(checkpoint, args.out, config)
 
 
 def write_folder(args):

@@ -109,7 +109,9 @@ def _reference(config, tokenizer, with_tokenizer, needed):
     if tokenizer is not None:
         own |= {"scale": tokenizer.scale, "shift": tokenizer.shift}
         models.compare_tokenizer(tokenizer, config)
-        config.setdefault("tokenizer_sha256", digest(tokenizer.state_dict()))
+        sha256, encoder = digest(tokenizer.state_dict()), tokenizer.encoder_sha256()
+        if config.setdefault("tokenizer_sha256", sha256) == sha256 and encoder:
+            config.setdefault("encoder_sha256", encoder)
     if has_file:
         own["vae_path"] = hub.HERE + hub.TOKENIZER if copied else usual
     return own, tokenizer

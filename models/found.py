@@ -19,27 +19,31 @@ def complete(args, given):
     the command line, which win. Raises ValueError for a cache, a file or a picture that is damaged.
     """
     fits = getattr(args, "preset", None) in presets.FITTED and not args.init_from
-    if getattr(args, "use_cached", False):
-        said = of_cache(args.cached_path)
+    cache = args.cached_path if getattr(args, "use_cached", False) else None
+    if cache:
+        said = of_cache(cache)
     else:
         said = of_pictures(args.data_path, from_flags(Reading, args)) if fits else {}
     if "tokenizer" in given and said.get("tokenizer") != args.tokenizer:
         said.pop("vae_path", None)  # the file of another one
     path = args.vae_path if "vae_path" in given else None
-    said |= of_file(path) if path else {}
+    own = of_file(path, cache) if path else {}
+    if (cache and "img_size" in said) or getattr(args, "init_from", None):
+        own.pop("img_size", None)  # that of the latents, or of the weights
+    said |= own
     preset = getattr(args, "preset", None)
     chosen = given | (presets.PRESETS.get(preset, {}).keys() if not fits else set())
-    if not getattr(args, "use_cached", False):  # data that have one size only
+    if not cache:  # data that have one size only
         chosen |= kind_or_folder(args.data_path).defaults.keys() & {"img_size"}
     said = {name: value for name, value in said.items() if name not in chosen}
-    if told := [f"--{n} {v}" for n, v in said.items() if v != getattr(args, n)]:
-        cache = args.cached_path if getattr(args, "use_cached", False) else None
-        print0(f"NOTE: {' '.join(told)}, by {path or cache or args.data_path}")
-    own = str(Path(args.vae_path or "").absolute())
+    if told := {name: v for name, v in said.items() if v != getattr(args, name)}:
+        by = [path] * bool(told.keys() & own) + [cache or args.data_path] * bool(told.keys() - own)
+        print0(f"NOTE: {as_text(told)}, by {' and '.join(by)}")
+    before = str(Path(args.vae_path or "").absolute())
     another = said.get("tokenizer", args.tokenizer) != args.tokenizer
     if another and "patch_size" not in given:
         args.patch_size = None  # that of the data's usual tokenizer
-    if another or said.get("vae_path", own) != own:
+    if another or said.get("vae_path", before) != before:
         said |= dict.fromkeys({"vae_scale", "vae_shift"} - given)
     for name, value in said.items():
         setattr(args, name, value)
@@ -130,7 +134,20 @@ def of_cache(folder):
     return {flag: manifest[name] for name, flag in flags.items() if manifest.get(name) is not None}
 
 
-def of_file(path):
-    """What the file of a network that main_tokenizer.py trained says: flag -> value; else {}."""
+def of_file(path, cache=None):
+    """What the file of a network that main_tokenizer.py trained says: flag -> value; else {}.
+
+    cache: a folder of latents, which says more of them if this file has made them, or None.
+    """
+    from util.data.manifest import read_manifest
+
     said = read(path)
-    return {name: said[name] for name in ("tokenizer", "img_size") if said}
+    if not said or (cache and said["sha256"] == read_manifest(cache).get("tokenizer", "")):
+        return {}
+    return {name: said[name] for name in ("tokenizer", "img_size")}
+
+
+def as_text(flags):
+    """Flags, name -> value, as they are given."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in flags.items()}
+    return " ".join(f"--{name} {' '.join(map(str, values))}" for name, values in lists.items())

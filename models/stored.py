@@ -27,18 +27,25 @@ DEPTHS = ("diffloss_d", "depth", "encoder_depth", "decoder_depth")
 def facts_of(checkpoint, config, weights):
     """What a checkpoint says besides its configuration: further entries of it, name -> value.
 
-    tokenizer_sha256: of the weights of the tokenizer of the training; training: numbers by name,
-    with the rate of the EMA if these are the weights, and `flags`, those that are not the defaults.
-    weights: "ema" or "raw".
+    tokenizer_sha256, encoder_sha256: of the weights of the tokenizer of the training, and of those
+    that its latents depend on; training: numbers by name, with the rate of the EMA if these are the
+    weights, and `flags`, those that are not the defaults. weights: "ema" or "raw".
     """
     record = checkpoint.get("record") or {}
-    tokenizer = record.get("tokenizer")
-    facts = {"tokenizer_sha256": tokenizer} if _is_name(tokenizer) else {}
+    facts = digests_of(checkpoint)
     if checkpoint["args"]:
         facts["training"] = _training(checkpoint, record, config["model"])
         if weights == "ema" and is_number(rate := checkpoint["args"].get("ema_rate")):
             facts["training"]["ema_rate"] = rate
     return facts
+
+
+def digests_of(checkpoint):
+    """tokenizer_sha256 and encoder_sha256 of a checkpoint, see `facts_of`, if it has them."""
+    record, config = checkpoint.get("record") or {}, checkpoint["config"] or {}
+    names = {"tokenizer_sha256": "tokenizer", "encoder_sha256": "encoder"}
+    found = {name: record.get(entry, config.get(name)) for name, entry in names.items()}
+    return {name: value for name, value in found.items() if _is_name(value)}
 
 
 def _training(checkpoint, record, model):
@@ -118,7 +125,7 @@ def _check_data(data, class_num, path):
 
 def _check_said(config, path):
     """Check the entries of `facts_of`, and what models that are passed on say besides."""
-    for entry in ("tokenizer_sha256", "weights_sha256"):
+    for entry in ("tokenizer_sha256", "encoder_sha256", "weights_sha256"):
         value = config.get(entry)
         expect(value is None or _is_name(value), path, f"config's {entry}", value, "a text")
     for entry in ("training", "about"):

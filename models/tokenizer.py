@@ -23,11 +23,13 @@ from models.vae import AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
 from util.dist import all_gather, print0
 from util.images import to_uint8
+from util.weights import digest
 
 DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 EXACT = 2**24  # up to here float32 represents every integer
 USUAL_STD = (0.8, 1.25)  # of the latents of a batch
 FEW = 8  # images, whose latents may have any std
+ENCODER = ("encoder.", "quant_conv.")
 
 
 class Tokenizer(nn.Module):
@@ -58,6 +60,7 @@ class Tokenizer(nn.Module):
     image_channels = None  # I above; None for any
     gaussian = False  # whether moments are the means and log-variances of a Gaussian, M = 2C
     normalized = True  # whether latents should have about std 1
+    encoding = ()  # how names of the network's weights begin that latents depend on; (): not known
 
     def __init__(self, channels, stride, patch_size, scale, shift, vae=None):
         super().__init__()
@@ -104,6 +107,14 @@ class Tokenizer(nn.Module):
         """Latents (N, C, h, w) to raw latents: latents / scale + shift."""
         raw = latents / self._scale
         return raw + self._shift if self.shift else raw  # −0 + 0 would be +0
+
+    def encoder_sha256(self):
+        """The sha256 of the weights that latents depend on, whatever decodes them; None if not
+        known. In half precision, so that it is that of a file of 16 bits, too."""
+        if not (self.vae and self.encoding):
+            return None
+        own = self.vae.state_dict().items()
+        return digest({name: value.half() for name, value in own if name.startswith(self.encoding)})
 
     def check_first(self, latents):
         """Say it if the first latents (N, C, h, w) of a run are far from std 1. Only once.
@@ -169,6 +180,7 @@ class KLTokenizer(AutoencoderTokenizer):
     """A KL autoencoder; latents are samples of its posterior."""
 
     gaussian = True
+    encoding = ENCODER
     autoencoder = AutoencoderKL
     config_has_scale = True
 
@@ -182,6 +194,7 @@ class KLTokenizer(AutoencoderTokenizer):
 class VQLatentTokenizer(AutoencoderTokenizer):
     """The latents of a VQ autoencoder before quantization; `decode` quantizes them."""
 
+    encoding = ENCODER
     autoencoder = VQModel  # diffusers writes KL-8's scale into the configuration of any
 
     def encode(self, images):
@@ -197,6 +210,8 @@ class VQTokenizer(Tokenizer):
     network: arguments of VQModel that the file must match; others are read from it.
     Raises ValueError if the file is missing or holds another network, or for a scale or shift.
     """
+
+    encoding = (*ENCODER, "quantize.")
 
     def __init__(self, vae_path, scale=None, shift=None, patch_size=1, **network):
         for name, value in {"scale": scale, "shift": shift}.items():
@@ -249,6 +264,8 @@ class PCATokenizer(Tokenizer):
     vae_path: its file. scale, shift: by default those in the file, one per channel.
     Raises ValueError if the file is missing or holds another network.
     """
+
+    encoding = ("",)  # all of them
 
     def __init__(self, vae_path, scale=None, shift=None, patch_size=1):
         vae = PatchPCA.from_file(vae_path)

@@ -53,8 +53,10 @@ class Start:
         load_strictly(model, fit.state, self.path, HINT)
         print0(f"--init_from {self.path} (EMA): {fit.describe()}")
         print0(f"its classes: {describe_rows(rows, names, self.classes)}")
-        if self.tokenizer and self.tokenizer != digest(tokenizer.state_dict()):
-            print0(f"NOTE: {self.path} was trained with another tokenizer, by its sha256")
+        own = digest(tokenizer.state_dict())
+        if self.tokenizer and self.tokenizer != own:
+            both = f"its sha256 {self.tokenizer[:12]}, here {own[:12]}"
+            print0(f"NOTE: {self.path} was trained with another tokenizer ({both})")
         facts = {"file": str(self.path), "weights": "ema", "sha256": digest(self.weights)}
         config["init_from"] = facts
 

@@ -196,7 +196,7 @@ def test_another_backbone_is_refused(folder, tmp_path):
 
 
 def test_a_published_tokenizer_is_named(tmp_path, vae_path, capsys, monkeypatch):
-    """Not copied: it is found at its usual place or by vae_path, and another one is told of."""
+    """Not copied: it is found at its usual place or by vae_path, and another decoder is told of."""
     facts = {"size": vae_path.stat().st_size, "sha256": file_sha256(vae_path)}
     monkeypatch.setitem(FILES, "kl16", replace(FILES["kl16"], **facts))
     trained = digest(models.build_tokenizer("kl16", vae_path=vae_path).state_dict())
@@ -217,11 +217,11 @@ def test_a_published_tokenizer_is_named(tmp_path, vae_path, capsys, monkeypatch)
     models.load(out, vae_path=own_file(tmp_path / "other.ckpt"), scale=1.0)
     assert not capsys.readouterr().out  # the same weights
     content = torch.load(vae_path)
-    content["model"]["quant_conv.bias"] += 1
+    content["model"]["post_quant_conv.bias"] += 1
     torch.save(content, tmp_path / "other.ckpt")
     models.load(out, vae_path=tmp_path / "other.ckpt")
     note = capsys.readouterr().out
-    assert note.count("\n") == 1 and "other.ckpt: the model was trained with other weights" in note
+    assert note.count("\n") == 1 and "other.ckpt: another decoder of the same latents" in note
 
 
 def test_an_own_tokenizer_is_copied(tmp_path):

@@ -12,6 +12,7 @@ import main_mar
 from models import build_model, presets
 from models.found import complete
 from models.pca import PatchPCA
+from models.tokenizer_file import write
 from models.transfer import Fit, class_names, fill_flags, open_start, resize, rows_for
 from util.checkpoint import LAST, export_ema, load_checkpoint
 from util.data.manifest import write_manifest
@@ -200,7 +201,9 @@ def test_a_published_checkpoint_brings_its_architecture():
 
 def network_file(path, tokenizer):
     """A file as main_tokenizer.py writes it, without weights; returns its path."""
-    torch.save({"config": {"network": {}, "tokenizer": tokenizer, "img_size": 8}}, path)
+    torch.save(
+        {"config": {"network": {"embed_dim": 4}, "tokenizer": tokenizer, "img_size": 8}}, path
+    )
     return str(path)
 
 
@@ -220,9 +223,8 @@ def test_another_network_has_its_own_scale_and_shift(tmp_path, kind, flags):
 
 def test_an_autoencoder_for_pixels_is_refused(tmp_path, capsys):
     """Also where it is the file of the network that says what it is."""
-    network, config = PatchPCA(4, 2, 1), {"network": {}, "tokenizer": "pca", "img_size": 8}
-    path = tmp_path / "tokenizer.ckpt"
-    torch.save({"model": network.state_dict(), "scale": 1.0, "config": config}, path)
+    path, about = tmp_path / "tokenizer.ckpt", {"data": {}, "training": {}}
+    write(path, PatchPCA(4, 2, 1), 1.0, 0.0, tokenizer="pca", img_size=8, **about)
     flags = ["--output_dir", tmp_path / "out", "--init_from", CHECKPOINT, "--vae_path", path]
     said = complain(capsys, main_mar.main, *DIGITS, *flags)
     assert f"--tokenizer pca: {CHECKPOINT} was trained with pixels" in said

@@ -67,6 +67,7 @@ def describe(tokenizer, loader, recipe, optimizer, *, precision, cached, listing
         "library": library_version(),
         "torch": str(torch.__version__),
         "tokenizer": tokenizer and digest(tokenizer.state_dict()),
+        "encoder": tokenizer and tokenizer.encoder_sha256(),
         "classes": [str(name) for name in getattr(dataset, "classes", ())] or None,
         "images": loader.images,
         "names": _sha256("\n".join(names)) if (names := names_of(dataset)) else None,
