@@ -33,7 +33,7 @@ from util.recipe import Output, Recipe
 from util.run import last_words
 from util.run.tracker import add_tracker_flag
 from util.settings import Settings, add_flags, from_flags, setting
-from util.sizes import plain, shown, sides
+from util.sizes import plain
 
 MEASURED = 10_000  # images, by which the scale is measured before training has ended
 CHECKED = "data_checked_{}.txt"  # which images of a split are intact
@@ -166,7 +166,7 @@ def work(args, given, argv, device, precision):
             return
         tokenizer = get_tokenizer(args, channels, this.file)
     match_channels(images.dataset, tokenizer, args.channels)
-    measure(this, tokenizer)
+    measure(this, tokenizer, args.epochs)
 
 
 def check(args, given):
@@ -215,10 +215,11 @@ def get_tokenizer(args, channels, path):
     return tokenizer
 
 
-def measure(this, tokenizer, **report):
+def measure(this, tokenizer, epochs=None, **report):
     """Evaluate a tokenizer on the images; report metrics and write reconstructions.
 
-    report: arguments of util.evaluation.reports.report, such as a logger.
+    epochs: those that its network was trained for, if any. report: arguments of
+    util.evaluation.reports.report, such as a logger.
     """
     import engine_tokenizer as engine
     from util.dist import is_main, print0
@@ -232,7 +233,7 @@ def measure(this, tokenizer, **report):
         this.extractor,
         **this.loading(),
         per_channel=args.per_channel and not tokenizer.num_codes,
-        settings=stated(this, tokenizer),
+        settings=stated(this, tokenizer) | ({"epochs": epochs} if epochs else {}),
         output_dir=args.output_dir,
         **report,
     )
@@ -264,8 +265,10 @@ def stated(this, tokenizer):
     settings |= {"scale_used": tokenizer.scale}
     settings |= {"shift_used": tokenizer.shift} if tokenizer.shift else {}
     settings |= {"weights_sha256": digest(tokenizer.state_dict()), "seed": args.seed}
-    settings |= {"extractor": this.extractor.name, "extractor_sha256": this.extractor.sha256}
-    return settings | ({"epochs": args.epochs} if args.epochs else {})
+    return settings | {
+        "extractor": this.extractor.name,
+        "extractor_sha256": this.extractor.sha256,
+    }
 
 
 def joined(numbers):
@@ -316,22 +319,16 @@ def train(this, given, img_size):
     import torch
 
     import engine_tokenizer as engine
-    from models.autoencoders import arguments, unused
+    from models.autoencoders import new_network, unused
     from util.dist import print0
 
     args = this.args
     dataset = open_split(args, "train", flip=True)
-    own = arguments(args.tokenizer, from_flags(Network, args), args.vae_embed_dim, dataset.channels)
+    own = from_flags(Network, args), args.vae_embed_dim, dataset.channels, img_size
+    torch.manual_seed(args.seed)  # initial weights, the same on every process
+    network = new_network(args.tokenizer, *own).to(this.device)
     if idle := unused(args.tokenizer, given):
         print0(f"NOTE: not used by {args.tokenizer}: {', '.join(f'--{name}' for name in idle)}")
-    torch.manual_seed(args.seed)  # initial weights, the same on every process
-    network = NETWORKS[args.tokenizer](**own).to(this.device)
-    if any(side % network.stride for side in sides(img_size)):
-        flag = f"--stride {args.stride}" if "stride" in own else f"--ch_mult {args.ch_mult}"
-        raise ValueError(
-            f"{flag}: images of {shown(img_size)} pixels, expected a multiple of the stride "
-            f"{network.stride}"
-        )
     if hasattr(network, "fit"):
         engine.fit_patches(network, dataset, **this.loading())
     else:
@@ -431,7 +428,7 @@ def after_epoch(this, state, dataset, page, logger, step):
         write(this, network, dataset, MEASURED)
         if args.online_eval:
             tokenizer = get_tokenizer(args, dataset.channels, this.file)
-            measure(this, tokenizer, logger=logger, step=step)
+            measure(this, tokenizer, state.epoch, logger=logger, step=step)
     page.write()
 
 

@@ -3,6 +3,7 @@
 from inspect import signature
 
 from models.autoencoder_settings import CHANNELS, NETWORKS, Network, widths
+from util.sizes import shown, sides
 
 
 def arguments(kind, network, embed_dim=None, in_channels=3):
@@ -14,6 +15,22 @@ def arguments(kind, network, embed_dim=None, in_channels=3):
     values = network.asdict() | {"ch_mult": widths(network.ch_mult), "in_channels": in_channels}
     values["embed_dim"] = embed_dim or CHANNELS[kind]
     return {name: values[name] for name in signature(NETWORKS[kind]).parameters if name in values}
+
+
+def new_network(kind, network, embed_dim, in_channels, img_size):
+    """A network with random weights for images of a size. Other arguments as in `arguments`.
+
+    Raises ValueError if its stride does not divide the sides of the images.
+    """
+    own = arguments(kind, network, embed_dim, in_channels)
+    built = NETWORKS[kind](**own)
+    if any(side % built.stride for side in sides(img_size)):
+        name = "stride" if "stride" in own else "ch_mult"
+        raise ValueError(
+            f"--{name} {getattr(network, name)}: images of {shown(img_size)} pixels, expected a "
+            f"multiple of the stride {built.stride}"
+        )
+    return built
 
 
 def unused(kind, given):

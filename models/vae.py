@@ -465,12 +465,6 @@ class AutoencoderKL(Autoencoder):
         kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / decoded[0].numel()
         return {"kl": settings.kl_weight * kl}
 
-    def regularizers(self, output, settings):
-        """Name -> weighted scalar: the losses of the latents. settings: Losses."""
-        decoded, posterior = output
-        kl = DiagonalGaussian(posterior.moments.float()).kl().mean() / decoded[0].numel()
-        return {"kl": settings.kl_weight * kl}
-
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), sampled as in the tokenizer."""
         return self.encode(images).sample(generator)

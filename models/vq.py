@@ -160,15 +160,6 @@ class VQModel(Autoencoder):
             losses["entropy"] = settings.entropy_weight * entropy_loss(latents, weight)
         return losses
 
-    def regularizers(self, output, settings):
-        """Name -> weighted scalar: the losses of the latents. settings: Losses."""
-        _, latents, indices = output
-        codes = self._codes(indices)
-        return {
-            "codebook": F.mse_loss(codes, latents.detach()),
-            "commitment": COMMITMENT * F.mse_loss(latents, codes.detach()),
-        }
-
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), before quantization. Deterministic."""
         return self.encode(images)
