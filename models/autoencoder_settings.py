@@ -66,10 +66,14 @@ class Losses(Settings):
         type=nonnegative,
     )
     disc_start: int = setting(
-        0, "optimizer steps before the discriminator begins (LDM: 50001)", type=nonnegative_int
+        0,
+        "optimizer steps before the discriminator begins (LDM: 50001 with kl, 250001 with vq)",
+        type=nonnegative_int,
     )
     disc_layers: int = setting(
-        3, "levels of the discriminator, each of which halves the image", type=integer(1, 8)
+        3,
+        "levels of the discriminator, each of which halves the image (LDM: 3 with kl, 2 with vq)",
+        type=integer(1, 8),
     )
     disc_ch: int = setting(64, "base width of the discriminator", type=positive_int)
     codebook: str = setting(

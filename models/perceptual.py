@@ -34,7 +34,11 @@ def open_perceptual(name, weights=None):
 
 
 class Perceptual(nn.Module):
-    """Base class: a subclass has `distances(images, decoded)`, of RGB images (N,3,H,W)."""
+    """Base class: squared differences of features, averaged over positions, summed over levels.
+
+    The features of each position have norm 1. A subclass has `features`, of RGB images (N,3,H,W) in
+    [-1,1] a list of (N,D,h,w), one for each level, and `weigh(level, squares)`.
+    """
 
     def forward(self, images, decoded):
         """Images (N,C,H,W) in [-1,1], C 1 or 3, and decoded ones -> distances (N,), float32.
@@ -43,7 +47,13 @@ class Perceptual(nn.Module):
         Computed without autocast: close images differ by less than half precision resolves.
         """
         with torch.autocast(images.device.type, enabled=False):
-            return self.distances(_prepared(images), _prepared(decoded)).float()
+            levels = zip(self._units(images), self._units(decoded), strict=True)
+            squares = [(a - b).square() for a, b in levels]
+            return sum(self.weigh(i, x).mean((1, 2, 3)) for i, x in enumerate(squares))
+
+    def _units(self, images):
+        # not the package's normalization, whose gradient is NaN where all features are 0
+        return [F.normalize(level, dim=1) for level in self.features(_prepared(images))]
 
 
 def _prepared(images):
@@ -79,8 +89,11 @@ class Lpips(Perceptual):
         load_strictly(network.net, found, source, f"Expected torchvision's vgg16: {vgg_url()}")
         self.network = network
 
-    def distances(self, images, decoded):
-        return self.network(images, decoded).flatten()
+    def features(self, images):
+        return self.network.net(self.network.scaling_layer(images))
+
+    def weigh(self, level, squares):
+        return self.network.lins[level](squares)
 
 
 def vgg_url():
@@ -114,8 +127,7 @@ def _open_lpips(_, weights):
 class Features(Perceptual):
     """LPIPS without its weighting, in the features of a model of timm.
 
-    Features at each position have norm 1; their squared differences are averaged over positions and
-    summed over levels. The levels are those that timm names, of stride 16 at most, like VGG's.
+    The levels are those that timm names, of stride 16 at most, like VGG's.
     """
 
     def __init__(self, model):
@@ -128,17 +140,14 @@ class Features(Perceptual):
             value = torch.tensor(model.pretrained_cfg[name]).view(-1, 1, 1)
             self.register_buffer(name, value)
 
-    def distances(self, images, decoded):
-        levels = zip(self.features(images), self.features(decoded), strict=True)
-        return sum((a - b).square().sum(1).mean((1, 2)) for a, b in levels)
-
     def features(self, images):
-        """Images (N,3,H,W) in [-1,1] -> for each level (N,D,h,w), of norm 1 along D."""
         images = ((images + 1) / 2 - self.mean) / self.std
-        levels = self.model.forward_intermediates(
+        return self.model.forward_intermediates(
             images, indices=self.levels, stop_early=True, intermediates_only=True
         )
-        return [F.normalize(level, dim=1) for level in levels]
+
+    def weigh(self, level, squares):
+        return squares.sum(1, keepdim=True)
 
 
 def _open_timm(name, weights):
@@ -162,6 +171,8 @@ def _checked(model, name):
     """The Features of a model. Raises ValueError if images of SMALLEST pixels have none."""
     try:
         features = Features(model.eval())
+        if not features.levels:
+            raise ValueError(f"no level has a stride of {MAX_STRIDE} or less")
         features(*torch.zeros(2, 1, 3, SMALLEST, SMALLEST))
     except Exception as error:  # some take images of one size only, some have no levels
         raise ValueError(

@@ -15,6 +15,7 @@ import torchvision
 from rule import by_rule, rule_input
 from torch import nn
 
+import models.perceptual
 from models.autoencoder_settings import Losses
 from models.discriminator import Pair, PatchDiscriminator, check_sides, hinge, smallest_side
 from models.objective import Objective
@@ -224,14 +225,14 @@ def test_discriminator_learns_in_a_wrapped_pair():
     objective = Objective(GAN, model, discriminator=discriminator)
     pair = dist.wrap(Pair(discriminator), torch.device("cpu"))
     optimizer = torch.optim.Adam(discriminator.parameters(), 1e-2)
-    for step in range(20):
+    for step in range(10):
         output = output_of(model, target)
         objective.loss(target, output, step)[0].backward()
         optimizer.zero_grad()
         loss, terms = objective.discriminator_loss(pair, target, output[0])
         loss.backward()
         optimizer.step()
-    assert terms["logits_real"] > terms["logits_fake"] + 0.5
+    assert terms["logits_real"] > terms["logits_fake"] + 0.3
 
 
 def test_same_within_autocast():
@@ -261,6 +262,7 @@ def test_discriminator_is_the_authors():
     for stride in reversed(strides):
         field = field * stride + 4 - stride
     assert field == 70
+    assert {m.negative_slope for m in model.main if isinstance(m, nn.LeakyReLU)} == {0.2}
     assert model.main[8].weight.shape == (512, 256, 4, 4) and model.main[8].bias is None
     assert model.main[8].weight.std().item() == pytest.approx(0.02, rel=0.01)
     assert model.main[9].weight.mean().item() == pytest.approx(1, abs=0.01)
@@ -348,7 +350,7 @@ def test_lpips_is_the_packages(vgg, monkeypatch):
     monkeypatch.setattr(lpips.pretrained_networks.tv, "vgg16", lambda pretrained: model)
     theirs = lpips.LPIPS(net="vgg", verbose=False)
     a, b = images("a", (2, 3, 32, 40)), images("b", (2, 3, 32, 40))
-    assert torch.equal(open_perceptual("lpips", path)(a, b), theirs(a, b).flatten())
+    assert torch.allclose(open_perceptual("lpips", path)(a, b), theirs(a, b).flatten(), rtol=1e-5)
 
 
 def test_timm_distance_by_hand(tiny_timm):
@@ -378,10 +380,10 @@ def test_small_images_are_enlarged(tiny_timm):
     assert large[0].shape[2:] == (32, 48)
 
 
-def test_gradient_where_all_features_are_zero(tiny_timm):
+def test_gradient_where_all_features_are_zero(perceptual, monkeypatch):
     """Positions without any feature, as after a ReLU, give no NaN."""
-    perceptual = open_perceptual(f"timm:{TIMM}", tiny_timm)
-    perceptual.model.forward_intermediates = lambda images, **_: [(images[:, :, ::2] * 0).relu()]
+    features = perceptual.features
+    monkeypatch.setattr(perceptual, "features", lambda i: [0 * level for level in features(i)])
     decoded = images(shape=(2, 3, 32, 32)).requires_grad_()
     perceptual(images("other", (2, 3, 32, 32)), decoded).sum().backward()
     assert (decoded.grad == 0).all()
@@ -392,13 +394,13 @@ def test_what_perceptual_losses_refuse(vgg, tiny_timm, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fail)
     fixed = tmp_path / "vit.pth"
-    torch.save(timm.create_model("test_vit").state_dict(), fixed)
+    torch.save(timm.create_model("test_vit3").state_dict(), fixed)
     for name, file, message in [
         ("vgg", None, "--perceptual 'vgg': expected one of none, lpips, timm:NAME"),
         ("timm", None, "--perceptual 'timm': expected one of none, lpips, timm:NAME"),
         ("none", "file.pth", "--perceptual_weights file.pth: expected a --perceptual"),
         ("timm:nothing", None, "--perceptual timm:nothing: not available"),
-        ("timm:test_vit", fixed, "no features of 32×32 pixels"),
+        ("timm:test_vit3", fixed, "no features of 32×32 pixels"),
         (f"timm:{TIMM}", vgg[0], "does not fit this EfficientNet"),
         ("lpips", tiny_timm, "Expected torchvision's vgg16: https://download.pytorch.org/"),
         ("lpips", "missing.pth", "missing.pth: no such file"),
@@ -409,6 +411,9 @@ def test_what_perceptual_losses_refuse(vgg, tiny_timm, tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="images of 4 channels: .* expects 1 or 3"):
         open_perceptual(f"timm:{TIMM}", tiny_timm)(*torch.zeros(2, 1, 4, 32, 32))
+    monkeypatch.setattr(models.perceptual, "MAX_STRIDE", 1)
+    with pytest.raises(ValueError, match="no level has a stride of 1 or less"):
+        open_perceptual(f"timm:{TIMM}", tiny_timm)
     assert open_perceptual("none") is None
 
 
