@@ -48,6 +48,7 @@ class AR(Autoregressive):
         num_codes=None,
         order="raster",
         grad_checkpointing=False,
+        token_norm=False,
         **options,
     ):
         super().__init__(
@@ -59,6 +60,7 @@ class AR(Autoregressive):
             label_drop_prob,
             embed_dim,
             num_codes,
+            token_norm,
         )
         if ORDERS[order].by_confidence:
             others = [name for name, row in ORDERS.rows() if not row.by_confidence]

@@ -5,7 +5,7 @@ import re
 
 from models.diffusers_files import weights_file
 from util.published import source_of
-from util.weights import A_MODEL, A_TOKENIZER, read_weights
+from util.weights import A_MODEL, A_TOKENIZER, read_file, read_weights
 
 _CODEBOOK = "quantize.embedding.weight"  # only VQ autoencoders have it
 
@@ -31,6 +31,16 @@ def load_first_stage(path):
     if any(re.match(_DIFFUSERS, name) for name in state):
         state = _from_diffusers(state)
     return state
+
+
+def said_of_network(path):
+    """The arguments of the network that main_tokenizer.py wrote into the file at `path`; {} for
+    another file. Weights do not show all of them.
+    """
+    held = read_file(weights_file(path))
+    config = held.get("config") if isinstance(held, dict) else None
+    said = config.get("network") if isinstance(config, dict) else None
+    return said if isinstance(said, dict) else {}
 
 
 def kl_variant(state):

@@ -119,7 +119,7 @@ def _from_tokenizer(requested, given, tokenizer):
     for name, value in derived.items():
         if name in given and getattr(requested, name) != value:
             raise ValueError(f"--{name} {getattr(requested, name)}: the tokenizer has {value}")
-    derived["num_codes"] = tokenizer.num_codes
+    derived |= {"num_codes": tokenizer.num_codes, "token_norm": tokenizer.token_norm}
     derived["patch_size"] = requested.patch_size or tokenizer.patch_size
     return derived
 

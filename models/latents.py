@@ -5,6 +5,7 @@ from torch import nn
 
 from models.fast.linear import speed_up
 from models.pretrained import Pretrained
+from models.token_norm import project
 from util.rng import rand
 from util.sizes import shown, sides
 
@@ -14,7 +15,8 @@ class LatentModel(Pretrained, nn.Module):
 
     img_size: side of the images, or (height, width). num_codes: number of codes of a discrete
     tokenizer, whose latents are code indices (N, 1, h, w), stored as floats; None for continuous
-    latents. Raises ValueError for sizes that do not fit.
+    latents. token_norm: whether latents have norm √C at each position, see models/token_norm.py.
+    Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -27,6 +29,7 @@ class LatentModel(Pretrained, nn.Module):
         label_drop_prob,
         width,
         num_codes=None,
+        token_norm=False,
     ):
         super().__init__()
         stride = vae_stride * patch_size
@@ -35,6 +38,7 @@ class LatentModel(Pretrained, nn.Module):
                 f"img_size {shown(img_size)}: expected a multiple of vae_stride × patch_size, "
                 f"{vae_stride} × {patch_size}"
             )
+        assert not (num_codes and token_norm), "code indices have no norm"
         if num_codes and (vae_embed_dim, patch_size) != (1, 1):
             raise ValueError(
                 f"patch_size {patch_size}, vae_embed_dim {vae_embed_dim}: expected 1 and 1 for a "
@@ -43,6 +47,7 @@ class LatentModel(Pretrained, nn.Module):
         self.patch_size = patch_size
         self.vae_embed_dim = vae_embed_dim
         self.num_codes = num_codes
+        self.token_norm = token_norm
         self.seq_h, self.seq_w = sides(img_size, stride)
         self.seq_len = self.seq_h * self.seq_w
         self.token_embed_dim = vae_embed_dim * patch_size**2
@@ -75,6 +80,12 @@ class LatentModel(Pretrained, nn.Module):
         p, h, w = self.patch_size, self.seq_h, self.seq_w
         x = tokens.reshape(-1, h, w, self.vae_embed_dim, p, p)
         return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, self.vae_embed_dim, h * p, w * p)
+
+    def project(self, tokens):
+        """Tokens (…, C·p²), each of whose p² latents is scaled to norm √C if `token_norm`."""
+        if not self.token_norm:
+            return tokens
+        return project(tokens.unflatten(-1, (self.vae_embed_dim, -1)), dim=-2).flatten(-2)
 
     def embed_labels(self, labels, bsz, generator=None):
         """Class embeddings (bsz, D); no class for labels None, and for dropped ones in training.

@@ -26,7 +26,8 @@ class MAR(Autoregressive):
     buffer_size copies of the class embedding precede the encoder's tokens. In training, a fraction
     of tokens between mask_ratio_min and 1 is masked, and a fraction label_drop_prob of the labels
     is dropped. head: a row of models.settings.HEADS; if not given, Diffusion Loss for continuous
-    latents and cross-entropy for num_codes codes. options: those of the head (diffloss_d=3,
+    latents and cross-entropy for num_codes codes. token_norm: whether sampled latents have the norm
+    √C, as those of the tokenizer then have. options: those of the head (diffloss_d=3,
     diffloss_w=1024, num_sampling_steps="100", diffusion_batch_mul=4, …, see `DiffLoss`) and of the
     blocks (mlp_ratio=4.0, norm_layer=nn.LayerNorm, attn_dropout=0.1, proj_dropout=0.1, see
     `Block`).
@@ -55,6 +56,7 @@ class MAR(Autoregressive):
         head=None,
         num_codes=None,
         grad_checkpointing=False,
+        token_norm=False,
         **options,
     ):
         super().__init__(
@@ -66,6 +68,7 @@ class MAR(Autoregressive):
             label_drop_prob,
             encoder_embed_dim,
             num_codes,
+            token_norm,
         )
         if not 0 < mask_ratio_min < 1:
             raise ValueError(f"mask_ratio_min {mask_ratio_min}: expected between 0 and 1")

@@ -78,6 +78,7 @@ def _sample_group(model, policy, draw, sampling, generator, both, orders, tokens
         z = model.predict(tokens, orders, to_predict, both if guided else both[:bsz], cache)
         z, z_uncond = z.chunk(2) if guided else (z, None)  # (N, n, D) each
         sampled = draw(z, cfg, z_uncond, generator, done).to(tokens.dtype)  # (N, n, C·p²)
+        sampled = model.project(sampled)
         orders, sampled = policy.commit(
             orders,
             sampled,

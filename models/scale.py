@@ -89,6 +89,18 @@ def _published_ones(network):
     return f"; if it is that {', or '.join(found)}" if found else ""
 
 
+def check_fixed(path, fixed, scale, shift):
+    """Raises ValueError for a scale or shift that was given, but that the network at `path` sets
+    itself: `fixed`, and 0. Each is None if not given."""
+    for name, value, expected in (("scale", scale, fixed), ("shift", shift, 0.0)):
+        if value not in (None, expected):
+            shown = value if type(value) in (int, float) else ",".join(map(str, value))
+            raise ValueError(
+                f"{name} {shown!s:.40}: the latents of {path} have one norm (token_norm), "
+                f"expected {expected:g}; leave it out"
+            )
+
+
 def check_numbers(name, value, channels, positive=False):
     """The value as a float, a list of one float per channel, or None. Raises ValueError."""
     if value is None:

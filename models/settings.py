@@ -104,6 +104,12 @@ class Model(Settings):
         fixed=True,
     )
     num_codes: int = setting(None, "number of codes of a discrete tokenizer", "", fixed=True)
+    token_norm: bool = setting(
+        False,
+        "whether the latents of the tokenizer have one norm, and so have sampled ones",
+        "",
+        fixed=True,
+    )
     class_num: int = setting(
         1000, "number of classes; if not given, the data's", type=positive_int, fixed=True
     )

@@ -18,7 +18,7 @@ from torch import nn
 
 from models.consistency import load_consistency_decoder
 from models.pca import PatchPCA
-from models.scale import check_numbers, scale_and_shift
+from models.scale import check_fixed, check_numbers, scale_and_shift
 from models.vae import AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
 from util.dist import all_gather, print0
@@ -52,7 +52,8 @@ class Tokenizer(nn.Module):
         ValueError: scale or shift is not finite or not one per channel, or scale is not above 0.
 
     Attributes: the arguments; `num_codes`, None unless discrete; `moment_channels`, M above;
-    `image_channels`; `config`, name and arguments of one of `models.build_tokenizer`, else None.
+    `image_channels`; `token_norm`, whether latents have one norm, see models/token_norm.py;
+    `config`, name and arguments of one of `models.build_tokenizer`, else None.
     """
 
     config = None
@@ -61,6 +62,7 @@ class Tokenizer(nn.Module):
     gaussian = False  # whether moments are the means and log-variances of a Gaussian, M = 2C
     normalized = True  # whether latents should have about std 1
     encoding = ()  # how names of the network's weights begin that latents depend on; (): not known
+    token_norm = False
 
     def __init__(self, channels, stride, patch_size, scale, shift, vae=None):
         super().__init__()
@@ -167,6 +169,9 @@ class AutoencoderTokenizer(Tokenizer):
         published = published_scale, published_shift
         described = vae.described if self.config_has_scale else None
         channels, given = vae.config["embed_dim"], (scale, shift)
+        if vae.fixed_scale:
+            check_fixed(vae_path, vae.fixed_scale, scale, shift)
+            scale, shift = vae.fixed_scale, 0.0
         scale, shift = scale_and_shift(vae_path, vae.config, described, scale, shift, published)
         if given[0] is None:
             check_numbers(f"{vae_path}: scale", scale, channels, positive=True)
@@ -184,8 +189,15 @@ class KLTokenizer(AutoencoderTokenizer):
     autoencoder = AutoencoderKL
     config_has_scale = True
 
+    @property
+    def token_norm(self):
+        return self.vae.token_norm
+
     def encode(self, images):
         return self.vae.encode(images).moments
+
+    def to_latents(self, raw):
+        return super().to_latents(self.vae.project(raw))
 
     def decode(self, latents, generator=None):
         return self.vae.decode(self.to_raw(latents))

@@ -24,9 +24,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.autoencoder_files import kl_variant, load_first_stage
+from models.autoencoder_files import kl_variant, load_first_stage, said_of_network
 from models.autoencoder_settings import Losses
 from models.diffusers_files import check_config, read_config
+from models.token_norm import project
 from util.files import first_line
 from util.rng import randn
 from util.weights import check_fits, load_strictly
@@ -267,10 +268,12 @@ class Autoencoder(nn.Module):
     A subclass sets `config`, the keyword arguments that rebuild it, and has `variant(state)`, the
     keyword arguments that fit a state dict in LDM's names, and `diffusers`, the name of its class
     in that library. `described` is the config.json of diffusers that came with its file, if any.
+    `fixed_scale` is the scale of the latents where the network sets it itself, else None.
     """
 
     described = None
     summed = True  # whether LDM sums this network's losses over an image, or averages them
+    fixed_scale = None
 
     @classmethod
     def from_file(cls, path, **expected):
@@ -283,7 +286,7 @@ class Autoencoder(nn.Module):
         config = read_config(path, cls.diffusers)
         state = load_first_stage(path)
         try:
-            arguments = {**cls.variant(state), **expected}
+            arguments = {**cls.variant(state), **cls.hidden_variant(path), **expected}
             with torch.device("meta"):  # sizes in a file could take all memory
                 model = cls(**arguments)
         except (ValueError, ArithmeticError, IndexError, RuntimeError) as error:
@@ -294,6 +297,11 @@ class Autoencoder(nn.Module):
         model._load(state, path)
         model.described = config if fits else None
         return model
+
+    @staticmethod
+    def hidden_variant(path):
+        """Arguments that weights do not show, from our own file at `path`. Raises ValueError."""
+        return {}
 
     def as_diffusers(self):
         """The entries of diffusers' config.json that its weights show, name -> value."""
@@ -365,6 +373,7 @@ class AutoencoderKL(Autoencoder):
         quant_conv, post_quant_conv: whether a 1×1 convolution follows the encoder, and precedes
             the decoder.
         res_blocks: residual blocks of a level of the encoder; the decoder's have one more.
+        token_norm: whether latents have one norm, see models/token_norm.py. Weights do not show it.
 
     Raises:
         ValueError: the file is missing, unreadable or does not fit.
@@ -387,8 +396,10 @@ class AutoencoderKL(Autoencoder):
         quant_conv=True,
         post_quant_conv=True,
         res_blocks=2,
+        token_norm=False,
     ):
         super().__init__()
+        self.token_norm = token_norm
         self.config = {
             "embed_dim": embed_dim,
             "ch_mult": tuple(ch_mult),
@@ -399,6 +410,7 @@ class AutoencoderKL(Autoencoder):
             "quant_conv": quant_conv,
             "post_quant_conv": post_quant_conv,
             "res_blocks": res_blocks,
+            "token_norm": token_norm,
         }
         shape = ch, ch_mult
         self.encoder = Encoder(2 * embed_dim, *shape, encoder_attention, in_channels, res_blocks)
@@ -412,6 +424,18 @@ class AutoencoderKL(Autoencoder):
     @staticmethod
     def variant(state):
         return kl_variant(state)
+
+    @staticmethod
+    def hidden_variant(path):
+        value = said_of_network(path).get("token_norm", False)
+        if type(value) is not bool:
+            raise ValueError(f"config's token_norm {value!s:.40}: expected true or false")
+        return {"token_norm": value}
+
+    @property
+    def fixed_scale(self):
+        """1 with token norm, which needs neither scale nor shift; else None: they are measured."""
+        return 1.0 if self.token_norm else None
 
     def as_diffusers(self):
         convs = {f"use_{name}": self.config[name] for name in ("quant_conv", "post_quant_conv")}
@@ -434,7 +458,11 @@ class AutoencoderKL(Autoencoder):
             ValueError: wrong shape.
         """
         self._check_latents(z)
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(self.project(z)))
+
+    def project(self, latents):
+        """Latents (N,C,h,w) scaled to norm √C at each position, if the network has token norm."""
+        return project(latents) if self.token_norm else latents
 
     def forward(self, images, generator=None, change=None):
         """Training: images (N,I,H,W) -> (one sample of the posterior decoded, the posterior).
@@ -443,7 +471,7 @@ class AutoencoderKL(Autoencoder):
         models/changes.py.
         """
         posterior = self.encode(images)
-        latents = posterior.sample(generator)
+        latents = self.project(posterior.sample(generator))
         return self.decode(change(latents) if change else latents), posterior
 
     def losses(self, images, output):
@@ -467,7 +495,7 @@ class AutoencoderKL(Autoencoder):
 
     def latents(self, images, generator=None):
         """Images -> raw latents (N,C,h,w), sampled as in the tokenizer."""
-        return self.encode(images).sample(generator)
+        return self.project(self.encode(images).sample(generator))
 
     def reconstruct(self, latents):
         """Raw latents (N,C,h,w) -> images (N,I,h*stride,w*stride)."""

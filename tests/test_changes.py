@@ -8,9 +8,12 @@ import torch
 from rule import by_rule, rule_input
 from torch import nn
 
-from models import changes
+from models import build_model, build_tokenizer, changes
 from models.autoencoder_settings import Changes
 from models.changes import Trained, add_noise, hide
+from models.config import resolve_model
+from models.settings import Model
+from models.token_norm import project
 from models.vae import AutoencoderKL
 from models.vq import VQModel
 
@@ -175,3 +178,139 @@ def test_changes_depend_on_the_generator_alone():
     for seed in (0, 1, 2):
         (a, (x, _)), (b, (y, _)) = (trained(images, seeded(seed)) for _ in range(2))
         assert torch.equal(a, b) and torch.equal(x, y)
+
+
+# Token norm
+
+
+@pytest.fixture
+def normed(tmp_path):
+    """(network with token norm, its file as main_tokenizer.py writes it)."""
+    network, path = by_rule(AutoencoderKL(token_norm=True, **TINY)), tmp_path / "tokenizer.ckpt"
+    content = {"model": network.state_dict(), "scale": network.fixed_scale}
+    torch.save({**content, "config": {"network": network.config}}, path)
+    return network, path
+
+
+def norms(latents, dim=1):
+    return latents.square().sum(dim).sqrt()
+
+
+def test_projection():
+    """Norm √C at each position, in the direction it had; zeros stay zeros, with a finite gradient;
+    the dtype stays."""
+    z = rule_input("latents", (2, 4, 3, 5)) * 1e3
+    z[0, :, 0, 0] = 0
+    projected = project(z.requires_grad_())
+    expected = torch.full((2, 3, 5), 2.0)
+    expected[0, 0, 0] = 0
+    torch.testing.assert_close(norms(projected), expected)
+    torch.testing.assert_close(projected * norms(z).unsqueeze(1), 2 * z)
+    projected.square().sum().backward()
+    assert z.grad.isfinite().all()
+    half = project(z.detach().half())
+    assert half.dtype == torch.float16 and norms(half.float()).max() == pytest.approx(2, abs=1e-2)
+
+
+@torch.no_grad()
+def test_latents_have_one_norm(normed):
+    """Sampled, most likely, cached as float16, and as the network itself gives them; scale 1,
+    shift 0; decoding does not depend on their length."""
+    network, path = normed
+    tokenizer, images = build_tokenizer("kl", path), rule_input("image", (2, 3, 8, 8)).tanh()
+    moments = tokenizer.encode(images)
+    drawn = tokenizer.sample(moments, seeded())
+    cached = tokenizer.sample(moments.half().float(), seeded())
+    for latents in (drawn, tokenizer.mode(moments), cached, network.latents(images, seeded())):
+        torch.testing.assert_close(norms(latents), torch.full((2, 4, 4), 2.0))
+    assert (tokenizer.scale, tokenizer.shift, tokenizer.token_norm) == (1.0, 0.0, True)
+    assert torch.equal(tokenizer.decode(drawn), tokenizer.decode(4 * drawn))
+    decoded, posterior = network(images, seeded())
+    torch.testing.assert_close(decoded, network.decode(posterior.sample(seeded())))
+    assert torch.equal(drawn, network.latents(images, seeded()))
+
+
+@torch.no_grad()
+def test_changes_see_the_projected_latents(normed):
+    """What a change is given has norm √C, and so has what is decoded after it."""
+    network, _ = normed
+    images, seen = rule_input("image", (2, 3, 8, 8)), []
+    doubled, _ = network(images, seeded(), lambda z: seen.append(z) or 2 * z)
+    torch.testing.assert_close(norms(seen[0]), torch.full((2, 4, 4), 2.0))
+    assert torch.equal(doubled, network(images, seeded())[0])
+
+
+def test_token_norm_is_kept_in_the_file(normed):
+    """from_file takes it from the configuration; a file without one has none."""
+    network, path = normed
+    loaded = AutoencoderKL.from_file(path)
+    assert loaded.config == network.config and loaded.fixed_scale == 1.0
+    content = torch.load(path, weights_only=True)
+    torch.save({"model": content["model"], "scale": 2.0}, path)
+    plain = build_tokenizer("kl", path)
+    assert not plain.token_norm and plain.scale == 2.0 and plain.vae.fixed_scale is None
+    for said in ("yes", 1, None):
+        torch.save({**content, "config": {"network": {"token_norm": said}}}, path)
+        with pytest.raises(ValueError, match=f"token_norm {said}: expected true or false") as got:
+            AutoencoderKL.from_file(path)
+        assert str(got.value).startswith(str(path)) and "\n" not in str(got.value)
+
+
+def test_token_norm_needs_no_scale(normed):
+    """A scale or shift that contradicts is refused in one line; 1 and 0, as a resumed run gives
+    them, are taken, and what the file says of others is not used."""
+    _, path = normed
+    for given in ({"scale": 0.5}, {"shift": 0.1}, {"scale": [1.0] * 4}, {"shift": [0.0] * 4}):
+        with pytest.raises(ValueError, match=r"one norm \(token_norm\), expected [10];") as got:
+            build_tokenizer("kl", path, **given)
+        assert str(got.value).startswith(next(iter(given))) and "\n" not in str(got.value)
+    assert build_tokenizer("kl", path, scale=1.0, shift=0.0).scale == 1.0
+    torch.save({**torch.load(path, weights_only=True), "scale": 3.0}, path)
+    assert build_tokenizer("kl", path).scale == 1.0
+
+
+@pytest.mark.parametrize("name", ["mar_tiny", "ar_tiny"])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_sampled_tokens_have_the_norm(name, patch_size):
+    """With guidance, after every step, each latent of a patch by itself; without token norm the
+    same draws have other norms."""
+    size = {"img_size": 8, "vae_stride": 2, "vae_embed_dim": 4, "patch_size": patch_size}
+    how = {"class_num": 3, "num_sampling_steps": "2", "max_timestep": 950}
+    for on in (True, False):
+        model = by_rule(build_model(name, **size, **how, token_norm=on))
+        count = model.seq_len if model.one_at_a_time else 3
+        settings = {"num_iter": count, "cfg": 3.0, "labels": torch.tensor([0, 2])}
+        for latents, hidden in model.sample_steps(2, generator=seeded(), **settings):
+            hidden = hidden.view(2, 1, model.seq_h, model.seq_w) > 0
+            hidden = hidden.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+            known = norms(latents)[~hidden[:, 0]]
+            assert torch.allclose(known, torch.full_like(known, 2.0)) == on
+
+
+@torch.no_grad()
+def test_known_tokens_stay_in_inpainting():
+    """They are the tokenizer's; those drawn beside them, some steps lazy, have the norm."""
+    size = {"img_size": 8, "vae_stride": 2, "vae_embed_dim": 4, "patch_size": 1, "class_num": 3}
+    model = by_rule(build_model("mar_tiny", **size, num_sampling_steps="2", token_norm=True))
+    latents, mask = project(rule_input("latents", (2, 4, 4, 4))), torch.zeros(2, 4, 4)
+    mask[:, 1:3] = 1
+    found = model.sample_tokens(
+        2, 4, 2.0, generator=seeded(), latents=latents, mask=mask, max_timestep=950, refresh_every=2
+    )
+    known = (mask == 0).unsqueeze(1).expand_as(latents)
+    assert torch.equal(found[known], latents[known])
+    assert not torch.equal(found, latents)
+    torch.testing.assert_close(norms(found), torch.full((2, 4, 4), 2.0))
+
+
+def test_models_follow_the_tokenizer(normed):
+    """resolve_model takes it from the tokenizer, and a stored model without it has none."""
+    tokenizer = build_tokenizer("kl", normed[1])
+    requested = Model().but(name="mar_tiny", img_size=8, num_sampling_steps="2")
+    arguments = resolve_model(requested, {"name"}, {}, tokenizer)
+    assert arguments["token_norm"] is True
+    old = {k: v for k, v in arguments.items() if k != "token_norm"}
+    assert build_model(**old).token_norm is False
+    assert "token_norm" not in resolve_model(
+        requested.but(name="dit_tiny"), {"name"}, {}, tokenizer
+    )  # its latents are projected when they are decoded

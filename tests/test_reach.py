@@ -20,6 +20,7 @@ import sample
 import util.evaluation.evaluator
 from models.mar import MAR
 from models.settings import Model, Sampling
+from models.vae import AutoencoderKL
 from util.evaluation.settings import Evaluation
 from util.recipe import Recipe
 from util.run import fsdp
@@ -82,6 +83,7 @@ DERIVED = {
     "vae_stride": f"--tokenizer kl --vae_path {FIXTURES}/kl.ckpt",
     "vae_embed_dim": f"--tokenizer kl --vae_path {FIXTURES}/kl.ckpt",
     "num_codes": f"--tokenizer vq --vae_path {FIXTURES}/vq.ckpt",
+    "token_norm": "--tokenizer kl --vae_path {folder}/normed.ckpt",
     "order": "--model ar_tiny --order random",
     "num_sampling_steps": "--num_sampling_steps 7",
     "max_timestep": "--max_timestep 800",
@@ -104,6 +106,13 @@ def built(flags, folder, monkeypatch):
     return found
 
 
+def write_normed(path):
+    """The file of a tokenizer with token norm."""
+    network = {"embed_dim": 4, "ch_mult": (1, 2), "ch": 8, "token_norm": True}
+    weights = AutoencoderKL(**network).state_dict()
+    torch.save({"model": weights, "config": {"network": network}}, path)
+
+
 def anatomy(model):
     """All plain values and shapes that a model is made of."""
     plain = (bool, int, float, str, type(None))
@@ -117,7 +126,8 @@ def anatomy(model):
 @pytest.mark.parametrize("field", Model.fields(), ids=Model.names())
 def test_fields_of_models(field, tmp_path, monkeypatch):
     """The argument of the constructor changes, and so does the model that it makes."""
-    flags = DERIVED.get(field.name) or other(field)
+    flags = (DERIVED.get(field.name) or other(field)).format(folder=tmp_path)
+    write_normed(tmp_path / "normed.ckpt")
     before, model = built("--img_size 8", tmp_path, monkeypatch)
     if field.name == "order":
         before, model = built("--model ar_tiny", tmp_path, monkeypatch)

@@ -92,7 +92,7 @@ def add_flags(group, cls, only=None, unset=None, **defaults):
 def destination(field):
     """The attribute of parsed flags that holds a field; "" for a field without a flag."""
     flag = field.metadata["flag"]
-    return field.name if flag is None or isinstance(field.default, bool) else flag
+    return field.name if flag is None or (flag and isinstance(field.default, bool)) else flag
 
 
 def said_flags(cls, args):
