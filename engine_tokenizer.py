@@ -11,7 +11,7 @@ from torch import nn
 
 from models.changes import Trained
 from models.codebook import code_learner
-from models.discriminator import Pair, PatchDiscriminator
+from models.discriminator import Pair, PatchDiscriminator, smallest_side
 from models.objective import Objective
 from models.perceptual import open_perceptual
 from util import dist
@@ -69,9 +69,10 @@ def epoch_runner(network, changes, state, objective, recipe, *, device, precisio
     changes: a models.autoencoder_settings.Changes. recipe: a resolved util.recipe.Recipe.
     """
     discriminator = state.parts.get("discriminator")
+    least_side = smallest_side(objective.settings.disc_layers) if discriminator else 1
     return partial(
         train_one_epoch,
-        dist.wrap(Trained(network, changes), device),
+        dist.wrap(Trained(network, changes, least_side), device),
         dist.wrap(Pair(discriminator), device) if discriminator else None,
         objective,
         state,

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from models import presets
-from models.autoencoder_settings import NETWORKS, Changes, Losses, Network
+from models.autoencoder_settings import NETWORKS, Changes, Losses, Network, Training
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
@@ -26,14 +26,13 @@ from util.flags import (
     add_machine_flags,
     add_tokenizer_flags,
     machine,
-    nonnegative_int,
     run,
 )
 from util.recipe import Output, Recipe
 from util.run import last_words
 from util.run.tracker import add_tracker_flag
-from util.settings import Settings, add_flags, from_flags, setting
-from util.sizes import plain
+from util.settings import add_flags, from_flags
+from util.sizes import plain, sides
 
 MEASURED = 10_000  # images, by which the scale is measured before training has ended
 CHECKED = "data_checked_{}.txt"  # which images of a split are intact
@@ -43,14 +42,6 @@ RECIPE = ("accum_iter", "lr", "blr", "min_lr", "lr_schedule", "warmup_epochs", "
 RECIPE += ("ema_rate",)
 OFF = {"warmup_epochs": 0, "grad_clip": 0.0, "ema_rate": 0.0}
 OUTPUT = [name for name in Output.names() if name not in ("init_from", "start_epoch")]
-
-
-@dataclass(frozen=True)
-class Training(Settings):
-    """When a network is trained and measured."""
-
-    epochs: int = setting(0, "train for this many epochs; 0: only evaluate", type=nonnegative_int)
-    online_eval: bool = setting(False, "evaluate every --eval_freq epochs as well")
 
 
 def get_parser():
@@ -171,6 +162,8 @@ def work(args, given, argv, device, precision):
 
 def check(args, given):
     """Raises ValueError for flags that contradict each other."""
+    if args.per_channel and args.token_norm:
+        raise ValueError("--per_channel: the latents of --token_norm have one norm, leave it out")
     if args.epochs and args.tokenizer not in NETWORKS:
         raise ValueError(
             f"--epochs {args.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "
@@ -222,6 +215,7 @@ def measure(this, tokenizer, epochs=None, **report):
     util.evaluation.reports.report, such as a logger.
     """
     import engine_tokenizer as engine
+    from models import tokenizer_file
     from util.dist import is_main, print0
 
     args, images = this.args, this.images
@@ -240,19 +234,12 @@ def measure(this, tokenizer, epochs=None, **report):
     if not is_main():
         return
     if args.epochs:  # scale and shift are in the file
-        add_metrics(this, metrics)
+        found = {"extractor": this.extractor.name, "images": len(images)}
+        found |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
+        tokenizer_file.add_metrics(this.file, found)
     elif "scale_per_channel" in metrics:
         print0(f"--vae_scale={joined(metrics['scale_per_channel'])}")
         print0(f"--vae_shift={joined(metrics['shift_per_channel'])}")
-
-
-def add_metrics(this, metrics):
-    """Write into the file of the network how well it reconstructs."""
-    from models import tokenizer_file
-
-    found = {name: value for name, value in metrics.items() if not isinstance(value, list)}
-    found |= {"extractor": this.extractor.name, "images": len(this.images)}
-    tokenizer_file.add_metrics(this.file, found)
 
 
 def stated(this, tokenizer):
@@ -355,10 +342,15 @@ def optimize(this, network, dataset):
     how = {"device": this.device, "precision": this.precision, "seed": args.seed}
     changes = from_flags(Changes, args)
     run_epoch = engine.epoch_runner(network, changes, state, objective, recipe, **how)
-    config = {**described(this, network, dataset), "latent_range": 0.0}
-    counts = {"steps": loader.steps // recipe.accum_iter, "accum_iter": recipe.accum_iter}
-    output = from_flags(Output, args)
-    saver = Saver(state, output, config, vars(args), resumed=this.path, **counts)
+    saver = Saver(
+        state,
+        from_flags(Output, args),
+        {**described(this, network, dataset), "latent_range": 0.0},
+        vars(args),
+        steps=loader.steps // recipe.accum_iter,
+        accum_iter=recipe.accum_iter,
+        resumed=this.path,
+    )
     if args.dry_run:
         images = next(iter(loader.epoch(0)))[0][:1].to(this.device)
         left = recipe.epochs * saver.steps - saver.step
@@ -396,11 +388,14 @@ def get_loader(this, dataset, network, total):
 def start_state(this, network, recipe, loader):
     """(TrainState, Objective) of a new run, or of the one that is resumed. Raises ValueError."""
     import engine_tokenizer as engine
+    from models.discriminator import check_sides
     from util.dist import print0, world_size
     from util.run.record import check_resumed, describe
     from util.run.training import restore
 
     args, losses = this.args, from_flags(Losses, this.args)
+    if losses.disc_weight:
+        check_sides(losses.disc_layers, sides(args.img_size))
     if losses.perceptual == "none":
         print0("NOTE: without a perceptual loss, reconstructions are blurred; see --perceptual")
     how = {"precision": this.precision, "batch_images": recipe.batch_size * world_size()}
@@ -460,9 +455,11 @@ def write(this, network, dataset, most=None):
     args = this.args
     per_channel = args.per_channel or hasattr(network, "fit")
     how = {**this.loading(), "per_channel": per_channel}
-    scale, shift = engine.latent_scale(network, evenly(dataset, most), **how)
+    found = network.fixed_scale, 0.0
+    if not network.fixed_scale:
+        found = engine.latent_scale(network, evenly(dataset, most), **how)
     if dist.is_main():
-        save(this, network, dataset, scale, shift)
+        save(this, network, dataset, *found)
     dist.barrier()
 
 

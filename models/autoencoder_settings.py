@@ -18,6 +18,14 @@ def widths(text):
 
 
 @dataclass(frozen=True)
+class Training(Settings):
+    """When a network is trained and measured."""
+
+    epochs: int = setting(0, "train for this many epochs; 0: only evaluate", type=nonnegative_int)
+    online_eval: bool = setting(False, "evaluate every --eval_freq epochs as well")
+
+
+@dataclass(frozen=True)
 class Network(Settings):
     """The size of a new network. Each kind of network takes the fields that it names."""
 

@@ -12,6 +12,7 @@ and of the decoder.
 import torch.nn as nn
 import torch.nn.functional as F
 
+from models.autoencoder_blocks import Decoder, Encoder
 from models.autoencoder_files import vq_variant
 from models.autoencoder_settings import Losses
 from models.codebook import (  # noqa: F401 (published here)
@@ -21,7 +22,7 @@ from models.codebook import (  # noqa: F401 (published here)
     entropy_loss,
     nearest,
 )
-from models.vae import Autoencoder, Decoder, Encoder
+from models.vae import Autoencoder
 
 COMMITMENT = 0.25  # weight of the commitment loss; the codebook loss has weight 1
 

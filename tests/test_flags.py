@@ -18,6 +18,7 @@ import reproduce
 import sample
 from diffusion.solvers import SOLVERS
 from models import presets
+from models.autoencoder_settings import CODEBOOKS
 from models.config import default_of
 from models.settings import (
     CFG_SCHEDULES,
@@ -211,6 +212,7 @@ TABLES = {
     "lr_schedule": SCHEDULES,
     "precision": ("auto", *PRECISIONS),
     "tracker": TRACKERS,
+    "codebook": CODEBOOKS,
     "what": (*reproduce.TABLES, "figures"),
 }
 # choose between a few of the script's own
@@ -231,9 +233,15 @@ def test_choices_are_the_rows_of_the_table(action):
 
 
 def test_presets_of_a_tokenizer():
-    """Those that fit themselves to the data."""
-    (action,) = (a for a in main_tokenizer.get_parser()._actions if a.dest == "preset")
-    assert list(action.choices) == list(presets.FITTED)
+    """Those of networks; each sets flags that there are, to values that they take."""
+    actions = {action.dest: action for action in main_tokenizer.get_parser()._actions}
+    assert list(actions["preset"].choices) == list(presets.NETWORKS)
+    for name, flags in presets.NETWORKS.items():
+        args, _ = presets.apply_to_network(main_tokenizer.get_parser(), ["--preset", name])
+        assert flags.items() <= vars(args).items()
+        for flag, value in flags.items():
+            action = actions[flag]
+            assert value is None or isinstance(value, bool) or action.choices or action.type
 
 
 def test_every_table_has_its_flag():

@@ -18,6 +18,7 @@ import main_tokenizer
 import models
 import sample
 import util.evaluation.evaluator
+from models.autoencoder_settings import Changes, Losses, Network
 from models.mar import MAR
 from models.settings import Model, Sampling
 from models.vae import AutoencoderKL
@@ -263,20 +264,34 @@ def test_fields_of_evaluation(field, script, tmp_path, monkeypatch):
     assert {name for name in before if before[name] != after[name]} == {field.name}
 
 
-@pytest.mark.parametrize("field", with_flags(main_tokenizer.Training))
-def test_fields_of_tokenizer_training(field, tmp_path, monkeypatch):
-    """The network or its training changes."""
+def test_fields_of_a_tokenizer_s_training(tmp_path, monkeypatch):
+    """All of a network's, the losses', the changes' and the recipe's reach its training."""
 
-    def spy(network, *data, epochs=None, lr=None, **how):
-        found.append({"network": network.config, "epochs": epochs, "lr": lr})
+    def spy(network, changes, state, objective, recipe, **how):
+        found.append((network.config, changes, objective.settings, recipe))
         raise Stop
 
-    found = []
-    monkeypatch.setattr(engine_tokenizer, "train_tokenizer", spy)
-    monkeypatch.setattr(engine_tokenizer, "fit_patches", spy)
-    kind = "pca --vae_embed_dim 2" if field.name == "stride" else "vq"
-    flags = f"--tokenizer {kind} --data_path digits --device cpu --output_dir {tmp_path} --epochs 2"
-    for said in ("", "--stride 4" if kind != "vq" else other(field)):
+    def run(*flags):
+        kind = ["--tokenizer", "kl", "--epochs", "2", "--data_path", "digits", "--batch_size", "4"]
+        where = ["--device", "cpu", "--output_dir", str(tmp_path), "--num_workers", "0"]
         with pytest.raises(Stop):
-            main_tokenizer.main(shlex.split(f"{flags} {said}"))
-    assert found[0] != found[1]
+            main_tokenizer.main([*kind, *where, *flags])
+
+    found, skipped = (
+        [],
+        {"perceptual", "perceptual_weights", "stride", "num_codes", "epochs", "disc_layers"},
+    )
+    monkeypatch.setattr(engine_tokenizer, "epoch_runner", spy)
+    classes = Network, Changes, Losses, Recipe
+    fields = [field for cls in classes for field in cls.fields()]
+    taken = {action.dest for action in main_tokenizer.get_parser()._actions}
+    fields = [f for f in fields if f.name in taken - skipped and f.name != "batch_size"]
+    run("--disc_layers", "1")
+    run("--disc_layers", "1", *shlex.split(" ".join(map(other, fields))))
+    before, after = ({k: v for part in each for k, v in as_dict(part)} for each in found)
+    assert {name for name in before if before[name] != after[name]} == {f.name for f in fields}
+
+
+def as_dict(part):
+    """The items of settings, or of a configuration."""
+    return (part if isinstance(part, dict) else part.asdict()).items()

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from cli import complain
 from rule import by_rule, rule_input
 from safetensors.torch import save_file
 
@@ -382,7 +383,6 @@ def test_training_is_reproducible(trained, tmp_path):
     [
         ("--epochs 3", "--epochs 3: expected 0 for the tokenizer kl16"),
         ("--tokenizer kl --ch_mult 1,2", "--ch_mult 1,2: is for training, pass --epochs"),
-        ("--tokenizer kl --epochs 1 --ch_mult 1,x", "--ch_mult '1,x': expected integers"),
         ("--tokenizer vq --epochs 1 --ch_mult 1,1,1,1,1", "images of 8 pixels, .* stride 16"),
         ("--tokenizer vq --epochs 1 --vae_path x", "--vae_path x: with --epochs"),
         ("--tokenizer kl --epochs 1 --vae_scale 2", "--vae_scale 2.0: with --epochs"),
@@ -393,3 +393,9 @@ def test_wrong_training_flags(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         main_tokenizer.main(shlex.split(f"{DIGITS} {flags} --output_dir {tmp_path}"))
     assert not (tmp_path / "tokenizer.ckpt").exists()
+
+
+def test_wrong_widths(capsys):
+    """Refused before torch is loaded."""
+    said = complain(capsys, main_tokenizer.main, "--tokenizer", "kl", "--ch_mult", "1,x")
+    assert "argument --ch_mult: '1,x': expected integers, at least 1, such as 1,2,4" in said
