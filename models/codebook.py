@@ -81,7 +81,7 @@ def entropy_loss(latents, codes):
 
     Of MAGVIT-v2 (Yu et al. 2023, arXiv 2310.05737), with p(k|z) = softmax(−|z − code|² /
     TEMPERATURE), and E over this process's latents. Computed in float32 and in chunks, which the
-    backward pass computes again: at most 6 · MAX_DISTANCES floats are in memory at once.
+    backward pass computes again: at most 8 · MAX_DISTANCES floats are in memory at once.
 
     latents (N, C, h, w), codes (K, C); both get a gradient.
     """
