@@ -1,7 +1,7 @@
 """The codebook of a VQ autoencoder: nearest codes, how codes are learned, and the entropy loss.
 
 Codes are learned by the codebook loss (a gradient) or as moving averages of the latents nearest to
-them; with both, codes out of use are moved onto latents. `code_learner` gives what does this.
+them; with both, codes out of use are moved onto latents. `code_learner` builds what does this.
 """
 
 import torch
@@ -245,7 +245,7 @@ LEARNERS = {  # the rows of CODEBOOKS in models/autoencoder_settings.py
 
 
 def code_learner(network, settings, generator):
-    """What learns the codes of a VQModel, or keeps them in use; None for one without codes.
+    """The Reviver or MovingAverages of a VQModel's codes; None for a network without codes.
 
     To be called when the network is on its device, and before the optimizer and `dist.wrap`: codes
     that are moving averages get no gradient from then on. The training loop calls `step(latents,
