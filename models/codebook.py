@@ -1,7 +1,7 @@
 """The codebook of a VQ autoencoder: nearest codes, how codes are learned, and the entropy loss.
 
 Codes are learned by the codebook loss (a gradient) or as moving averages of the latents nearest to
-them; with both, codes out of use are moved onto latents. `code_learner` gives what does this.
+them; with both, codes out of use are moved onto latents. `code_learner` builds what does this.
 """
 
 import torch
@@ -81,7 +81,7 @@ def entropy_loss(latents, codes):
 
     Of MAGVIT-v2 (Yu et al. 2023, arXiv 2310.05737), with p(k|z) = softmax(−|z − code|² /
     TEMPERATURE), and E over this process's latents. Computed in float32 and in chunks, which the
-    backward pass computes again: at most 6 · MAX_DISTANCES floats are in memory at once.
+    backward pass computes again: at most 8 · MAX_DISTANCES floats are in memory at once.
 
     latents (N, C, h, w), codes (K, C); both get a gradient.
     """
@@ -245,7 +245,7 @@ LEARNERS = {  # the rows of CODEBOOKS in models/autoencoder_settings.py
 
 
 def code_learner(network, settings, generator):
-    """What learns the codes of a VQModel, or keeps them in use; None for one without codes.
+    """The Reviver or MovingAverages of a VQModel's codes; None for a network without codes.
 
     To be called when the network is on its device, and before the optimizer and `dist.wrap`: codes
     that are moving averages get no gradient from then on. The training loop calls `step(latents,
