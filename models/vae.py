@@ -196,7 +196,8 @@ class AutoencoderKL(Autoencoder):
         token_norm: whether latents have one norm, see models/token_norm.py. Weights do not show it.
 
     Raises:
-        ValueError: the file is missing, unreadable or does not fit.
+        ValueError: the file is missing, unreadable or does not fit; token_norm with one channel,
+            of which only the sign would be left.
 
     Attributes: `config`, these arguments except `ckpt_path`.
     """
@@ -219,6 +220,8 @@ class AutoencoderKL(Autoencoder):
         token_norm=False,
     ):
         super().__init__()
+        if token_norm and embed_dim < 2:
+            raise ValueError(f"embed_dim {embed_dim}: expected 2 or more with token_norm")
         self.token_norm = token_norm
         self.config = {
             "embed_dim": embed_dim,

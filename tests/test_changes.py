@@ -265,6 +265,8 @@ def test_token_norm_needs_no_scale(normed):
             build_tokenizer("kl", path, **given)
         assert str(got.value).startswith(next(iter(given))) and "\n" not in str(got.value)
     assert build_tokenizer("kl", path, scale=1.0, shift=0.0).scale == 1.0
+    with pytest.raises(ValueError, match="embed_dim 1: expected 2 or more with token_norm"):
+        AutoencoderKL(**{**TINY, "embed_dim": 1}, token_norm=True)
     torch.save({**torch.load(path, weights_only=True), "scale": 3.0}, path)
     assert build_tokenizer("kl", path).scale == 1.0
 
