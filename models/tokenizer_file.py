@@ -39,13 +39,25 @@ OLD = ("epochs", "lr", "batch_size", "seed")  # of the training, in files of ear
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def write(path, network, scale, shift, *, tokenizer, img_size, data, training, metrics=None):
+def write(
+    path,
+    network,
+    scale,
+    shift,
+    *,
+    tokenizer,
+    img_size,
+    data,
+    training,
+    metrics=None,
+    check=None,
+):
     """Write a network with all that is known of it, for `models.build_tokenizer`.
 
     network: an AutoencoderKL, VQModel or PatchPCA. scale, shift: of its latents, each a number, a
     list of one per channel, or None. tokenizer: name of a row of TOKENIZERS. data: see
-    `data_facts`. training, metrics: numbers by name, and the texts above. Raises ValueError if
-    there is no room.
+    `data_facts`. training: see `training_facts`. metrics: numbers by name, and the name of their
+    `extractor`. check: see `write_content`. Raises ValueError if there is no room.
     """
     config = {
         "network": dict(network.config),
@@ -53,13 +65,13 @@ def write(path, network, scale, shift, *, tokenizer, img_size, data, training, m
         "img_size": img_size,
         "sha256": fingerprint(network),
         "data": data,
-        "training": {"library": library_version(), **training},
+        "training": training,
         "metrics": _finite(metrics or {}),
     }
     content = {"model": network.state_dict(), "config": config}
     content |= {k: v for k, v in {"scale": scale, "shift": shift}.items() if v not in (None, 0)}
     _check(content, path)
-    write_content(path, content)
+    write_content(path, content, check)
 
 
 def add_metrics(path, metrics):
@@ -81,6 +93,11 @@ def data_facts(dataset, data_path):
     facts = {"name": Path(data_path).name or str(data_path)}
     facts |= {"images": len(dataset)} if hasattr(dataset, "__len__") else {}
     return facts | {"classes": len(dataset.classes)}
+
+
+def training_facts(*settings, **numbers):
+    """What a file says of a training by these Settings, with numbers such as its steps."""
+    return {**numbers, "flags": flags_of(*settings), "library": library_version()}
 
 
 def flags_of(*settings):
@@ -124,6 +141,8 @@ def describe(path):
     """What the file at `path` says of itself, a list of lines. Raises ValueError if it cannot be
     used, and for one from elsewhere, which says nothing."""
     said = read(path)
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
     if not said:
         raise ValueError(f"{path}: says nothing of itself, expected a file of main_tokenizer.py")
     tokenizer = build_tokenizer(said["tokenizer"], str(path))
