@@ -17,9 +17,9 @@ elsewhere have no such config.
 """
 
 import math
+from inspect import signature
 from pathlib import Path
 
-from models import arguments_of_tokenizer, build_tokenizer
 from models.scale import check_numbers
 from models.settings import TOKENIZERS
 from util.checkpoint import write_content
@@ -137,15 +137,20 @@ def read(path):
     return _check(content, path) if own else {}
 
 
-def describe(path):
-    """What the file at `path` says of itself, a list of lines. Raises ValueError if it cannot be
-    used, and for one from elsewhere, which says nothing."""
-    said = read(path)
+def read_own(path):
+    """As `read`, of a file that main_tokenizer.py wrote. Raises ValueError for any other."""
     if not Path(path).exists():
         raise ValueError(f"{path}: no such file")
-    if not said:
-        raise ValueError(f"{path}: says nothing of itself, expected a file of main_tokenizer.py")
-    tokenizer = build_tokenizer(said["tokenizer"], str(path))
+    if said := read(path):
+        return said
+    raise ValueError(f"{path}: says nothing of itself, expected a file of main_tokenizer.py")
+
+
+def describe(path):
+    """What the file at `path` says of itself, a list of lines. Raises ValueError for a file that
+    cannot be used, and for one from elsewhere."""
+    said = read_own(path)
+    tokenizer = TOKENIZERS[said["tokenizer"]](vae_path=path)
     found = digest(tokenizer.state_dict())
     size = shown(said["img_size"])
     latents = "×".join(map(str, sides(said["img_size"], tokenizer.stride)))
@@ -189,7 +194,7 @@ def _check(content, path):
         config.get("sha256"),
     )
     known = isinstance(name, str) and name in TOKENIZERS
-    known = known and arguments_of_tokenizer(name, vae_path=path)
+    known = known and "vae_path" in signature(TOKENIZERS[name]).parameters
     expect(known, path, "config's tokenizer", name, "the name of one that has weights")
     expect(_is_size(size), path, "config's img_size", size, "an integer, or height and width")
     sha256 = config.get("sha256")

@@ -1,6 +1,7 @@
 """What the file of a tokenizer says, in every script. Run: pytest tests/test_tokenizer_file.py"""
 
 import shlex
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import main_mar
 import main_tokenizer
 import models
 import sample
+from demo.studio import Studio
 from models import build_tokenizer, export
 from models.autoencoder_settings import Losses, Network
 from models.pca import PatchPCA
@@ -72,7 +74,8 @@ def test_a_file_says_what_it_is(tmp_path, name):
     """All that was written is read, in words too; its sha256 is that of caches and checkpoints."""
     path = tmp_path / "tokenizer.ckpt"
     network = write_tiny(path, name)
-    said, tokenizer = read(path), build_tokenizer(name, path)
+    said, tokenizer = read(path), build_tokenizer(vae_path=path)
+    assert tokenizer.config["name"] == name
     assert said["sha256"] == digest(tokenizer.state_dict())
     assert said["network"] == network.config and said["tokenizer"] == name
     assert (said["img_size"], said["scale"], said["shift"]) == ([16, 8], 0.5, 0.0)
@@ -126,6 +129,8 @@ def test_older_and_foreign_files(tmp_path, vae_path):
     assert read(vae_path) == read(tmp_path) == read(tmp_path / "tensor.pt") == {}
     with pytest.raises(ValueError, match="kl16.ckpt: says nothing of itself, expected a file of"):
         describe(vae_path)
+    with pytest.raises(ValueError, match="kl16.ckpt: says nothing of itself"):
+        build_tokenizer(vae_path=vae_path)
     with pytest.raises(ValueError, match="none.ckpt: no such file"):
         describe(tmp_path / "none.ckpt")
 
@@ -200,6 +205,13 @@ def test_the_sequence_follows_the_picture(trained):
     assert np.load(out)["arr_0"].shape == (2, 32, 16, 3)
 
 
+def test_the_page_takes_the_file(trained, tmp_path):
+    """Where it is now; what pictures are made by names that place."""
+    path = shutil.copy(KL, tmp_path / "moved.ckpt")
+    studio = Studio(trained / "run", tmp_path, vae_path=str(path))
+    assert studio.identity["tokenizer"]["vae_path"] == str(path)
+
+
 def test_another_encoder_is_refused(trained, tmp_path, capsys, images):
     """By every script that decodes a model's latents, and by a cache, with both sha256."""
     other = changed(tmp_path / "other.ckpt", "encoder.conv_in.bias")
@@ -254,9 +266,8 @@ def test_what_is_passed_on_knows_its_tokenizer(trained, tmp_path):
             models.load(tmp_path / out, vae_path=other)
     copy = read(tmp_path / "folder" / "tokenizer.ckpt")
     assert copy["training"]["epochs"] == 3 and copy["data"] == {"name": "pictures"}
-    assert (
-        copy["img_size"] == 16 and copy["sha256"] == read_manifest(trained / "cache")["tokenizer"]
-    )
+    made = read_manifest(trained / "cache")
+    assert copy["img_size"] == 16 and copy["sha256"] == made["tokenizer"]
 
 
 # ---- what wins -----------------------------------------------------------------------------------
