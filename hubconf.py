@@ -101,15 +101,18 @@ def load(checkpoint, weights="ema", **tokenizer):
     return module("models").load(checkpoint, weights, **tokenizer)
 
 
-def tokenizer(name="kl16", vae_path=None, scale=None, shift=None, pretrained=False, **kwargs):
+def tokenizer(name=None, vae_path=None, scale=None, shift=None, pretrained=False, **kwargs):
     """A tokenizer by name: kl16, kl8, vq16, vq16_latent, pixels, ….
 
-    vae_path: file of its weights. pretrained: download the published one, into torch.hub's folder.
+    name: by default what the file says, if main_tokenizer.py wrote it, else kl16. vae_path: file of
+    its weights. pretrained: download the published one, into torch.hub's folder.
     Latents are (raw - shift) * scale; by default the published values, or those in the file.
     `encode(images)` takes images (N, 3, H, W) in [-1, 1]. Raises ValueError.
     """
     if pretrained and vae_path is not None:
         raise ValueError(f"vae_path {vae_path}: expected none beside pretrained=True")
+    said = module("models.tokenizer_file").read(vae_path) if vae_path else {}
+    name = name or said.get("tokenizer", "kl16")
     if pretrained:
         vae_path = _fetch(module("util.published").file_of_tokenizer(name))
     models = module("models")

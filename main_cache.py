@@ -144,7 +144,7 @@ def encode_images(args, folder, tokenizer, dataset, device):
     if args.layout == "images" and dist.is_main():
         check_cache(folder, write=True, **facts, finished=False)
     dist.barrier()
-    check_cache(folder, facts["tokenizer"], facts["img_size"])
+    check_cache(folder, **facts)
     follow_classes(dataset, read_manifest(folder).get("classes"), "the cache")
     check_images(dataset, args.num_workers, folder / "data_checked.txt")
     classes = len(dataset.classes)

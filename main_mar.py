@@ -118,8 +118,9 @@ def main(argv=None):
         return
     check(args, given)
 
-    from models import checkpoint_config
+    from models import checkpoint_config, compare_tokenizer
     from models.found import open_training_data
+    from models.stored import digests_of
     from models.transfer import open_start
     from util import dist
     from util.precision import pick_precision
@@ -135,6 +136,8 @@ def main(argv=None):
         data = None if args.evaluate else open_training_data(args, given, stored)
         before = checkpoint["args"] if checkpoint else {}
         config, sampling, tokenizer = configure(args, given, stored, path, data, before)
+        if args.evaluate:
+            compare_tokenizer(tokenizer, digests_of(checkpoint))
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         this.argv = argv
         model = build(this)
@@ -262,7 +265,9 @@ def check_data(this):
     args, tokenizer = this.args, this.tokenizer
     size, classes = this.config["model"]["img_size"], this.config["model"]["class_num"]
     if args.use_cached:
-        check_cache(args.cached_path, digest(tokenizer.state_dict()), size)
+        name, path = (tokenizer.config.get(entry) for entry in ("name", "vae_path"))
+        own = digest(tokenizer.state_dict())
+        check_cache(args.cached_path, own, size, tokenizer_name=name, vae_path=path)
         this.data.expect((tokenizer.moment_channels, *sides(size, tokenizer.stride)))
     check_classes(this.data, classes, args.cached_path if args.use_cached else args.data_path)
     if not args.use_cached:
@@ -287,14 +292,11 @@ def open_loader(this):
 def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
     """Evaluate samples of a checkpoint's EMA weights."""
     import engine_mar as engine
-    from models import compare_tokenizer
-    from models.stored import digests_of
     from util.checkpoint import steps_done
     from util.logger import Logger
     from util.weights import load_strictly
 
     load_strictly(model, checkpoint["model_ema"], path)
-    compare_tokenizer(this.tokenizer, digests_of(checkpoint))
     logger = Logger(this.args.log_dir or this.args.output_dir, resumed=True)
     drawn = model, this.tokenizer, this.labels()[0], this.sampling
     how = {"weights": "ema", **this.generation()}

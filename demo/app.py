@@ -26,6 +26,9 @@ def get_parser():
         metavar="FILE",
         help="a checkpoint, ours or published, or its export as safetensors",
     )
+    parser.add_argument(
+        "--vae_path", metavar="PATH", help="file of the tokenizer (default: as in training)"
+    )
     group = parser.add_argument_group("page")
     group.add_argument(
         "--host",
@@ -83,7 +86,8 @@ def serve(args, folder):
     from demo.studio import Studio
     from util.run.device import pick
 
-    studio = Studio(args.ckpt, folder, pick(args.device, 0, 1), args.precision)
+    device = pick(args.device, 0, 1)
+    studio = Studio(args.ckpt, folder, device, args.precision, args.vae_path)
     try:
         from demo.layout import Layout
     except ModuleNotFoundError as error:

@@ -38,12 +38,15 @@ PAINTED = 127  # opacity of a brush's stroke above which it counts
 class Studio:
     """A model with its tokenizer, at work for the page.
 
-    ckpt: a checkpoint, ours or published. folder: where pictures are kept. Raises ValueError.
+    ckpt: a checkpoint, ours or published. folder: where pictures are kept. vae_path: file of the
+    tokenizer, or None for that of the training. Raises ValueError.
     """
 
-    def __init__(self, ckpt, folder, device="cpu", precision="auto"):
+    def __init__(self, ckpt, folder, device="cpu", precision="auto", vae_path=None):
         self.ckpt, self.folder = str(find_checkpoint(ckpt) or ckpt), folder
-        self.model, self.tokenizer, self.config = models.load(self.ckpt)
+        own = {"vae_path": vae_path} if vae_path else {}
+        self.model, self.tokenizer, self.config = models.load(self.ckpt, **own)
+        self.config["tokenizer"] |= own
         self.device = torch.device(device)
         self.precision = pick_precision(precision, self.device)
         self.model.to(self.device)

@@ -25,12 +25,17 @@ def arguments_of_tokenizer(name, **offered):
     return {key: value for key, value in offered.items() if key in known}
 
 
-def build_tokenizer(name, vae_path=None, scale=None, shift=None, **kwargs):
+def build_tokenizer(name=None, vae_path=None, scale=None, shift=None, **kwargs):
     """A new tokenizer. Raises ValueError for an unknown name, or for arguments that do not fit.
 
-    vae_path: file with its weights, if it has any. scale, shift: each a number or one per channel;
-    None for the values in the file, else the tokenizer's defaults.
+    name: a row of TOKENIZERS; None for what the file says of itself. vae_path: file with its
+    weights, if it has any. scale, shift: each a number or one per channel; None for the values in
+    the file, else the tokenizer's defaults.
     """
+    if name is None and vae_path:
+        from models.tokenizer_file import read_own
+
+        name = read_own(vae_path)["tokenizer"]
     build = TOKENIZERS[name]
     kwargs |= {"vae_path": vae_path, "scale": scale, "shift": shift}
     kwargs = {key: value for key, value in kwargs.items() if value is not None}

@@ -14,11 +14,10 @@ import torch
 from PIL import Image
 
 import models
-from models import arguments_of_tokenizer
+from models import arguments_of_tokenizer, tokenizer_file
 from models.settings import Sampling
 from models.stored import check_config
 from util import hub, jsonl, model_card
-from util.checkpoint import write_content
 from util.files import first_few, first_line, make_folder, replacing
 from util.images import grid, save_image, to_uint8
 from util.published import source_of, usual_place
@@ -149,18 +148,19 @@ def _write_text(path, text):
 
 
 def _write_tokenizer(path, tokenizer, config):
-    """Write the network of a tokenizer as main_tokenizer.py does, without the paths of its data."""
-    content = {
-        "model": tokenizer.vae.state_dict(),
-        "config": {
-            "network": dict(tokenizer.vae.config),
-            "tokenizer": config["tokenizer"]["name"],
-            "img_size": config["model"]["img_size"],
-        },
-    }
-    said = {"scale": tokenizer.scale, "shift": tokenizer.shift}
-    content |= {name: value for name, value in said.items() if value is not None}
-    write_content(path, content, partial(_check_tokenizer, config["tokenizer"]))
+    """Write the network of a tokenizer as main_tokenizer.py does, with what its file says of it."""
+    said = tokenizer_file.read(tokenizer.config.get("vae_path") or "")
+    about = {part: said.get(part, {}) for part in ("data", "training", "metrics")}
+    about["img_size"] = said.get("img_size", config["model"]["img_size"])
+    tokenizer_file.write(
+        path,
+        tokenizer.vae,
+        tokenizer.scale,
+        tokenizer.shift,
+        tokenizer=config["tokenizer"]["name"],
+        check=partial(_check_tokenizer, config["tokenizer"]),
+        **about,
+    )
 
 
 def _check_tokenizer(own, path):

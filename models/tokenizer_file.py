@@ -17,9 +17,9 @@ elsewhere have no such config.
 """
 
 import math
+from inspect import signature
 from pathlib import Path
 
-from models import arguments_of_tokenizer, build_tokenizer
 from models.scale import check_numbers
 from models.settings import TOKENIZERS
 from util.checkpoint import write_content
@@ -39,13 +39,25 @@ OLD = ("epochs", "lr", "batch_size", "seed")  # of the training, in files of ear
 # ---- writing -------------------------------------------------------------------------------------
 
 
-def write(path, network, scale, shift, *, tokenizer, img_size, data, training, metrics=None):
+def write(
+    path,
+    network,
+    scale,
+    shift,
+    *,
+    tokenizer,
+    img_size,
+    data,
+    training,
+    metrics=None,
+    check=None,
+):
     """Write a network with all that is known of it, for `models.build_tokenizer`.
 
     network: an AutoencoderKL, VQModel or PatchPCA. scale, shift: of its latents, each a number, a
     list of one per channel, or None. tokenizer: name of a row of TOKENIZERS. data: see
-    `data_facts`. training, metrics: numbers by name, and the texts above. Raises ValueError if
-    there is no room.
+    `data_facts`. training: see `training_facts`. metrics: numbers by name, and the name of their
+    `extractor`. check: see `write_content`. Raises ValueError if there is no room.
     """
     config = {
         "network": dict(network.config),
@@ -53,13 +65,13 @@ def write(path, network, scale, shift, *, tokenizer, img_size, data, training, m
         "img_size": img_size,
         "sha256": fingerprint(network),
         "data": data,
-        "training": {"library": library_version(), **training},
+        "training": training,
         "metrics": _finite(metrics or {}),
     }
     content = {"model": network.state_dict(), "config": config}
     content |= {k: v for k, v in {"scale": scale, "shift": shift}.items() if v not in (None, 0)}
     _check(content, path)
-    write_content(path, content)
+    write_content(path, content, check)
 
 
 def add_metrics(path, metrics):
@@ -81,6 +93,11 @@ def data_facts(dataset, data_path):
     facts = {"name": Path(data_path).name or str(data_path)}
     facts |= {"images": len(dataset)} if hasattr(dataset, "__len__") else {}
     return facts | {"classes": len(dataset.classes)}
+
+
+def training_facts(*settings, **numbers):
+    """What a file says of a training by these Settings, with numbers such as its steps."""
+    return {**numbers, "flags": flags_of(*settings), "library": library_version()}
 
 
 def flags_of(*settings):
@@ -120,13 +137,20 @@ def read(path):
     return _check(content, path) if own else {}
 
 
+def read_own(path):
+    """As `read`, of a file that main_tokenizer.py wrote. Raises ValueError for any other."""
+    if not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
+    if said := read(path):
+        return said
+    raise ValueError(f"{path}: says nothing of itself, expected a file of main_tokenizer.py")
+
+
 def describe(path):
-    """What the file at `path` says of itself, a list of lines. Raises ValueError if it cannot be
-    used, and for one from elsewhere, which says nothing."""
-    said = read(path)
-    if not said:
-        raise ValueError(f"{path}: says nothing of itself, expected a file of main_tokenizer.py")
-    tokenizer = build_tokenizer(said["tokenizer"], str(path))
+    """What the file at `path` says of itself, a list of lines. Raises ValueError for a file that
+    cannot be used, and for one from elsewhere."""
+    said = read_own(path)
+    tokenizer = TOKENIZERS[said["tokenizer"]](vae_path=path)
     found = digest(tokenizer.state_dict())
     size = shown(said["img_size"])
     latents = "×".join(map(str, sides(said["img_size"], tokenizer.stride)))
@@ -170,7 +194,7 @@ def _check(content, path):
         config.get("sha256"),
     )
     known = isinstance(name, str) and name in TOKENIZERS
-    known = known and arguments_of_tokenizer(name, vae_path=path)
+    known = known and "vae_path" in signature(TOKENIZERS[name]).parameters
     expect(known, path, "config's tokenizer", name, "the name of one that has weights")
     expect(_is_size(size), path, "config's img_size", size, "an integer, or height and width")
     sha256 = config.get("sha256")

@@ -139,8 +139,9 @@ def test_a_cache_knows_its_tokenizer_and_size(tmp_path):
     assert not list(tmp_path.iterdir())
     check_cache(tmp_path, "a" * 64, 32, write=True)
     check_cache(tmp_path, "a" * 64, 32)
-    with pytest.raises(ValueError, match="latents of tokenizer aaaaaaaaaaaa, here it is bbbb"):
-        check_cache(tmp_path, "b" * 64, 32)
+    both = r"latents of tokenizer \(sha256 aaaaaaaaaaaa\), here it is kl \(b.ckpt, sha256 bbbb"
+    with pytest.raises(ValueError, match=both):
+        check_cache(tmp_path, "b" * 64, 32, tokenizer_name="kl", vae_path="b.ckpt")
     with pytest.raises(ValueError, match="latents of img_size 32, here it is 64; pass another"):
         check_cache(tmp_path, "a" * 64, 64, write=True)
 

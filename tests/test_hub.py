@@ -218,6 +218,7 @@ def test_published_weights(hubconf, monkeypatch, tmp_path):
     monkeypatch.setattr(hubconf, "module", lambda name: stubbed.get(name) or module(name))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     hubconf.tokenizer("kl", FIXTURES / "kl.ckpt", scale=1.0)
+    assert hubconf.tokenizer(vae_path=FIXTURES / "kl.ckpt").channels == 4  # by what it says
     with pytest.raises(ValueError, match="vae_path own.ckpt: expected none beside pretrained"):
         hubconf.tokenizer("kl16", "own.ckpt", pretrained=True)
     with pytest.raises(ValueError, match="tokenizer kl16: expected vae_path, or pretrained=True"):

@@ -420,18 +420,26 @@ def check_cache(folder, tokenizer, img_size, write=False, **more):
     """Raises ValueError if the manifest in `folder` states another tokenizer or image size.
 
     Latents of two tokenizers or sizes must not be mixed. write: if there is no manifest, write one
-    with these values and `more`. A cache of the published code has none; in shards converted from
-    it the values are null.
+    with these values and `more`, of which the message takes tokenizer_name and vae_path. A cache of
+    the published code has none; in shards converted from it the values are null.
     """
     ours, theirs = {"tokenizer": tokenizer, "img_size": img_size}, read_manifest(folder)
+    shown = {"tokenizer": _tokenizer_of, "img_size": lambda facts: facts["img_size"]}
     for name, value in ours.items():
         if theirs.get(name) not in (None, value):
             raise ValueError(
-                f"{folder}: latents of {name} {str(theirs[name])[:12]}, here it is "
-                f"{str(value)[:12]}; pass another --cached_path"
+                f"{folder}: latents of {name} {shown[name](theirs)}, here it is "
+                f"{shown[name](ours | more)}; pass another --cached_path"
             )
     if write and not theirs:
         write_manifest(folder, {**ours, **more})
+
+
+def _tokenizer_of(facts):
+    """The tokenizer that a manifest names, in words."""
+    name, path = (facts.get(entry) for entry in ("tokenizer_name", "vae_path"))
+    parts = [*([path] if path else []), f"sha256 {str(facts['tokenizer'])[:12]}"]
+    return f"{name or ''} ({', '.join(parts)})".lstrip()
 
 
 def check_views(folder, flip):
