@@ -287,7 +287,8 @@ def test_fields_of_a_tokenizer_s_training(tmp_path, monkeypatch):
     taken = {action.dest for action in main_tokenizer.get_parser()._actions}
     fields = [f for f in fields if f.name in taken - skipped and f.name != "batch_size"]
     run("--disc_layers", "1")
-    run("--disc_layers", "1", *shlex.split(" ".join(map(other, fields))))
+    constant = "--lr_schedule constant"  # cosine is this script's default
+    run("--disc_layers", "1", *shlex.split(" ".join([*map(other, fields), constant])))
     before, after = ({k: v for part in each for k, v in as_dict(part)} for each in found)
     assert {name for name in before if before[name] != after[name]} == {f.name for f in fields}
 
