@@ -142,14 +142,14 @@ def main(argv=None):
 def work(args, given, argv, device, precision):
     """Train a network, if there are --epochs, and evaluate it."""
     from util.data import match_channels
-    from util.evaluation.features import Extractor, pick_extractor
+    from util.evaluation.features import Extractor, pick_extractor, pick_weights
 
     held = resumed(args, given) if args.epochs else (None, None)
     images = get_images(args)
     channels, *size = images[0][0].shape
     tokenizer = None if args.epochs else get_tokenizer(args, channels, args.vae_path)
     name = pick_extractor(args.extractor, args.data_path)
-    extractor = Extractor(name, args.inception_weights, device, size)
+    extractor = Extractor(name, pick_weights(name, args), device, size)
     this = Run(args, device, precision, images, extractor, argv, *held)
     if not tokenizer:
         train(this, given, plain(size))

@@ -183,6 +183,7 @@ def train_tokenizers(args):
             "vae_embed_dim": 4,
             "num_workers": workers(args),
             "extractor": args.extractor,
+            "extractor_weights": args.extractor_weights,
             "inception_weights": args.inception_weights,
             "output_dir": folder,
         }
@@ -230,6 +231,7 @@ def evaluate(args, row, seed, sweep):
         "batch_size": 250,
         "reference": args.data_path,
         "extractor": args.extractor,
+        "extractor_weights": args.extractor_weights,
         "inception_weights": args.inception_weights,
         "stats_dir": Path(args.output_dir) / "fid_stats",
         "device": args.device,

@@ -11,7 +11,7 @@ from util.data.settings import PLAIN
 from util.dist import print0
 from util.evaluation.accumulator import Accumulator, Measurement
 from util.evaluation.baseline import measure_baseline
-from util.evaluation.features import Extractor, pick_extractor
+from util.evaluation.features import Extractor, pick_extractor, pick_weights
 from util.evaluation.image_sets import RealImages
 from util.evaluation.metrics import INCEPTION, NEEDS, pick_metrics
 from util.evaluation.references import check_reference, find_reference, load_reference
@@ -191,7 +191,7 @@ def open_evaluator(
 
 def _open_extractors(settings, own, chosen, img_size, device):
     """Name -> Extractor: the main one first, then those that metrics name, each once."""
-    opened = {own: Extractor(own, settings.inception_weights, device, img_size)}
+    opened = {own: Extractor(own, pick_weights(own, settings), device, img_size)}
     for name in {row.extractor: None for row in chosen.values() if row.extractor}:
         if name not in opened:
             weights = settings.inception_weights if name == INCEPTION else None

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -208,6 +209,6 @@ def kept_path(cache, source, what, depends, suffix):
     name is found, too.
     """
     key = hashlib.sha256(depends.encode()).hexdigest()[:16]
-    end = f"-{what}-{key}.{suffix}"
+    end = f"-{re.sub(r'[/:]+', '-', what)}-{key}.{suffix}"  # of timm:NAME
     found = sorted(Path(cache).glob(f"[!.]*{glob.escape(end)}"))
     return found[0] if found else Path(cache) / f"{Path(source).name or 'data'}{end}"

@@ -33,9 +33,12 @@ class Evaluation(Settings):
     extractor: str | None = setting(
         None,
         "network whose features are compared: torch-fidelity's inception-v3-compat, "
-        "dinov2-vit-l-14, …; digits-classifier or grey-pixels",
+        "dinov2-vit-l-14, …; timm:NAME, any classifier of timm; digits-classifier or grey-pixels",
         metavar="NAME",
         otherwise="that of the data set, such as digits-classifier, else inception-v3-compat",
+    )
+    extractor_weights: str | None = setting(
+        None, "weights of --extractor", metavar="FILE", otherwise="downloaded"
     )
     inception_weights: str | None = setting(
         None, "Inception's weights", metavar="FILE", otherwise="torch-fidelity downloads them"
@@ -52,7 +55,11 @@ class Evaluation(Settings):
     )
 
 
-NETWORK = ("extractor", "inception_weights")  # the fields that choose the network alone
+NETWORK = (
+    "extractor",
+    "extractor_weights",
+    "inception_weights",
+)  # the fields that choose the network alone
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from util.weights import digest
 
 # Flags of the machine and of places on it; results do not depend on them.
 PLACES = (
-    *("output_dir", "log_dir", "resume", "stats_dir", "inception_weights"),
+    *("output_dir", "log_dir", "resume", "stats_dir"),
+    *("extractor_weights", "inception_weights"),
     *("device", "num_workers", "pin_mem"),
     *("dist_on_itp", "dist_url", "dist_timeout", "world_size", "local_rank"),
 )
