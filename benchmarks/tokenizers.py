@@ -206,6 +206,7 @@ def evaluate_model(args, name, seed, held_out):
     sampling = {
         "ckpt": folder / "checkpoint-last.pth",
         "labels": "all",
+        "num_sampling_steps": 50,
         "batch_size": 250,
         "device": args.device,
     }
