@@ -18,7 +18,8 @@ def complete(args, given):
     --init_from has one. Another network has its own scale and shift. given: names of the flags on
     the command line, which win. Raises ValueError for a cache, a file or a picture that is damaged.
     """
-    fits = getattr(args, "preset", None) in presets.FITTED and not args.init_from
+    preset = getattr(args, "preset", None)
+    fits = preset in presets.FITTED and not args.init_from
     cache = args.cached_path if getattr(args, "use_cached", False) else None
     if cache:
         said = of_cache(cache)
@@ -27,15 +28,12 @@ def complete(args, given):
     if "tokenizer" in given and said.get("tokenizer") != args.tokenizer:
         said.pop("vae_path", None)  # the file of another one
     path = args.vae_path if "vae_path" in given else None
-    own = of_file(path, cache) if path else {}
-    if (cache and "img_size" in said) or getattr(args, "init_from", None):
-        own.pop("img_size", None)  # that of the latents, or of the weights
-    said |= own
-    preset = getattr(args, "preset", None)
-    chosen = given | (presets.PRESETS.get(preset, {}).keys() if not fits else set())
+    own = of_file(path) if path else {}
+    chosen = given | (set() if fits else presets.PRESETS.get(preset, {}).keys() - own.keys())
     if not cache:  # data that have one size only
         chosen |= kind_or_folder(args.data_path).defaults.keys() & {"img_size"}
-    said = {name: value for name, value in said.items() if name not in chosen}
+    own = {k: v for k, v in own.items() if k not in settled(args, path, said)}
+    said = {name: value for name, value in {**said, **own}.items() if name not in chosen}
     if told := {name: v for name, v in said.items() if v != getattr(args, name)}:
         by = [path] * bool(told.keys() & own) + [cache or args.data_path] * bool(told.keys() - own)
         print0(f"NOTE: {as_text(told)}, by {' and '.join(by)}")
@@ -61,6 +59,22 @@ def fit_tokenizer(args, given):
     own = {name: getattr(args, name) for name in {"tokenizer", "batch_size", "epochs"} & given}
     chosen = fitting.small_tokenizer(len(data), data.channels, args.img_size, **own)
     print0(f"NOTE: {presets.choose(args, given, chosen)} (for {len(data)} images)")
+
+
+def settled(args, path, said):
+    """Names of what the latents or weights that there are say better than the tokenizer's file.
+
+    path: of that file. said: what the cache says, flag -> value.
+    """
+    from util.data.manifest import read_manifest
+
+    if getattr(args, "init_from", None):
+        return {"img_size"}
+    if not (path and getattr(args, "use_cached", False)):
+        return set()
+    made_by = read_manifest(args.cached_path).get("tokenizer")
+    same = made_by is not None and made_by == read(path).get("sha256")
+    return said.keys() & ({"img_size", "tokenizer"} if same else {"img_size"})
 
 
 def open_training_data(args, given, stored):
@@ -134,17 +148,10 @@ def of_cache(folder):
     return {flag: manifest[name] for name, flag in flags.items() if manifest.get(name) is not None}
 
 
-def of_file(path, cache=None):
-    """What the file of a network that main_tokenizer.py trained says: flag -> value; else {}.
-
-    cache: a folder of latents, which says more of them if this file has made them, or None.
-    """
-    from util.data.manifest import read_manifest
-
+def of_file(path):
+    """What the file of a network that main_tokenizer.py trained says: flag -> value; else {}."""
     said = read(path)
-    if not said or (cache and said["sha256"] == read_manifest(cache).get("tokenizer", "")):
-        return {}
-    return {name: said[name] for name in ("tokenizer", "img_size")}
+    return {name: said[name] for name in ("tokenizer", "img_size") if said}
 
 
 def as_text(flags):

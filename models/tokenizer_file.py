@@ -133,8 +133,13 @@ def read(path):
     """
     content = read_file(path) if Path(path).is_file() else None
     config = content.get("config") if isinstance(content, dict) else None
-    own = isinstance(config, dict) and "network" in config
-    return _check(content, path) if own else {}
+    if not isinstance(config, dict) or "network" not in config:
+        return {}
+    if "optimizer" in content:
+        raise ValueError(
+            f"{path}: a checkpoint of a tokenizer's training, expected the tokenizer.ckpt beside it"
+        )
+    return _check(content, path)
 
 
 def read_own(path):

@@ -170,8 +170,8 @@ def test_a_listing_has_it():
     assert "small\n    --lr_schedule cosine" in presets.listing()
 
 
-def test_a_file_says_what_it_sets_and_a_preset_wins(tmp_path, capsys):
-    """--vae_path sets tokenizer and image size, in a line; not those of a row of the paper."""
+def test_a_file_says_what_it_sets(tmp_path, capsys):
+    """--vae_path sets tokenizer and image size, in a line; also in place of a preset's."""
     config = {"network": {"embed_dim": 4}, "img_size": 16, "tokenizer": "kl"}
     torch.save({"model": {}, "config": config}, path := tmp_path / "tokenizer.ckpt")
     args, given = presets.apply(main_mar.get_parser(), ["--vae_path", str(path)])
@@ -181,4 +181,7 @@ def test_a_file_says_what_it_sets_and_a_preset_wins(tmp_path, capsys):
     flags = ["--preset", "table2-kl8", "--vae_path", str(path)]
     args, given = presets.apply(main_mar.get_parser(), flags)
     found.complete(args, given)
-    assert (args.tokenizer, args.img_size) == ("kl8", 256) and not capsys.readouterr().out
+    assert (args.tokenizer, args.img_size, args.patch_size) == ("kl", 16, None)
+    args, given = presets.apply(main_mar.get_parser(), [*flags, "--img_size", "32", "16"])
+    found.complete(args, given)
+    assert (args.tokenizer, args.img_size) == ("kl", [32, 16])
