@@ -6,6 +6,9 @@ Run: python -m pytest tests/test_tokenizer_training.py
 import json
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from util.flags import run
 from util.run import stop
 from util.run.saver import Saver
 
+ROOT = Path(__file__).parents[1]
 SHORT = "--data_path digits --split test --num_images 40 --device cpu --num_workers 0 --ch 8"
 SHORT += " --extractor grey-pixels --batch_size 128 --epochs 2 --lr 3e-3"
 ADVERSARIAL = "--disc_weight 0.5 --disc_layers 1 --disc_ch 8 --disc_start 8"
@@ -168,3 +172,21 @@ def test_a_dry_run_leaves_nothing(tmp_path, capsys):
     run(main_tokenizer.main, shlex.split(flags))
     assert "dry run, nothing is left of it" in capsys.readouterr().out
     assert not {path.name for path in tmp_path.iterdir()} - {"run.lock"}
+
+
+@pytest.mark.slow
+def test_two_processes_resume_within_the_epoch(tmp_path):
+    """Discriminator, averages and codes of both go on as if they had not been stopped."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    flags = f"{SHORT} {WAYS['vq, moving averages']} --batch_size 64 --epochs 1 --save_steps 3"
+    flags += " --keep 9 --disc_start 2"
+
+    def train_both(folder, more=""):
+        own = shlex.split(f"{flags} {more} --output_dir {folder}")
+        subprocess.run([*command, "main_tokenizer.py", *own], check=True, cwd=ROOT)
+        return load_checkpoint(folder / LAST, of_tokenizer=True)
+
+    whole = train_both(tmp_path / "whole")
+    place = tmp_path / "whole" / "checkpoint-step00000003.pth"
+    assert load_checkpoint(place, of_tokenizer=True)["place"]["batch"] == 6
+    assert_same(train_both(tmp_path / "resumed", f"--resume {place}"), whole)
