@@ -26,7 +26,7 @@ from util.checkpoint import write_content
 from util.plain import is_count, is_number
 from util.run.record import library_version
 from util.settings import destination
-from util.sizes import shown, sides
+from util.sizes import sides
 from util.stored import expect
 from util.weights import digest, read_file
 
@@ -157,8 +157,7 @@ def describe(path):
     said = read_own(path)
     tokenizer = TOKENIZERS[said["tokenizer"]](vae_path=path)
     found = digest(tokenizer.state_dict())
-    size = shown(said["img_size"])
-    latents = "×".join(map(str, sides(said["img_size"], tokenizer.stride)))
+    size, latents = ("×".join(map(str, sides(said["img_size"], n))) for n in (1, tokenizer.stride))
     channels, codes = tokenizer.channels, tokenizer.num_codes
     kind = f"{codes} codes" if codes else f"{channels} channels"
     count = sum(value.numel() for value in tokenizer.state_dict().values())
