@@ -23,6 +23,7 @@ from util.files import replacing
 from util.flags import (
     Parser,
     add_device_flag,
+    add_precision_flag,
     add_size_flag,
     nonnegative_int,
     positive_int,
@@ -59,7 +60,7 @@ class Row:
             own |= {"perceptual": args.perceptual, "perceptual_weights": args.perceptual_weights}
         if self.disc_weight:
             own |= {"disc_weight": self.disc_weight, "disc_start": args.disc_start}
-            own |= {"disc_layers": 2, "disc_ch": 32}
+            own |= {"disc_layers": 2, "disc_ch": 16}
         return own | ({"latent_noise": self.noise} if self.noise else {})
 
 
@@ -130,6 +131,7 @@ def get_parser():
         "--output_dir", default="./output_dir/tokenizers", help="folder of all outputs"
     )
     add_device_flag(parser)
+    add_precision_flag(parser)  # of the tokenizers' training
     add_flags(parser, Evaluation, only=NETWORK)
     return parser
 
@@ -170,7 +172,7 @@ def train_tokenizer(args, name):
         **ROWS[name].flags(args),
         "epochs": args.tokenizer_epochs,
         "batch_size": 16,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "ch": args.ch,
         "ch_mult": args.ch_mult,
         "res_blocks": 1,
@@ -178,6 +180,7 @@ def train_tokenizer(args, name):
         "split": args.split,
         "num_images": args.num_images,
         "eval_freq": args.tokenizer_epochs,
+        "precision": args.precision,
         **network_flags(args),
     }
     if ROWS[name].tokenizer == "vq":
