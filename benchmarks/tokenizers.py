@@ -9,6 +9,7 @@ Finished runs are reused and stopped ones resumed, so that a command may be repe
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import main_cache
@@ -23,6 +24,7 @@ from util.files import replacing
 from util.flags import (
     Parser,
     add_device_flag,
+    add_precision_flag,
     add_size_flag,
     nonnegative_int,
     positive_int,
@@ -31,7 +33,7 @@ from util.flags import (
 from util.settings import add_flags
 
 GUIDANCE = (1.0, 3.0)
-SHARDS = ("--layout", "shards")
+DONE = "done.json"  # the flags of a run that is done
 SHOWN = 4  # samples of a class in a grid
 LABEL = 260  # pixels, of the words beside reconstructions
 
@@ -41,6 +43,7 @@ class Row:
     """A tokenizer to train: with which losses, and how much latent noise."""
 
     tokenizer: str
+    discrete: bool = False
     perceptual: bool = False
     disc_weight: float = 0.0
     noise: float = 0.0
@@ -55,13 +58,16 @@ class Row:
     def flags(self, args):
         """Those of main_tokenizer.py that are this row's."""
         own = {"tokenizer": self.tokenizer}
+        own |= {"num_codes": args.num_codes} if self.discrete else {}
         if self.perceptual:
             own |= {"perceptual": args.perceptual, "perceptual_weights": args.perceptual_weights}
         if self.disc_weight:
             own |= {"disc_weight": self.disc_weight, "disc_start": args.disc_start}
-            own |= {"disc_layers": 2, "disc_ch": 32}
+            own |= {"disc_layers": 2, "disc_ch": 16}
         return own | ({"latent_noise": self.noise} if self.noise else {})
 
+
+VQ = partial(Row, "vq", discrete=True)
 
 # in the order in which they are run; the weights of the discriminator are LDM's
 ROWS = {
@@ -72,10 +78,10 @@ ROWS = {
     "kl-perceptual-noise": Row("kl", perceptual=True, noise=3.0),
     "kl-l1-noise": Row("kl", noise=3.0),
     "kl-adversarial-noise1": Row("kl", perceptual=True, disc_weight=0.5, noise=1.0),
-    "vq-l1": Row("vq"),
-    "vq-perceptual": Row("vq", perceptual=True),
-    "vq-adversarial": Row("vq", perceptual=True, disc_weight=0.75),
-    "vq-adversarial-noise": Row("vq", perceptual=True, disc_weight=0.75, noise=3.0),
+    "vq-l1": VQ(),
+    "vq-perceptual": VQ(perceptual=True),
+    "vq-adversarial": VQ(perceptual=True, disc_weight=0.75),
+    "vq-adversarial-noise": VQ(perceptual=True, disc_weight=0.75, noise=3.0),
 }
 MODELS = ("kl-adversarial", "kl-adversarial-noise")  # rows on whose latents a MAR is trained
 
@@ -130,6 +136,7 @@ def get_parser():
         "--output_dir", default="./output_dir/tokenizers", help="folder of all outputs"
     )
     add_device_flag(parser)
+    add_precision_flag(parser)  # of the tokenizers' training
     add_flags(parser, Evaluation, only=NETWORK)
     return parser
 
@@ -138,17 +145,13 @@ def main(argv=None):
     """Run the script."""
     args = get_parser().parse_args(argv)
     folder = Path(args.output_dir)
-    held_out = hold_out(args)
-    for name in (name for name in args.rows if ROWS[name].tokenizer == "kl"):
+    for name in args.rows:
         train_tokenizer(args, name)
         write_table(args)
     for seed in args.seeds:  # seed by seed, so that an interrupted run gives a smaller table
         for name in (name for name in MODELS if name in args.rows):
-            evaluate_model(args, name, seed, held_out)
+            evaluate_model(args, name, seed)
             write_table(args)
-    for name in (name for name in args.rows if ROWS[name].tokenizer != "kl"):
-        train_tokenizer(args, name)
-        write_table(args)
     print((folder / "TABLE.md").read_text())
     print(f"in {folder}: TABLE.md, reconstructions.png, models/*/samples.png")
 
@@ -170,7 +173,7 @@ def train_tokenizer(args, name):
         **ROWS[name].flags(args),
         "epochs": args.tokenizer_epochs,
         "batch_size": 16,
-        "lr": 1e-3,
+        "lr": 2e-3,
         "ch": args.ch,
         "ch_mult": args.ch_mult,
         "res_blocks": 1,
@@ -178,31 +181,15 @@ def train_tokenizer(args, name):
         "split": args.split,
         "num_images": args.num_images,
         "eval_freq": args.tokenizer_epochs,
+        "precision": args.precision,
         **network_flags(args),
     }
-    if ROWS[name].tokenizer == "vq":
-        flags["num_codes"] = args.num_codes
     once(folder, main_tokenizer.main, flags)
 
 
-def evaluate_model(args, name, seed, held_out):
+def evaluate_model(args, name, seed):
     """Train a MAR on a row's latents, and compare its samples with the held-out images."""
-    folder = model_folder(args, name, seed)
-    latents = row_folder(args, name) / "latents"
-    own = {"tokenizer": "kl", "vae_path": row_folder(args, name) / "tokenizer.ckpt"}
-    if not latents.is_dir():
-        call(main_cache.main, {**data_flags(args), **own, "cached_path": latents}, *SHARDS)
-    model = {
-        "preset": "small",
-        "model": "mar_mini",
-        "patch_size": args.patch_size,
-        "epochs": args.epochs,
-        "class_num": args.class_num,
-        "seed": seed,
-        "cached_path": latents,
-        "eval_freq": args.epochs,
-    }
-    once(folder, main_mar.main, {**data_flags(args), **own, **model}, "--use_cached")
+    folder = train_model(args, name, seed)
     sampling = {
         "ckpt": folder / "checkpoint-last.pth",
         "labels": "all",
@@ -212,7 +199,7 @@ def evaluate_model(args, name, seed, held_out):
     }
     measured = {
         "per_class": args.per_class,
-        "reference": held_out,
+        "reference": hold_out(args),
         "data_path": args.data_path,
         "stats_dir": Path(args.output_dir) / "stats",
         "output_dir": folder,
@@ -225,12 +212,33 @@ def evaluate_model(args, name, seed, held_out):
         call(sample.main, {**sampling, "per_class": SHOWN, "cfg": GUIDANCE[-1], "out": grid})
 
 
+def train_model(args, name, seed):
+    """The folder of a MAR on a row's latents, which are cached first."""
+    folder, tokenizer = model_folder(args, name, seed), row_folder(args, name)
+    latents = tokenizer / "latents"
+    own = {**data_flags(args), "tokenizer": "kl", "vae_path": tokenizer / "tokenizer.ckpt"}
+    if not (folder / DONE).is_file():
+        call(main_cache.main, {**own, "cached_path": latents}, "--layout", "shards")
+    model = {
+        "preset": "small",
+        "model": "mar_mini",
+        "patch_size": args.patch_size,
+        "epochs": args.epochs,
+        "class_num": args.class_num,
+        "seed": seed,
+        "cached_path": latents,
+        "eval_freq": args.epochs,
+    }
+    once(folder, main_mar.main, {**own, **model}, "--use_cached")
+    return folder
+
+
 def once(folder, main, flags, *more):
     """Call a training script unless it is done; resumes one that was stopped.
 
     Raises ValueError if the run in the folder had other flags.
     """
-    done, flags = folder / "done.json", {k: v for k, v in flags.items() if v is not None}
+    done, flags = folder / DONE, {k: v for k, v in flags.items() if v is not None}
     used = {name: str(value) for name, value in flags.items()}
     if not done.is_file():
         call(main, {**flags, "output_dir": folder, "resume": folder}, *more)
@@ -290,15 +298,22 @@ def table(tokenizers, models):
     tokenizers: name of a row -> record of main_tokenizer.py. models: name of a row -> seed ->
     guidance -> record of sample.py.
     """
+    first = next(iter(tokenizers.values()))
     text = "## Tokenizers\n\n"
     text += markdown([cells(ROWS[name], record) for name, record in tokenizers.items()])
+    text += f"\n{first['images']} images of the split {first['split']}, features of "
+    text += f"{first['extractor']}.\n"
     rows = [cell for name in MODELS for cell in model_cells(ROWS[name], models.get(name, {}))]
-    return text + (f"\n## A MAR on their latents\n\n{markdown(rows)}" if rows else "")
+    if not rows:
+        return text
+    line = next(records for seeds in models.values() for records in seeds.values())[GUIDANCE[0]]
+    text += f"\n## A MAR on their latents\n\n{markdown(rows)}\n{line['images']} samples; "
+    return text + f"as many real training images have a distance of {distance(line['real']):.1f}.\n"
 
 
 def cells(row, record):
     """A row of the table of tokenizers."""
-    cell = {"tokenizer": row.label, "distance": record.get("rfd", record.get("rfid"))}
+    cell = {"tokenizer": row.label, "Fréchet distance": record.get("rfd", record.get("rfid"))}
     cell |= {"PSNR": record["psnr"], "SSIM": record.get("ssim")}
     names = {"latent mean": "latent_mean", "latent std": "latent_std"}
     names |= {"codes used": "codes_used", "perplexity": "code_perplexity"}
@@ -309,7 +324,7 @@ def model_cells(row, seeds):
     """Rows of the table of MARs: one for each guidance, of all seeds; none if there is no seed."""
     for cfg in GUIDANCE if seeds else ():
         values = [distance(records[cfg]) for records in seeds.values()]
-        own = {"tokenizer": row.label, "guidance": cfg, "distance": spread(values)}
+        own = {"tokenizer": row.label, "guidance": cfg, "Fréchet distance": spread(values)}
         yield own | {"of each seed": ", ".join(f"{value:.2f}" for value in values)}
 
 

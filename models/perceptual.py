@@ -15,7 +15,8 @@ from torch import nn
 
 from util.files import first_line
 from util.table import Table
-from util.weights import load_strictly, never_unpickling, read_weights
+from util.timm_models import open_timm
+from util.weights import load_strictly, read_weights
 
 SMALLEST = 32  # smaller images are enlarged: at stride 16 this leaves 2×2 positions
 MAX_STRIDE = 16  # of the levels compared, VGG's deepest; at stride 32 CIFAR would be one position
@@ -151,19 +152,7 @@ class Features(Perceptual):
 
 
 def _open_timm(name, weights):
-    import timm
-
-    try:
-        with never_unpickling():
-            model = timm.create_model(name, pretrained=not weights)
-    except Exception as error:  # an unknown name, no network, no published weights
-        raise ValueError(
-            f"--perceptual timm:{name}: not available ({first_line(error)}); expected a name of "
-            "timm, and its weights as --perceptual_weights FILE where they cannot be fetched"
-        ) from error
-    if weights:
-        load_strictly(model, read_weights(weights), weights)
-    return _checked(model, name)
+    return _checked(open_timm(name, weights, "--perceptual"), name)
 
 
 @torch.no_grad()

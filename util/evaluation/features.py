@@ -18,10 +18,10 @@ from util.classifier import fit_classifier
 from util.data import kind_of
 from util.data.digits import digits
 from util.evaluation.metrics import INCEPTION
-from util.files import first_line
 from util.sizes import sides
 from util.table import Table
-from util.weights import digest, load_strictly, never_unpickling, read_weights
+from util.timm_models import open_timm
+from util.weights import digest, never_unpickling, read_weights
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -66,7 +66,7 @@ class Extractor:
         if name in EXTRACTORS:
             network = EXTRACTORS[name]()
         else:
-            network = (_of_timm if name.startswith(TIMM) else _published)(name, weights)
+            network = (_classifier if name.startswith(TIMM) else _published)(name, weights)
         self.network = network.to(device)
         self.sha256 = digest(self.network.state_dict())
         features, logits = self(torch.zeros(1, *sides(img_size), 3, dtype=torch.uint8))
@@ -143,21 +143,8 @@ def _unavailable(name, weights, error):
     return f"the weights of {name} could not be fetched ({reason}); {advice}"
 
 
-def _of_timm(name, weights):
-    """A Classifier of timm. Raises ValueError for an unknown name, or unavailable weights."""
-    import timm
-
-    try:
-        with never_unpickling():
-            model = timm.create_model(name.removeprefix(TIMM), pretrained=not weights)
-    except Exception as error:  # an unknown name, no network, no published weights
-        raise ValueError(
-            f"--extractor {name}: not available ({first_line(error)}); expected a name of timm, "
-            "and its weights as --extractor_weights FILE where they cannot be fetched"
-        ) from error
-    if weights:
-        load_strictly(model, read_weights(weights), weights)
-    return Classifier(model).eval()
+def _classifier(name, weights):
+    return Classifier(open_timm(name.removeprefix(TIMM), weights, "--extractor")).eval()
 
 
 class Classifier(nn.Module):
