@@ -5,7 +5,7 @@ import re
 
 from models.diffusers_files import weights_file
 from util.published import source_of
-from util.weights import A_MODEL, A_TOKENIZER, read_file, read_weights
+from util.weights import A_MODEL, A_TOKENIZER, read_weights
 
 _CODEBOOK = "quantize.embedding.weight"  # only VQ autoencoders have it
 
@@ -33,16 +33,6 @@ def load_first_stage(path):
     return state
 
 
-def said_of_network(path):
-    """The arguments of the network that main_tokenizer.py wrote into the file at `path`; {} for
-    another file. Weights do not show all of them.
-    """
-    held = read_file(weights_file(path))
-    config = held.get("config") if isinstance(held, dict) else None
-    said = config.get("network") if isinstance(config, dict) else None
-    return said if isinstance(said, dict) else {}
-
-
 def kl_variant(state):
     """Keyword arguments of the `AutoencoderKL` that fits `state` (LDM's names).
 
@@ -52,6 +42,7 @@ def kl_variant(state):
     variant = _shared_variant(state, "KL")
     if _CODEBOOK in state:
         raise ValueError(f"not the weights of a KL autoencoder: with {_CODEBOOK} it is a VQ one")
+    variant["token_norm"] = "token_norm.norm" in state
     return variant | {name: f"{name}.weight" in state for name in ("quant_conv", "post_quant_conv")}
 
 

@@ -29,7 +29,7 @@ DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 EXACT = 2**24  # up to here float32 represents every integer
 USUAL_STD = (0.8, 1.25)  # of the latents of a batch
 FEW = 8  # images, whose latents may have any std
-ENCODER = ("encoder.", "quant_conv.")
+ENCODER = ("encoder.", "quant_conv.", "token_norm.")
 
 
 class Tokenizer(nn.Module):
@@ -191,7 +191,7 @@ class KLTokenizer(AutoencoderTokenizer):
 
     @property
     def token_norm(self):
-        return self.vae.token_norm
+        return self.vae.config["token_norm"]
 
     def encode(self, images):
         return self.vae.encode(images).moments

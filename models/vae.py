@@ -22,10 +22,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models.autoencoder_blocks import Decoder, Encoder
-from models.autoencoder_files import kl_variant, load_first_stage, said_of_network
+from models.autoencoder_files import kl_variant, load_first_stage
 from models.autoencoder_settings import Losses
 from models.diffusers_files import check_config, read_config
-from models.token_norm import project
+from models.token_norm import TokenNorm
 from util.files import first_line
 from util.rng import randn
 from util.weights import check_fits, load_strictly
@@ -106,7 +106,7 @@ class Autoencoder(nn.Module):
         config = read_config(path, cls.diffusers)
         state = load_first_stage(path)
         try:
-            arguments = {**cls.variant(state), **cls.hidden_variant(path), **expected}
+            arguments = {**cls.variant(state), **expected}
             with torch.device("meta"):  # sizes in a file could take all memory
                 model = cls(**arguments)
         except (ValueError, ArithmeticError, IndexError, RuntimeError) as error:
@@ -117,11 +117,6 @@ class Autoencoder(nn.Module):
         model._load(state, path)
         model.described = config if fits else None
         return model
-
-    @staticmethod
-    def hidden_variant(path):
-        """Arguments that weights do not show, from our own file at `path`. Raises ValueError."""
-        return {}
 
     def as_diffusers(self):
         """The entries of diffusers' config.json that its weights show, name -> value."""
@@ -193,7 +188,7 @@ class AutoencoderKL(Autoencoder):
         quant_conv, post_quant_conv: whether a 1×1 convolution follows the encoder, and precedes
             the decoder.
         res_blocks: residual blocks of a level of the encoder; the decoder's have one more.
-        token_norm: whether latents have one norm, see models/token_norm.py. Weights do not show it.
+        token_norm: whether latents have one norm, see models/token_norm.py.
 
     Raises:
         ValueError: the file is missing, unreadable or does not fit; token_norm with one channel,
@@ -222,7 +217,6 @@ class AutoencoderKL(Autoencoder):
         super().__init__()
         if token_norm and embed_dim < 2:
             raise ValueError(f"embed_dim {embed_dim}: expected 2 or more with token_norm")
-        self.token_norm = token_norm
         self.config = {
             "embed_dim": embed_dim,
             "ch_mult": tuple(ch_mult),
@@ -241,6 +235,7 @@ class AutoencoderKL(Autoencoder):
         moments, latents = 2 * embed_dim, embed_dim
         self.quant_conv = nn.Conv2d(moments, moments, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if post_quant_conv else nn.Identity()
+        self.token_norm = TokenNorm(embed_dim) if token_norm else nn.Identity()
         if ckpt_path is not None:
             self._load(load_first_stage(ckpt_path), ckpt_path)
 
@@ -248,17 +243,10 @@ class AutoencoderKL(Autoencoder):
     def variant(state):
         return kl_variant(state)
 
-    @staticmethod
-    def hidden_variant(path):
-        value = said_of_network(path).get("token_norm", False)
-        if type(value) is not bool:
-            raise ValueError(f"config's token_norm {value!s:.40}: expected true or false")
-        return {"token_norm": value}
-
     @property
     def fixed_scale(self):
         """1 with token norm, which needs neither scale nor shift; else None: they are measured."""
-        return 1.0 if self.token_norm else None
+        return 1.0 if self.config["token_norm"] else None
 
     def as_diffusers(self):
         convs = {f"use_{name}": self.config[name] for name in ("quant_conv", "post_quant_conv")}
@@ -285,7 +273,7 @@ class AutoencoderKL(Autoencoder):
 
     def project(self, latents):
         """Latents (N,C,h,w) scaled to norm √C at each position, if the network has token norm."""
-        return project(latents) if self.token_norm else latents
+        return self.token_norm(latents)
 
     def forward(self, images, generator=None, change=None):
         """Training: images (N,I,H,W) -> (one sample of the posterior decoded, the posterior).

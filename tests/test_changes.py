@@ -16,6 +16,7 @@ from models.settings import Model
 from models.token_norm import project
 from models.vae import AutoencoderKL
 from models.vq import VQModel
+from util.weights import digest
 
 TINY = {"embed_dim": 4, "ch_mult": (1, 2), "ch": 8}
 NETWORKS = {"kl": AutoencoderKL(**TINY), "vq": VQModel(num_codes=16, **TINY)}
@@ -240,20 +241,18 @@ def test_changes_see_the_projected_latents(normed):
     assert torch.equal(doubled, network(images, seeded())[0])
 
 
-def test_token_norm_is_kept_in_the_file(normed):
-    """from_file takes it from the configuration; a file without one has none."""
+def test_token_norm_is_kept_in_the_weights(normed):
+    """from_file finds it there; the sha256 of a network and of its encoder are others with it."""
     network, path = normed
     loaded = AutoencoderKL.from_file(path)
     assert loaded.config == network.config and loaded.fixed_scale == 1.0
-    content = torch.load(path, weights_only=True)
-    torch.save({"model": content["model"], "scale": 2.0}, path)
-    plain = build_tokenizer("kl", path)
-    assert not plain.token_norm and plain.scale == 2.0 and plain.vae.fixed_scale is None
-    for said in ("yes", 1, None):
-        torch.save({**content, "config": {"network": {"token_norm": said}}}, path)
-        with pytest.raises(ValueError, match=f"token_norm {said}: expected true or false") as got:
-            AutoencoderKL.from_file(path)
-        assert str(got.value).startswith(str(path)) and "\n" not in str(got.value)
+    weights = network.state_dict()
+    del weights["token_norm.norm"]
+    torch.save({"model": weights, "scale": 2.0}, plain := path.with_name("plain.ckpt"))
+    with_norm, without = build_tokenizer("kl", path), build_tokenizer("kl", plain)
+    assert not without.token_norm and without.scale == 2.0 and without.vae.fixed_scale is None
+    assert with_norm.encoder_sha256() != without.encoder_sha256()
+    assert digest(with_norm.state_dict()) != digest(without.state_dict())
 
 
 def test_token_norm_needs_no_scale(normed):
