@@ -137,7 +137,7 @@ def main(argv=None):
         before = checkpoint["args"] if checkpoint else {}
         config, sampling, tokenizer = configure(args, given, stored, path, data, before)
         if args.evaluate:
-            compare_tokenizer(tokenizer, digests_of(checkpoint))
+            compare_tokenizer(tokenizer, stored | digests_of(checkpoint))
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         this.argv = argv
         model = build(this)

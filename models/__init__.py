@@ -103,7 +103,8 @@ def may_share_latents(name, trained):
 def compare_tokenizer(tokenizer, config):
     """Say it if a tokenizer is not the one of the training, as far as that is known.
 
-    config: with `tokenizer_sha256` and `encoder_sha256` of the training, where they are known.
+    config: with `tokenizer_sha256` and `encoder_sha256` of the training, where they are known, and
+    maybe its `tokenizer`, of which the message names the file.
     Raises ValueError if the encoder is another, as the model's latents are then not this one's.
     """
     from util.dist import print0
@@ -122,9 +123,11 @@ def compare_tokenizer(tokenizer, config):
     elif encoders[0] == encoders[1]:
         print0(f"NOTE: {path}: another decoder of the same latents than in training ({both})")
     else:
+        file = config.get("tokenizer", {}).get("vae_path")
+        file = "the file that it was trained with" if file in (None, path) else file
         raise ValueError(
-            f"{path}: not the tokenizer of the model's latents ({both}); expected the file that it "
-            "was trained with, or another decoder of the same latents"
+            f"{path}: not the tokenizer of the model's latents ({both}); expected {file}, or "
+            "another decoder of the same latents"
         )
 
 

@@ -20,23 +20,18 @@ def complete(args, given):
     """
     preset = getattr(args, "preset", None)
     fits = preset in presets.FITTED and not args.init_from
-    cache = args.cached_path if getattr(args, "use_cached", False) else None
-    if cache:
-        said = of_cache(cache)
-    else:
-        said = of_pictures(args.data_path, from_flags(Reading, args)) if fits else {}
-    if "tokenizer" in given and said.get("tokenizer") != args.tokenizer:
-        said.pop("vae_path", None)  # the file of another one
-    path = args.vae_path if "vae_path" in given else None
-    own = of_file(path) if path else {}
+    cached, path = (
+        getattr(args, "use_cached", False),
+        args.vae_path if "vae_path" in given else None,
+    )
+    said, own = of_data(args, given, fits), of_file(path) if path else {}
     chosen = given | (set() if fits else presets.PRESETS.get(preset, {}).keys() - own.keys())
-    if not cache:  # data that have one size only
+    if not cached:  # data that have one size only
         chosen |= kind_or_folder(args.data_path).defaults.keys() & {"img_size"}
     own = {k: v for k, v in own.items() if k not in settled(args, path, said)}
+    source = dict.fromkeys(said, args.cached_path if cached else args.data_path)
     said = {name: value for name, value in {**said, **own}.items() if name not in chosen}
-    if told := {name: v for name, v in said.items() if v != getattr(args, name)}:
-        by = [path] * bool(told.keys() & own) + [cache or args.data_path] * bool(told.keys() - own)
-        print0(f"NOTE: {as_text(told)}, by {' and '.join(by)}")
+    tell(args, said, source | dict.fromkeys(own, path))
     before = str(Path(args.vae_path or "").absolute())
     another = said.get("tokenizer", args.tokenizer) != args.tokenizer
     if another and "patch_size" not in given:
@@ -59,6 +54,13 @@ def fit_tokenizer(args, given):
     own = {name: getattr(args, name) for name in {"tokenizer", "batch_size", "epochs"} & given}
     chosen = fitting.small_tokenizer(len(data), data.channels, args.img_size, **own)
     print0(f"NOTE: {presets.choose(args, given, chosen)} (for {len(data)} images)")
+
+
+def tell(args, said, source):
+    """Say which flags change. said: flag -> value. source: flag -> where that is from."""
+    if told := {name: value for name, value in said.items() if value != getattr(args, name)}:
+        by = dict.fromkeys(source[name] for name in told)
+        print0(f"NOTE: {as_text(told)}, by {' and '.join(by)}")
 
 
 def settled(args, path, said):
@@ -127,6 +129,17 @@ def check_noted(args, given, noted):
                 f"--{name} {said[name]}: {args.cached_path} holds latents of pictures read with "
                 f"{noted[name]}; leave the flag out"
             )
+
+
+def of_data(args, given, fits):
+    """What the data say: flag -> value. fits: whether a preset fits itself to the pictures."""
+    if getattr(args, "use_cached", False):
+        said = of_cache(args.cached_path)
+    else:
+        said = of_pictures(args.data_path, from_flags(Reading, args)) if fits else {}
+    if "tokenizer" in given and said.get("tokenizer") != args.tokenizer:
+        said.pop("vae_path", None)  # the file of another one
+    return said
 
 
 def of_pictures(path, reading):
