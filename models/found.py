@@ -20,10 +20,8 @@ def complete(args, given):
     """
     preset = getattr(args, "preset", None)
     fits = preset in presets.FITTED and not args.init_from
-    cached, path = (
-        getattr(args, "use_cached", False),
-        args.vae_path if "vae_path" in given else None,
-    )
+    cached = getattr(args, "use_cached", False)
+    path = args.vae_path if "vae_path" in given else None
     said, own = of_data(args, given, fits), of_file(path) if path else {}
     chosen = given | (set() if fits else presets.PRESETS.get(preset, {}).keys() - own.keys())
     if not cached:  # data that have one size only
