@@ -103,9 +103,9 @@ def may_share_latents(name, trained):
 def compare_tokenizer(tokenizer, config):
     """Say it if a tokenizer is not the one of the training, as far as that is known.
 
-    config: with `tokenizer_sha256` and `encoder_sha256` of the training, where they are known, and
-    maybe its `tokenizer`, of which the message names the file.
-    Raises ValueError if the encoder is another, as the model's latents are then not this one's.
+    config: `tokenizer_sha256` and `encoder_sha256` of the training, where they are known, and its
+    `tokenizer`, whose file the message names. Raises ValueError if the encoder is another, as the
+    model's latents are then not this tokenizer's.
     """
     from util.dist import print0
     from util.weights import digest

@@ -189,30 +189,44 @@ def _check(content, path):
     config, network = content["config"], content["config"]["network"]
     fits = isinstance(network, dict) and all(map(_is_argument, network, network.values()))
     expect(fits, path, "config's network", network, "its arguments by name")
-    channels = network.get("embed_dim")
-    expect(is_count(channels, 1), path, "config's network embed_dim", channels, "an integer")
-    usual = "vq" if "num_codes" in network else "kl"  # older files do not say it
-    name, size, sha256 = (
-        config.get("tokenizer", usual),
-        config.get("img_size"),
-        config.get("sha256"),
-    )
+    return {
+        "tokenizer": _name(config, path),
+        "img_size": _size(config.get("img_size"), path),
+        "network": network,
+        "scale": _numbers("scale", content.get("scale"), network, path),
+        "shift": _numbers("shift", content.get("shift", 0.0), network, path),
+        "sha256": _sha256(config.get("sha256"), path),
+        **{part: _said(part, config, path) for part in ("data", "training", "metrics")},
+    }
+
+
+def _name(config, path):
+    usual = "vq" if "num_codes" in config["network"] else "kl"  # older files do not say it
+    name = config.get("tokenizer", usual)
     known = isinstance(name, str) and name in TOKENIZERS
     known = known and "vae_path" in signature(TOKENIZERS[name]).parameters
     expect(known, path, "config's tokenizer", name, "the name of one that has weights")
-    expect(_is_size(size), path, "config's img_size", size, "an integer, or height and width")
-    sha256 = config.get("sha256")
-    fits = sha256 is None or (isinstance(sha256, str) and len(sha256) == 64)
-    expect(fits, path, "config's sha256", sha256, "64 digits")
-    return {
-        "tokenizer": name,
-        "img_size": size,
-        "network": network,
-        "scale": check_numbers(f"{path}: scale", content.get("scale"), channels, positive=True),
-        "shift": check_numbers(f"{path}: shift", content.get("shift", 0.0), channels),
-        "sha256": sha256,
-        **{part: _said(part, config, path) for part in ("data", "training", "metrics")},
-    }
+    return name
+
+
+def _size(value, path):
+    try:
+        fits = max(sides(value)) <= LARGEST
+    except ValueError:
+        fits = False
+    expect(fits, path, "config's img_size", value, "an integer, or height and width")
+    return value
+
+
+def _sha256(value, path):
+    fits = value is None or (isinstance(value, str) and len(value) == 64)
+    expect(fits, path, "config's sha256", value, "64 digits")
+    return value
+
+
+def _numbers(name, value, network, path):
+    channels = network.get("embed_dim", len(value) if isinstance(value, list) else 1)
+    return check_numbers(f"{path}: {name}", value, channels, positive=name == "scale")
 
 
 def _said(part, config, path):
@@ -232,7 +246,11 @@ def _of_older(config):
 
 def _is_argument(name, value):
     values = value if isinstance(value, list | tuple) else [value]
-    return isinstance(name, str) and all(type(v) is bool or is_count(v, 0, LARGEST) for v in values)
+    return isinstance(name, str) and all(map(_is_plain, values))
+
+
+def _is_plain(value):
+    return isinstance(value, str | bool | float | None) or is_count(value, 0, LARGEST)
 
 
 def _is_said(name, value):
@@ -240,10 +258,3 @@ def _is_said(name, value):
         return isinstance(value, str)
     values = value if isinstance(value, list | tuple) else [value]
     return isinstance(name, str) and all(map(is_number, values))
-
-
-def _is_size(value):
-    try:
-        return max(sides(value)) <= LARGEST
-    except ValueError:
-        return False

@@ -139,9 +139,8 @@ def test_older_and_foreign_files(tmp_path, vae_path):
     ("entry", "value"),
     [
         ("network", [1]),
-        ("network", {"embed_dim": 4, "ch": "8"}),
+        ("network", {"ch_mult": [[1], 2]}),
         ("network", {"embed_dim": 2**60}),
-        ("network", {"ch": 8}),
         ("tokenizer", "nothing"),
         ("tokenizer", ["kl"]),
         ("tokenizer", "pixels"),
