@@ -16,6 +16,7 @@ import main_cache
 import main_mar
 import main_tokenizer
 import sample
+from models.autoencoder_settings import Losses
 from reproduce import call, spread
 from util import jsonl
 from util.evaluation.settings import NETWORK, Evaluation
@@ -60,7 +61,8 @@ class Row:
         own = {"tokenizer": self.tokenizer}
         own |= {"num_codes": args.num_codes} if self.discrete else {}
         if self.perceptual:
-            own |= {"perceptual": args.perceptual, "perceptual_weights": args.perceptual_weights}
+            names = ("perceptual", "perceptual_weights", "perceptual_weight")
+            own |= {name: getattr(args, name) for name in names}
         if self.disc_weight:
             own |= {"disc_weight": self.disc_weight, "disc_start": args.disc_start}
             own |= {"disc_layers": 2, "disc_ch": 16}
@@ -111,7 +113,7 @@ def get_parser():
     parser.add_argument(
         "--perceptual", default="lpips", metavar="NAME", help="perceptual loss: lpips or timm:NAME"
     )
-    parser.add_argument("--perceptual_weights", metavar="FILE", help="its weights")
+    add_flags(parser, Losses, ["perceptual_weights", "perceptual_weight"])
     parser.add_argument(
         "--disc_start", type=nonnegative_int, default=0, help="steps before the discriminator"
     )
