@@ -23,20 +23,21 @@ from util.run import stop
 OUTPUT = "output_dir/pipeline"
 GUIDANCE = ("1", "3")
 # what is affordable in ten minutes on two cores, whatever the number of pictures
-TOKENIZER_IMAGES = 30_000  # that the tokenizer is trained with, repetitions counted
-MAR_STEPS = 3_000
-SAMPLES = 1500  # at most, for each scale of guidance
+TOKENIZER_IMAGES = 25_000  # that the tokenizer is trained with, repetitions counted
+MAR_STEPS = 2_500
+SAMPLES = 900  # at most, for each scale of guidance
 
 # stage -> command; what is in braces are fields of Run
 COMMANDS = {
     "tokenizer": (
         "main_tokenizer.py --tokenizer kl --ch 16 --ch_mult 1,2,4 --vae_embed_dim 8 --per_channel "
-        "--epochs {tokenizer_epochs} --batch_size 16 --lr 2e-3 --data_path {data} "
-        "--img_size {size} --extractor grey-pixels --num_workers 0 --output_dir {out}/tokenizer"
+        "--epochs {tokenizer_epochs} --batch_size 16 --lr 2e-3 --warmup_epochs 1 --grad_clip 1 "
+        "--data_path {data} --img_size {size} --extractor coarse-pixels --num_workers 0 "
+        "--output_dir {out}/tokenizer --resume {out}/tokenizer"
     ),
     "held-out pictures": (
         "main_tokenizer.py --vae_path {out}/tokenizer/tokenizer.ckpt --data_path {data} "
-        "--split {held_out} --extractor grey-pixels --num_workers 0 --output_dir {out}/held_out"
+        "--split {held_out} --extractor coarse-pixels --num_workers 0 --output_dir {out}/held_out"
     ),
     "cache": (
         "main_cache.py --vae_path {out}/tokenizer/tokenizer.ckpt --data_path {data} "
@@ -45,7 +46,7 @@ COMMANDS = {
     "decoded": "-m demo.decode --cached_path {out}/cache --out {out}/decoded.npz",
     "MAR": (
         "main_mar.py --preset small --use_cached --cached_path {out}/cache --epochs {mar_epochs} "
-        "--output_dir {out}/mar --resume {out}/mar --num_workers 0"
+        "--eval_freq {mar_shown} --output_dir {out}/mar --resume {out}/mar --num_workers 0"
     ),
     **{
         f"samples, guidance {cfg}": (
@@ -57,7 +58,7 @@ COMMANDS = {
     **{
         f"metrics of {name}": (
             f"-m util.evaluation {source} --img_size {{size}} --reference {{reference}} "
-            "--extractor grey-pixels --stats_dir {out}/fid_stats --output_dir {out}/metrics"
+            "--extractor coarse-pixels --stats_dir {out}/fid_stats --output_dir {out}/metrics"
         )
         for name, source in {
             "training pictures": "{train}",
@@ -80,6 +81,7 @@ class Run:
     size: int
     tokenizer_epochs: int
     mar_epochs: int
+    mar_shown: int  # epochs between grids of samples
     samples: int
 
     def command(self, stage):
@@ -126,6 +128,7 @@ def plan_run(data, out, size):
     from util.data.listing import data_folder
 
     count = len(open_data(data, "train", size))
+    mar_epochs = max(1, round(MAR_STEPS * min(32, max(1, count // 8)) / count))
     held_out = next((each for each in ("val", "test") if Path(data, each).is_dir()), "train")
     return Run(
         data=str(data),
@@ -135,7 +138,8 @@ def plan_run(data, out, size):
         out=str(out),
         size=size,
         tokenizer_epochs=max(1, round(TOKENIZER_IMAGES / count)),
-        mar_epochs=max(1, round(MAR_STEPS * min(32, max(1, count // 8)) / count)),
+        mar_epochs=mar_epochs,
+        mar_shown=max(1, mar_epochs // 4),
         samples=min(SAMPLES, count),
     )
 

@@ -199,10 +199,10 @@ class Report:
         self.page.table(["images", "number", *METRICS.values()], rows)
         against = "training" if self.plan.held_out == "train" else "held-out"
         self.page.text(
-            f"Compared with the {against} pictures, in the pixels in grey: no network is needed, "
-            "and none is as good as Inception's; compare rows of this table only. Real training "
-            "pictures have the distance of a perfect model; decoded ones show what the tokenizer "
-            "loses, and no sample can be expected to be better."
+            f"Compared with the {against} pictures in the colours of 8×8 parts (coarse-pixels), "
+            "which need no network and see no detail: compare rows of this table only. Training "
+            "pictures have the distance of a perfect model, decoded ones that of a perfect model "
+            "with this tokenizer."
         )
 
     def stages(self):

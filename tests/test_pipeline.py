@@ -12,7 +12,7 @@ from PIL import Image
 from demo import emoji, pipeline
 from util import jsonl
 
-MODEL = "--model mar_tiny --diffloss_w 16 --eval_freq 9"
+MODEL = "--model mar_tiny --diffloss_w 16"
 SAMPLING = "--num_iter 2 --num_sampling_steps 3"
 
 
@@ -68,17 +68,11 @@ def test_the_page_shows_every_stage(data, tmp_path, here, capsys):
     markdown, page = ((out / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
     for section in ("Pictures", "Tokenizer", "Cache", "MAR", "Samples", "Metrics", "Times"):
         assert f"## {section}" in markdown and f"<h2>{section}" in page
-    linked = re.findall(r"!\[.*\]\((.+)\)", markdown)
+    linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
     assert all((out / path).is_file() for path in linked)
-    assert {
-        "data",
-        "latents",
-        "nearest",
-        "guidance1",
-        "guidance3",
-        "mar_loss",
-        "tokenizer_loss",
-    } <= {path.split("/")[-1].split(".")[0] for path in linked}
+    names = {path.rsplit("/")[-1].split(".")[0] for path in linked}
+    assert {"data", "reconstructions", "latents", "guidance1", "guidance3", "nearest"} <= names
+    assert {"tokenizer_loss", "mar_loss"} <= names
     assert page.count("data:image/png;base64,") == sum(path.endswith(".png") for path in linked)
     assert page.count("<svg") == sum(path.endswith(".svg") for path in linked)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
@@ -129,7 +123,7 @@ def test_a_wrong_folder_is_said_in_one_line(tmp_path, capsys):
 
 def test_every_command_parses():
     """The flags of the demo's commands are those of the scripts."""
-    plan = pipeline.Run("d", "d/train", "d/val", "val", "o", 32, 2, 3, 4)
+    plan = pipeline.Run("d", "d/train", "d/val", "val", "o", 32, 2, 3, 1, 4)
     for stage in pipeline.stages(plan):
         words = plan.command(stage)
         assert not [word for word in words if "{" in word or "}" in word]
