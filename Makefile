@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := output_dir/digits
 
-.PHONY: demo demo-sweep digits app test test-slow clean
+.PHONY: demo demo-pipeline demo-sweep digits app test test-slow clean
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -17,6 +17,11 @@ DIGITS := output_dir/digits
 
 demo: digits
 	$(BIN)/python -m demo.digits --ckpt $(DIGITS)/checkpoint-last.pth
+
+# pictures in colour: a tokenizer, a cache, MAR, samples and metrics on one page. They are emoji, or
+# those of DATA=FOLDER
+demo-pipeline: .venv/pipeline
+	$(BIN)/python -m demo.pipeline $(if $(DATA),--data_path '$(DATA)')
 
 demo-sweep: digits
 	$(BIN)/python sample.py --ckpt $(DIGITS)/checkpoint-last.pth --labels all --per_class 100 \

@@ -83,6 +83,16 @@ def test_rows_drive_everything(tmp_path, data, kernel_row, capsys):
     ]  # fmt: skip
 
 
+def test_coarse_pixels_are_means_of_colors():
+    """192 features for any size: each the mean of a part of the image in one colour."""
+    images = pictures(3, 1)
+    features, logits = Extractor("coarse-pixels", img_size=images.shape[1:3])(images)
+    side = images.shape[1] // 8
+    corner = images[:, :side, :side].mean((1, 2)) / 127.5 - 1
+    assert features.shape == (3, 192) and logits is None
+    assert torch.allclose(features[:, ::64], torch.from_numpy(corner).float(), atol=1e-5)
+
+
 def test_a_distance_in_another_extractor_is_one_row(tmp_path, data, monkeypatch):
     """It is measured beside the own one, of the same images, where it is asked for by name."""
     row = Metric("FD, tiny", metrics._distance, ("reference",), extractor="tiny")

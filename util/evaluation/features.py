@@ -183,6 +183,14 @@ class GreyPixels(nn.Module):
         return (images.float().mean(1).flatten(1) / 127.5 - 1,)
 
 
+class CoarsePixels(nn.Module):
+    """Colors in [−1, 1], averaged over 8×8 parts of the image: few features, for few images."""
+
+    def forward(self, images):
+        """Images uint8 (N, 3, H, W) to features (N, 192)."""
+        return (F.adaptive_avg_pool2d(images.float() / 127.5 - 1, 8).flatten(1),)
+
+
 class DigitsClassifier(nn.Module):
     """A small network trained on the real training digits, once per process, deterministically.
 
@@ -210,4 +218,11 @@ def _digits_classifier():
 
 
 # name -> module from images uint8 (N, 3, H, W) to (features (N, D),) or (features, logits (N, K))
-EXTRACTORS = Table("extractor", {"grey-pixels": GreyPixels, "digits-classifier": DigitsClassifier})
+EXTRACTORS = Table(
+    "extractor",
+    {
+        "grey-pixels": GreyPixels,
+        "coarse-pixels": CoarsePixels,
+        "digits-classifier": DigitsClassifier,
+    },
+)

@@ -33,7 +33,8 @@ class Evaluation(Settings):
     extractor: str | None = setting(
         None,
         "network whose features are compared: torch-fidelity's inception-v3-compat, "
-        "dinov2-vit-l-14, …; timm:NAME, any classifier of timm; digits-classifier or grey-pixels",
+        "dinov2-vit-l-14, …; timm:NAME, any classifier of timm; digits-classifier, "
+        "grey-pixels or coarse-pixels",
         metavar="NAME",
         otherwise="that of the data set, such as digits-classifier, else inception-v3-compat",
     )
