@@ -56,6 +56,11 @@ def get_parser():
     add_flags(group, Images)
     add_flags(group, Reading)
     add_tokenizer_flags(parser, TOKENIZERS)
+    parser.add_argument(
+        "--describe",
+        action="store_true",
+        help="print what the file at --vae_path says of itself, and exit",
+    )
     group = parser.add_argument_group(
         "training",
         f"of a {', '.join(NETWORKS)} network on the train split, with random flips if the data "
@@ -116,6 +121,11 @@ class Run:
 
 def main(argv=None):
     args, given = presets.apply_to_network(get_parser(), argv)
+    if args.describe:
+        from models import tokenizer_file
+
+        print(*tokenizer_file.describe(args.vae_path), sep="\n")
+        return
     if "img_size" not in given:
         args.img_size = kind_or_folder(args.data_path).defaults.get("img_size", args.img_size)
     if args.preset not in presets.FITTED:
@@ -141,6 +151,7 @@ def main(argv=None):
 
 def work(args, given, argv, device, precision):
     """Train a network, if there are --epochs, and evaluate it."""
+    from models.autoencoders import resumed
     from util.data import match_channels
     from util.evaluation.features import Extractor, pick_extractor, pick_weights
 
@@ -287,20 +298,6 @@ def open_split(args, split, flip):
 # ---- training -------------------------------------------------------------------------------
 
 
-def resumed(args, given):
-    """(content, path) of the checkpoint to resume, whose network the flags then describe.
-
-    (None, None) to start a new run. Raises ValueError for flags that contradict it.
-    """
-    from models.autoencoders import follow
-    from util.run.resume import load_resumed
-
-    checkpoint, path = load_resumed(args, of_tokenizer=True)
-    if checkpoint:
-        follow(args, given, checkpoint["args"], path)
-    return checkpoint, path
-
-
 def train(this, given, img_size):
     """Train a network on images of this size, and write its file."""
     import torch
@@ -321,7 +318,7 @@ def train(this, given, img_size):
     else:
         network = optimize(this, network, dataset)
     if not args.dry_run:
-        write(this, network, dataset)
+        write(this, network, dataset, args.epochs)
 
 
 def optimize(this, network, dataset):
@@ -345,7 +342,7 @@ def optimize(this, network, dataset):
     saver = Saver(
         state,
         from_flags(Output, args),
-        {**described(this, network, dataset), "latent_range": 0.0},
+        {**described(this, network, dataset, args.epochs), "latent_range": 0.0},
         vars(args),
         steps=loader.steps // recipe.accum_iter,
         accum_iter=recipe.accum_iter,
@@ -420,7 +417,7 @@ def after_epoch(this, state, dataset, page, logger, step):
     network = state.network("ema")
     draw_pictures(this, network, state.epoch, logger, step)
     if not last:  # it is written and measured after training
-        write(this, network, dataset, MEASURED)
+        write(this, network, dataset, state.epoch, MEASURED)
         if args.online_eval:
             tokenizer = get_tokenizer(args, dataset.channels, this.file)
             measure(this, tokenizer, state.epoch, logger=logger, step=step)
@@ -443,10 +440,11 @@ def draw_pictures(this, network, epoch, logger, step):
     engine.log_pictures(network, images, folder, epoch, logger, step, this.args.seed)
 
 
-def write(this, network, dataset, most=None):
+def write(this, network, dataset, epochs, most=None):
     """Measure the scale of the latents, and write the network's file.
 
-    most: number of images at most, by which the scale is measured; None for all.
+    epochs: those that it was trained for. most: number of images at most, by which the scale is
+    measured; None for all.
     """
     import engine_tokenizer as engine
     from util import dist
@@ -459,20 +457,23 @@ def write(this, network, dataset, most=None):
     if not network.fixed_scale:
         found = engine.latent_scale(network, evenly(dataset, most), **how)
     if dist.is_main():
-        save(this, network, dataset, *found)
+        save(this, network, dataset, epochs, *found)
     dist.barrier()
 
 
-def described(this, network, dataset):
-    """What the file and the checkpoints of a network say of it, name -> plain data."""
+def described(this, network, dataset, epochs):
+    """What the file and the checkpoints of a network say of it, name -> plain data.
+
+    epochs: those that it was trained for.
+    """
     from models import tokenizer_file
     from util.dist import world_size
 
     args = this.args
-    training = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed}
-    training |= {"processes": world_size(), "precision": this.precision}
-    settings = [from_flags(cls, args) for cls in (Losses, Changes)]
-    training["flags"] = tokenizer_file.flags_of(*settings)
+    recipe, more = from_flags(Recipe, args), [from_flags(cls, args) for cls in (Losses, Changes)]
+    numbers = {"epochs": epochs, "lr": recipe.resolved(world_size()).lr, "seed": args.seed}
+    numbers |= {"batch_size": args.batch_size, "processes": world_size()}
+    training = tokenizer_file.training_facts(*more, **numbers, precision=this.precision)
     return {
         "network": dict(network.config),
         "tokenizer": args.tokenizer,
@@ -482,12 +483,12 @@ def described(this, network, dataset):
     }
 
 
-def save(this, network, dataset, scale, shift):
+def save(this, network, dataset, epochs, scale, shift):
     """Write a network with what is known of it, for `build_tokenizer`."""
     from models import tokenizer_file
     from util.dist import print0
 
-    own = described(this, network, dataset)
+    own = described(this, network, dataset, epochs)
     del own["network"]
     tokenizer_file.write(this.file, network, scale, shift, **own)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"

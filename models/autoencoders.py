@@ -3,6 +3,7 @@
 from inspect import signature
 
 from models.autoencoder_settings import CHANNELS, NETWORKS, Network, widths
+from util.run.resume import load_resumed
 from util.sizes import shown, sides
 
 
@@ -36,6 +37,18 @@ def new_network(kind, network, embed_dim, in_channels, img_size):
 def unused(kind, given):
     """The fields of Network among the names `given` that a kind of network does not take."""
     return sorted(set(given) & set(Network.names()) - arguments(kind, Network()).keys())
+
+
+def resumed(args, given):
+    """(content, path) of the checkpoint that --resume names, whose network the flags then describe.
+
+    (None, None) to start a new run. A collective call. Raises ValueError for flags that contradict
+    it, and as `load_resumed`.
+    """
+    checkpoint, path = load_resumed(args, of_tokenizer=True)
+    if checkpoint:
+        follow(args, given, checkpoint["args"], path)
+    return checkpoint, path
 
 
 def follow(args, given, stored, source):
