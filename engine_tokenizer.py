@@ -112,23 +112,20 @@ def train_one_epoch(
     """
     model.train()
     source = EpochDraws(seed, epoch, device, start=0 if draws else start)
-    done = epoch * (loader.steps // accum_iter) + start // accum_iter
-    work = _Images(model, pair, objective, state, done, device, precision, accum_iter, grad_clip)
+    work = _Images(model, pair, objective, state, device, precision, accum_iter, grad_clip)
     how |= {"learning_rate": learning_rate, "accum_iter": accum_iter}
     return run_epoch(work, loader, epoch, source, start=start, draws=draws, **how)
 
 
 class _Images(Work):
-    """The training of an autoencoder on images. done: optimizer steps before."""
+    """The training of an autoencoder on images."""
 
-    def __init__(
-        self, model, pair, objective, state, done, device, precision, accum_iter, grad_clip
-    ):
+    def __init__(self, model, pair, objective, state, device, precision, accum_iter, grad_clip):
         own = state.parts.get("discriminator_optimizer")
         super().__init__([state.optimizer] + [own] * bool(own), state.scaler, device)
         self.model, self.pair, self.objective, self.state = model, pair, objective, state
-        self.done, self.precision = done, precision
-        self.accum_iter, self.grad_clip = accum_iter, grad_clip
+        self.done = steps_of(state.optimizer)  # also of runs with other numbers of processes
+        self.precision, self.accum_iter, self.grad_clip = precision, accum_iter, grad_clip
         self.learner, self.latents = state.parts.get("codes"), []
         self.sums = Counter()  # of the terms of the loss since the last `metrics`
         self.counts = Counter()
@@ -141,7 +138,7 @@ class _Images(Work):
                 context.enter_context(nullcontext() if last else unsynchronized(each))
             with autocast(self.device, self.precision):
                 target, output = self.model(batch, source.generator)
-                scale = self.scaler.get_scale()
+                scale = self.scaler.get_scale() / self.accum_iter
                 loss, terms = self.objective.loss(target, output, self.done, scale)
             if first:
                 dist.wait()  # for processes that read from a slow disk
@@ -186,6 +183,11 @@ class _Images(Work):
         self.counts.clear()
         metrics = dict(zip(names, means, strict=True))
         return metrics | (self.learner.metrics() if self.learner else {})
+
+
+def steps_of(optimizer):
+    """Number of steps that an Adam has taken."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
 def unsynchronized(model):

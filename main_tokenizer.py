@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from models import presets
-from models.autoencoder_settings import NETWORKS, Changes, Losses, Network, Training
+from models.autoencoder_settings import NETWORKS, RECIPE, Changes, Losses, Network, Training
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
@@ -38,8 +38,6 @@ MEASURED = 10_000  # images, by which the scale is measured before training has 
 CHECKED = "data_checked_{}.txt"  # which images of a split are intact
 SHOWN = 8  # images whose reconstructions are shown
 # fields of the recipe and of the output that apply to networks
-RECIPE = ("accum_iter", "lr", "blr", "min_lr", "lr_schedule", "warmup_epochs", "grad_clip")
-RECIPE += ("ema_rate",)
 OFF = {"warmup_epochs": 0, "grad_clip": 0.0, "ema_rate": 0.0}
 OUTPUT = [name for name in Output.names() if name not in ("init_from", "start_epoch")]
 
@@ -113,6 +111,12 @@ class Run:
         """The file of the trained network."""
         return Path(self.args.output_dir) / "tokenizer.ckpt"
 
+    def described(self, network, dataset, epochs):
+        """What is said of a network that was trained for so many epochs, name -> plain data."""
+        from models.autoencoders import described
+
+        return described(self.args, network, dataset, epochs, self.precision, self.checkpoint)
+
     def loading(self):
         """Arguments of engine_tokenizer for reading a data set in evaluation."""
         how = {"batch_size": self.args.batch_size, "num_workers": self.args.num_workers}
@@ -158,17 +162,17 @@ def work(args, given, argv, device, precision):
     held = resumed(args, given) if args.epochs else (None, None)
     images = get_images(args)
     channels, *size = images[0][0].shape
-    tokenizer = None if args.epochs else get_tokenizer(args, channels, args.vae_path)
+    epochs, tokenizer = 0, None if args.epochs else get_tokenizer(args, channels, args.vae_path)
     name = pick_extractor(args.extractor, args.data_path)
     extractor = Extractor(name, pick_weights(name, args), device, size)
     this = Run(args, device, precision, images, extractor, argv, *held)
     if not tokenizer:
-        train(this, given, plain(size))
+        epochs = train(this, given, plain(size))
         if args.dry_run:
             return
         tokenizer = get_tokenizer(args, channels, this.file)
     match_channels(images.dataset, tokenizer, args.channels)
-    measure(this, tokenizer, args.epochs)
+    measure(this, tokenizer, epochs)
 
 
 def check(args, given):
@@ -187,7 +191,7 @@ def check(args, given):
                 "scratch and its scale measured; leave the flag out"
             )
     only = {*Training.names(), *RECIPE, *Network.names(), *Losses.names(), *Changes.names()}
-    idle = given & {*only, "resume"} - {"epochs"}
+    idle = given & {*only, *OUTPUT} - {"epochs", "output_dir", "log_dir"}
     if idle and not args.epochs:
         name = min(idle)
         raise ValueError(f"--{name} {getattr(args, name)}: is for training, pass --epochs")
@@ -299,7 +303,7 @@ def open_split(args, split, flip):
 
 
 def train(this, given, img_size):
-    """Train a network on images of this size, and write its file."""
+    """Train a network on images of this size, and write its file; returns the epochs done."""
     import torch
 
     import engine_tokenizer as engine
@@ -311,18 +315,20 @@ def train(this, given, img_size):
     own = from_flags(Network, args), args.vae_embed_dim, dataset.channels, img_size
     torch.manual_seed(args.seed)  # initial weights, the same on every process
     network = new_network(args.tokenizer, *own).to(this.device)
-    if idle := unused(args.tokenizer, given):
+    if idle := sorted(unused(args.tokenizer) & given):
         print0(f"NOTE: not used by {args.tokenizer}: {', '.join(f'--{name}' for name in idle)}")
+    epochs = args.epochs
     if hasattr(network, "fit"):
         engine.fit_patches(network, dataset, **this.loading())
     else:
-        network = optimize(this, network, dataset)
+        network, epochs = optimize(this, network, dataset)
     if not args.dry_run:
-        write(this, network, dataset, args.epochs)
+        write(this, network, dataset, epochs)
+    return epochs
 
 
 def optimize(this, network, dataset):
-    """Train a network by gradients, and log; returns that of the averaged weights."""
+    """Train a network by gradients, and log; returns (the one of averaged weights, epochs done)."""
     import engine_tokenizer as engine
     from util.dist import print0, world_size
     from util.run.dry import dry_run
@@ -342,7 +348,7 @@ def optimize(this, network, dataset):
     saver = Saver(
         state,
         from_flags(Output, args),
-        {**described(this, network, dataset, args.epochs), "latent_range": 0.0},
+        {**this.described(network, dataset, args.epochs), "latent_range": 0.0},
         vars(args),
         steps=loader.steps // recipe.accum_iter,
         accum_iter=recipe.accum_iter,
@@ -360,7 +366,7 @@ def optimize(this, network, dataset):
         run_epoch = partial(run_epoch, loader=loader)
         train_epochs(saver, run_epoch, follow, page, recipe.epochs, this.path)
         print0(f"done: {saver.last}, reconstructions and curves in {page.path}")
-    return state.network("ema")
+    return state.network("ema"), state.epoch
 
 
 def get_loader(this, dataset, network, total):
@@ -391,6 +397,8 @@ def start_state(this, network, recipe, loader):
     from util.run.training import restore
 
     args, losses = this.args, from_flags(Losses, this.args)
+    if args.dry_run:
+        losses = losses.but(disc_start=0)  # it shows what the run needs at most
     if losses.disc_weight:
         check_sides(losses.disc_layers, sides(args.img_size))
     if losses.perceptual == "none":
@@ -461,34 +469,12 @@ def write(this, network, dataset, epochs, most=None):
     dist.barrier()
 
 
-def described(this, network, dataset, epochs):
-    """What the file and the checkpoints of a network say of it, name -> plain data.
-
-    epochs: those that it was trained for.
-    """
-    from models import tokenizer_file
-    from util.dist import world_size
-
-    args = this.args
-    recipe, more = from_flags(Recipe, args), [from_flags(cls, args) for cls in (Losses, Changes)]
-    numbers = {"epochs": epochs, "lr": recipe.resolved(world_size()).lr, "seed": args.seed}
-    numbers |= {"batch_size": args.batch_size, "processes": world_size()}
-    training = tokenizer_file.training_facts(*more, **numbers, precision=this.precision)
-    return {
-        "network": dict(network.config),
-        "tokenizer": args.tokenizer,
-        "img_size": args.img_size,
-        "data": tokenizer_file.data_facts(dataset, args.data_path),
-        "training": training,
-    }
-
-
 def save(this, network, dataset, epochs, scale, shift):
     """Write a network with what is known of it, for `build_tokenizer`."""
     from models import tokenizer_file
     from util.dist import print0
 
-    own = described(this, network, dataset, epochs)
+    own = this.described(network, dataset, epochs)
     del own["network"]
     tokenizer_file.write(this.file, network, scale, shift, **own)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"

@@ -7,6 +7,9 @@ from util.settings import Settings, setting
 from util.table import Table
 
 CODEBOOKS = ("gradient", "ema")
+# fields of util.recipe.Recipe that apply to these networks
+RECIPE = ("accum_iter", "lr", "blr", "min_lr", "lr_schedule", "warmup_epochs", "grad_clip")
+RECIPE += ("ema_rate",)
 
 
 def widths(text):
@@ -40,9 +43,11 @@ class Network(Settings):
     res_blocks: int = setting(
         2, "residual blocks of a level of the encoder; the decoder has one more", type=positive_int
     )
-    encoder_attention: bool = setting(False, "attention in the encoder's lowest level")
-    decoder_attention: bool = setting(False, "attention in the decoder's lowest level")
-    num_codes: int = setting(256, "number of codes of a vq network", type=positive_int, metavar="K")
+    encoder_attention: bool = setting(False, "attention in the encoder's lowest level", both=True)
+    decoder_attention: bool = setting(False, "attention in the decoder's lowest level", both=True)
+    num_codes: int = setting(
+        256, "number of codes of a vq network", type=integer(1, 2**24), metavar="K"
+    )
     token_norm: bool = setting(
         False, "latents of one norm at each position, also in sampling (SphereAR); kl only"
     )

@@ -1,9 +1,21 @@
-"""New networks of tokenizers, built by the flags."""
+"""Networks of tokenizers by the flags: new ones, resumed ones, and what is said of them."""
 
 from inspect import signature
 
-from models.autoencoder_settings import CHANNELS, NETWORKS, Network, widths
+from models import tokenizer_file
+from models.autoencoder_settings import (
+    CHANNELS,
+    NETWORKS,
+    RECIPE,
+    Changes,
+    Losses,
+    Network,
+    widths,
+)
+from util.dist import world_size
+from util.recipe import Recipe
 from util.run.resume import load_resumed
+from util.settings import from_flags
 from util.sizes import shown, sides
 
 
@@ -34,9 +46,36 @@ def new_network(kind, network, embed_dim, in_channels, img_size):
     return built
 
 
-def unused(kind, given):
-    """The fields of Network among the names `given` that a kind of network does not take."""
-    return sorted(set(given) & set(Network.names()) - arguments(kind, Network()).keys())
+def unused(kind):
+    """The names of the settings that a kind of network does not take, a set."""
+    network = NETWORKS[kind]
+    others = {name for each in NETWORKS for name in NETWORKS[each].own_losses}
+    names = {*Network.names()} - arguments(kind, Network()).keys()
+    names |= others - {*network.own_losses}
+    fitted = hasattr(network, "fit")
+    return names | ({*Losses.names(), *Changes.names(), *RECIPE} if fitted else set())
+
+
+def described(args, network, dataset, epochs, precision, resumed=None):
+    """What the file and the checkpoints of a network say of it, name -> plain data.
+
+    args: the parsed flags. epochs: those that it was trained for. resumed: content of the
+    checkpoint that was resumed, if any.
+    """
+    recipe, idle = from_flags(Recipe, args), unused(args.tokenizer)
+    used = [from_flags(cls, args).without(idle) for cls in (Losses, Changes)]
+    numbers = {"epochs": epochs, "lr": recipe.resolved(world_size()).lr, "seed": args.seed}
+    numbers |= {"batch_size": args.batch_size, "processes": world_size()}
+    training = tokenizer_file.training_facts(*used, **numbers, precision=precision)
+    if resumed and epochs == resumed["epoch"] + 1:  # nothing was trained
+        training = {**resumed["config"]["training"], "epochs": epochs}
+    return {
+        "network": dict(network.config),
+        "tokenizer": args.tokenizer,
+        "img_size": args.img_size,
+        "data": tokenizer_file.data_facts(dataset, args.data_path),
+        "training": training,
+    }
 
 
 def resumed(args, given):
@@ -57,11 +96,13 @@ def follow(args, given, stored, source):
     given: names of the flags on the command line. stored: flags of the checkpoint at `source`, name
     -> value. Raises ValueError for a flag that contradicts it.
     """
-    for name in ("tokenizer", "img_size", "vae_embed_dim", *Network.names()):
+    names = ["tokenizer", "img_size", "vae_embed_dim", "codebook", *Network.names()]
+    names += ["disc_layers", "disc_ch"] if stored.get("disc_weight") else []
+    for name in names:
         value = stored.get(name, getattr(args, name))
         if name in given and getattr(args, name) != value:
             raise ValueError(
-                f"--{name} {getattr(args, name)}: the network in {source} has {value}, which its "
+                f"--{name} {getattr(args, name)}: the training in {source} has {value}, which its "
                 "weights fix; leave the flag out"
             )
         setattr(args, name, value)

@@ -189,7 +189,8 @@ class Reviver:
         for name in self.tensors:
             getattr(self, name).copy_(state[name])
         self.waiting = state["waiting"]
-        self.generator.set_state(state["generator"].cpu())
+        if len(state["generator"]) == len(self.generator.get_state()):  # else of another device
+            self.generator.set_state(state["generator"].cpu())
 
 
 class MovingAverages(Reviver):
@@ -210,6 +211,8 @@ class MovingAverages(Reviver):
 
     def __init__(self, model, generator, decay):
         super().__init__(model, generator)
+        if not decay < 1:
+            raise ValueError(f"--codebook_decay {decay}: expected below 1")
         self.codes.requires_grad_(False)
         self.decay = decay
         self.counts = torch.ones(len(self.codes), device=self.codes.device)  # N

@@ -90,10 +90,11 @@ class Objective:
         sum, their limit on λ is as many times lower for ours. On 256×256 pixels that is 0.05.
         """
         limit = MAX_WEIGHT / (target[0].numel() if self.network.summed else 1)
-        wanted = self._norm(reconstruction, scale)
-        weight = wanted / (self._norm(adversarial, scale) + EPSILON)
-        # not a number if both overflow in float16: the scaler then skips this step
-        return weight.clamp(0, limit).nan_to_num(0)
+        norms = [self._norm(loss, scale) for loss in (reconstruction, adversarial)]
+        weight = norms[0] / (norms[1] + EPSILON)
+        # where one overflows in float16, the scaler skips this step
+        finite = torch.stack(norms).isfinite().all()
+        return torch.where(finite, weight.clamp(0, limit), torch.zeros_like(weight))
 
     def _norm(self, loss, scale):
         """Norm of a loss's gradient at the last layer, a scalar without a graph."""

@@ -92,6 +92,7 @@ class Autoencoder(nn.Module):
     """
 
     described = None
+    own_losses = ()  # fields of Losses that no other kind of network has
     summed = True  # whether LDM sums this network's losses over an image, or averages them
     fixed_scale = None
 
@@ -198,6 +199,7 @@ class AutoencoderKL(Autoencoder):
     """
 
     num_codes = None
+    own_losses = ("kl_weight",)
     diffusers = "AutoencoderKL"
 
     def __init__(

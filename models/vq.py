@@ -43,6 +43,7 @@ class VQModel(Autoencoder):
     """
 
     diffusers = "VQModel"
+    own_losses = ("codebook", "codebook_decay", "entropy_weight")
     summed = False
 
     def __init__(

@@ -17,7 +17,7 @@ from test_stop import signalled
 
 import main_mar
 import main_tokenizer
-from models import build_tokenizer
+from models import build_tokenizer, presets
 from util.checkpoint import LAST, load_checkpoint
 from util.flags import run
 from util.run import stop
@@ -131,9 +131,10 @@ def test_a_training_without_options_is_that_of_before(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--ch 16", "--ch 16: the network in .* has 8, which its weights fix"),
-        ("--tokenizer vq", "--tokenizer vq: the network in .* has kl, which its weights fix"),
-        ("--img_size 16", "--img_size 16: the network in .* has 8"),
+        ("--ch 16", "--ch 16: the training in .* has 8, which its weights fix"),
+        ("--tokenizer vq", "--tokenizer vq: the training in .* has kl, which its weights fix"),
+        ("--img_size 16", "--img_size 16: the training in .* has 8"),
+        ("--codebook ema", "--codebook ema: the training in .* has gradient"),
     ],
 )
 def test_what_a_resumed_training_refuses(flags, message, tmp_path, capsys):
@@ -164,6 +165,49 @@ def test_parts_that_a_checkpoint_does_not_have_begin_anew(tmp_path, capsys):
     held = train(f"--tokenizer kl {ADVERSARIAL} --resume {tmp_path}", tmp_path)
     assert "has no discriminator: it begins anew" in capsys.readouterr().out
     assert held["parts"].keys() == {"discriminator", "discriminator_optimizer"}
+
+
+def test_the_discriminator_stays_on_with_other_batches(tmp_path):
+    """Its start is counted in steps that were taken, not in those that epochs have now."""
+    flags = f"--tokenizer kl {ADVERSARIAL}".replace("--disc_start 8", "--disc_start 9")
+    train(f"{flags} --epochs 1", tmp_path)  # 11 steps
+    held = train(f"{flags} --batch_size 256 --resume {tmp_path}", tmp_path)  # 5 more
+    steps = {
+        name: next(iter(state["state"].values()))["step"].item()
+        for name, state in {**held["parts"], "network": held["optimizer"]}.items()
+        if "state" in state
+    }
+    assert steps == {"network": 16, "discriminator_optimizer": 16 - 9}
+
+
+def test_a_finished_training_keeps_its_description(tmp_path):
+    """Called again with other flags, it trains nothing and says of the file what was."""
+    train("--tokenizer kl --latent_noise 2 --epochs 1", tmp_path)
+    before = torch.load(tmp_path / "tokenizer.ckpt", weights_only=True)["config"]
+    train(f"--tokenizer kl --epochs 1 --resume {tmp_path}", tmp_path)
+    after = torch.load(tmp_path / "tokenizer.ckpt", weights_only=True)["config"]
+    assert before["training"] == after["training"]
+    assert after["training"]["flags"] == "--latent_noise 2.0"
+
+
+def test_what_a_network_does_not_use(tmp_path, capsys):
+    """It is said, and not written into its file; a fitted one takes no losses at all."""
+    flags = "--epochs 1 --batch_size 1024 --kl_weight 3 --codebook ema --latent_noise 1"
+    train(f"--tokenizer vq --num_codes 8 {flags}", tmp_path / "vq")
+    assert "NOTE: not used by vq: --kl_weight\n" in capsys.readouterr().out
+    file = torch.load(tmp_path / "vq" / "tokenizer.ckpt", weights_only=True)
+    assert file["config"]["training"]["flags"] == "--codebook ema --latent_noise 1.0"
+    flags = f"{SHORT} --tokenizer pca --stride 4 --vae_embed_dim 2 --latent_noise 1"
+    main_tokenizer.main([*shlex.split(flags), "--output_dir", str(tmp_path / "pca")])
+    assert "not used by pca: --ch, --latent_noise, --lr\n" in capsys.readouterr().out
+
+
+def test_a_preset_can_be_overridden(tmp_path):
+    """Also what it switches on."""
+    flags = ["--preset", "ldm-kl16", "--no-encoder_attention", "--blr", "1e-4"]
+    args, _ = presets.apply_to_network(main_tokenizer.get_parser(), flags)
+    assert not args.encoder_attention and args.decoder_attention
+    assert args.blr == 1e-4 and args.lr is None
 
 
 def test_a_dry_run_leaves_nothing(tmp_path, capsys):

@@ -143,7 +143,7 @@ class TrainState:
                 f"{source}: not finite: {first_few(bad)}; it is damaged, or of a run that diverged"
             )
         own = [
-            {name: group[name] for name in ("weight_decay", "fused", "foreach")}
+            {name: group[name] for name in ("weight_decay", "betas", "fused", "foreach")}
             for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -155,6 +155,8 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint["scaler"])
 
     def _load_parts(self, states, source):
+        for name in states.keys() - self.parts.keys():
+            print0(f"NOTE: the {name} in {source} is not used, and left out of what is saved")
         for name, part in self.parts.items():
             if name not in states:
                 print0(f"NOTE: {source} has no {name}: it begins anew")

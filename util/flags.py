@@ -97,7 +97,8 @@ class Help(argparse.HelpFormatter):
         return "X" if action.type in numbers else action.dest.upper()
 
     def _get_help_string(self, action):
-        if isinstance(action, argparse._StoreTrueAction | argparse._StoreFalseAction):
+        switches = argparse._StoreTrueAction | argparse._StoreFalseAction
+        if isinstance(action, switches | argparse.BooleanOptionalAction):
             return f"{action.help} (default: off)"
         if isinstance(action.default, tuple):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"

@@ -9,6 +9,7 @@ Each field is defined once, with its default, its help text and whatever else it
 """
 
 import dataclasses
+from argparse import BooleanOptionalAction
 
 
 def setting(default, help, flag=None, **details):
@@ -16,8 +17,8 @@ def setting(default, help, flag=None, **details):
 
     help: help text of its flag. flag: name of the flag, if it differs from the field's; "" for no
     flag. details: `type`, `choices`, `metavar`, `nargs` as in argparse; `otherwise`, the meaning of
-    None, in words; any other is a property that the class documents, such as `fixed` of
-    models.settings.Model.
+    None, in words; `both`, whether a flag that is on or off has a --no-… as well; any other is a
+    property that the class documents, such as `fixed` of models.settings.Model.
     """
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, **details})
 
@@ -55,6 +56,10 @@ class Settings:
         """A copy with some values replaced. Raises ValueError for a name that is no field."""
         return self.of(**{**self.asdict(), **values})
 
+    def without(self, names):
+        """A copy with the defaults in place of the values of these names, as far as it has them."""
+        return self.but(**{f.name: f.default for f in self.fields() if f.name in names})
+
     def asdict(self):
         """Name -> value as plain data, the form stored in checkpoints and reports."""
         values = {name: getattr(self, name) for name in self.names()}
@@ -82,7 +87,9 @@ def add_flags(group, cls, only=None, unset=None, **defaults):
             default = None
         if default is None and (meaning := unset or details.get("otherwise")):
             words = f"{words} (default: {meaning})"
-        if isinstance(field.default, bool):
+        if details.get("both"):
+            options["action"] = BooleanOptionalAction
+        elif isinstance(field.default, bool):
             options["action"] = "store_false" if field.default else "store_true"
         group.add_argument(
             f"--{name}", dest=destination(field), default=default, help=words, **options
