@@ -105,8 +105,8 @@ class Report:
         folders = {"training": "tokenizer"}
         folders |= {"held out": "held_out"} if self.plan.held_out != "train" else {}
         self.page.text(
-            f"A KL autoencoder, trained from scratch. {self.took('tokenizer')} "
-            "Originals above, reconstructions below."
+            f"A KL autoencoder, trained from scratch. {self.took('tokenizer')} All of it: "
+            "tokenizer/index.html. Originals above, reconstructions below."
         )
         rows = []
         for name, folder in folders.items():
