@@ -23,8 +23,8 @@ OUTPUT = "output_dir/pipeline"
 PLAN = "plan.json"
 GUIDANCE = ("1", "3")
 # what is affordable in ten minutes on two cores, whatever the number of pictures
-TOKENIZER_IMAGES = 25_000  # that the tokenizer is trained with, repetitions counted
-MAR_STEPS = 2_500
+TOKENIZER_IMAGES = 20_000  # that the tokenizer is trained with, repetitions counted
+MAR_STEPS = 3_000
 SAMPLES = 900  # at most, for each scale of guidance
 
 # stage -> command; what is in braces are fields of Run
