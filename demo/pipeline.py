@@ -15,16 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from util import jsonl
-from util.data import check_data_set
 from util.files import make_folder, replacing
 from util.flags import Parser, positive_int, run
 from util.run import stop
 
 OUTPUT = "output_dir/pipeline"
+PLAN = "plan.json"
 GUIDANCE = ("1", "3")
 # what is affordable in ten minutes on two cores, whatever the number of pictures
-TOKENIZER_IMAGES = 25_000  # that the tokenizer is trained with, repetitions counted
-MAR_STEPS = 2_500
+TOKENIZER_IMAGES = 20_000  # that the tokenizer is trained with, repetitions counted
+MAR_STEPS = 3_000
 SAMPLES = 900  # at most, for each scale of guidance
 
 # stage -> command; what is in braces are fields of Run
@@ -74,6 +74,7 @@ class Run:
     """What the commands depend on."""
 
     data: str  # folder of the pictures
+    emoji: bool  # whether they are the demo's
     train: str  # folder of those for training
     reference: str  # folder of the pictures that images are compared with
     held_out: str  # name of that split; train if there is no other
@@ -89,8 +90,8 @@ class Run:
         return [word.format(**asdict(self)) for word in COMMANDS[stage].split()]
 
 
-def main(argv=None):
-    """Run the script."""
+def get_parser():
+    """The parser of all flags."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--data_path", metavar="PATH", help="pictures, train/class/picture (default: emoji)"
@@ -103,35 +104,42 @@ def main(argv=None):
     parser.add_argument(
         "--img_size", type=positive_int, default=32, metavar="N", help="side of the pictures"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv=None):
+    """Run the script."""
+    args = get_parser().parse_args(argv)
     data, out = args.data_path, args.output_dir
-    if data:
-        check_data_set(data)
+    if data and not Path(data).is_dir():
+        raise ValueError(f"--data_path {data}: expected a folder with train/class/picture")
     out = Path(out or (f"{OUTPUT}_{Path(data).resolve().name}" if data else OUTPUT))
     data = data or str(out / "emoji")
     make_folder(out, "--output_dir")
     if not args.data_path:
         call("pictures", ["-m", "demo.emoji", data], out)
-    plan = plan_run(data, out, args.img_size)
-    keep_plan(plan, out / "plan.json")
+    plan = plan_run(data, not args.data_path, out, args.img_size)
+    keep_plan(plan, out / PLAN)
     for stage in stages(plan):
         call(stage, plan.command(stage), out)
-
-    from demo.report import write_report
-
-    write_report(plan, own=bool(args.data_path))
+    sys.exit(execute(["-m", "demo.report", str(out)]))
 
 
-def plan_run(data, out, size):
+def plan_run(data, emoji, out, size):
     """The Run for a folder of pictures. Raises ValueError for a folder without any."""
     from util.data import open_data
+    from util.data.classes import are_none
     from util.data.listing import data_folder
 
-    count = len(open_data(data, "train", size))
+    pictures = open_data(data, "train", size)
+    if are_none(pictures.classes):
+        raise ValueError(f"--data_path {data}: pictures without classes, expected class folders")
+    count = len(pictures)
     mar_epochs = max(1, round(MAR_STEPS * min(32, max(1, count // 8)) / count))
     held_out = next((each for each in ("val", "test") if Path(data, each).is_dir()), "train")
     return Run(
-        data=str(data),
+        data=data,
+        emoji=emoji,
         train=data_folder(data, "train"),
         reference=data_folder(data, held_out),
         held_out=held_out,

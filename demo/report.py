@@ -1,4 +1,9 @@
-"""The page of demo/pipeline.py: pictures, metrics, times and commands of every stage."""
+"""The page of demo/pipeline.py: pictures, metrics, times and commands of every stage.
+
+    python -m demo.report output_dir/pipeline
+
+Writes report.md and report.html from what the stages wrote into the folder.
+"""
 
 import math
 import shlex
@@ -11,13 +16,15 @@ from PIL import Image
 
 from demo.decode import decode, open_latents
 from demo.document import Document
-from demo.pipeline import GUIDANCE, stages
+from demo.pipeline import GUIDANCE, PLAN, Run, stages
 from util import jsonl, provenance
 from util.data import open_data
 from util.data.settings import PLAIN
+from util.flags import Parser, run
 from util.images import grid, save_image, to_uint8
 from util.run.page import points, read_log
 
+PARTS = ("summary", "pictures", "tokenizer", "cache", "model", "samples", "metrics", "stages")
 SHOWN = 12  # pictures of a class
 CLASSES = 20  # that are shown at most
 NEAREST = 3
@@ -25,29 +32,25 @@ SIDE = 48  # pixels of a picture on the page, at least
 METRICS = {"frechet_distance": "Fréchet distance", "precision": "precision", "recall": "recall"}
 
 
-def write_report(plan, own):
-    """Write report.md and report.html. plan: a demo.pipeline.Run. own: whose pictures they are."""
-    report = Report(plan, own)
-    for part in (
-        "summary",
-        "pictures",
-        "tokenizer",
-        "cache",
-        "model",
-        "samples",
-        "metrics",
-        "stages",
-    ):
+def main(argv=None):
+    """Run the script."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="the --output_dir of demo.pipeline")
+    folder = Path(parser.parse_args(argv).folder)
+    if not (folder / PLAN).is_file():
+        raise ValueError(f"{folder}: expected the --output_dir of demo.pipeline, with {PLAN}")
+    report = Report(Run(**jsonl.parse((folder / PLAN).read_text("utf-8"))))
+    for part in PARTS:
         getattr(report, part)()
-    report.page.write(plan.out)
-    print(f"\nin {plan.out}: report.html, report.md, and folders of every stage")
+    report.page.write(folder)
+    print(f"\nin {folder}: report.html, report.md, and folders of every stage")
 
 
 class Report:
     """The parts of the page, each of which reads what its stages wrote."""
 
-    def __init__(self, plan, own):
-        self.plan, self.own, self.out = plan, own, Path(plan.out)
+    def __init__(self, plan):
+        self.plan, self.out = plan, Path(plan.out)
         self.page = Document("From a folder of pictures to samples")
         self.train = Pictures(plan.data, "train", plan.size)
         self.samples_of = {cfg: read_samples(self.out / f"guidance{cfg}") for cfg in GUIDANCE}
@@ -80,7 +83,11 @@ class Report:
         """The data set, by class."""
         names, counts = self.train.classes, Counter(self.train.labels)
         self.page.section("Pictures")
-        source = "Pictures" if self.own else "Emoji (Twemoji, © Twitter, Inc and others, CC-BY 4.0)"
+        source = (
+            "Emoji (Twemoji, © Twitter, Inc and others, CC-BY 4.0)"
+            if self.plan.emoji
+            else "Pictures"
+        )
         held_out = f"; {self.plan.held_out} is held out" if self.plan.held_out != "train" else ""
         self.page.text(
             f"{source}: {len(self.train.labels)} for training at {self.plan.size} pixels"
@@ -98,8 +105,8 @@ class Report:
         folders = {"training": "tokenizer"}
         folders |= {"held out": "held_out"} if self.plan.held_out != "train" else {}
         self.page.text(
-            f"A KL autoencoder, trained from scratch. {self.took('tokenizer')} "
-            "Originals above, reconstructions below."
+            f"A KL autoencoder, trained from scratch. {self.took('tokenizer')} All of it: "
+            "tokenizer/index.html. Originals above, reconstructions below."
         )
         rows = []
         for name, folder in folders.items():
@@ -288,3 +295,7 @@ def clock(seconds):
     """A time in words."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+if __name__ == "__main__":
+    run(main)

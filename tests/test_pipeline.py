@@ -9,7 +9,7 @@ import pytest
 from cli import ROOT, complain
 from PIL import Image
 
-from demo import emoji, pipeline
+from demo import emoji, pipeline, report
 from util import jsonl
 
 MODEL = "--model mar_tiny --diffloss_w 16"
@@ -59,12 +59,19 @@ def here(monkeypatch):
     return ran
 
 
+def call(flags):
+    """Run the demo, which ends with the status of its last command."""
+    with pytest.raises(SystemExit) as end:
+        pipeline.main(flags)
+    assert end.value.code == 0
+
+
 def test_the_page_shows_every_stage(data, tmp_path, here, capsys):
     """Pictures, numbers and the command of each stage; the HTML needs no other file. Called again,
     nothing is run again."""
     out = tmp_path / "out"
     flags = ["--data_path", str(data), "--output_dir", str(out), "--img_size", "16"]
-    pipeline.main(flags)
+    call(flags)
     markdown, page = ((out / f"report.{kind}").read_text("utf-8") for kind in ("md", "html"))
     for section in ("Pictures", "Tokenizer", "Cache", "MAR", "Samples", "Metrics", "Times"):
         assert f"## {section}" in markdown and f"<h2>{section}" in page
@@ -76,14 +83,14 @@ def test_the_page_shows_every_stage(data, tmp_path, here, capsys):
     assert page.count("data:image/png;base64,") == sum(path.endswith(".png") for path in linked)
     assert page.count("<svg") == sum(path.endswith(".svg") for path in linked)
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
-    for words in here:
+    for words in here[:-1]:
         assert " ".join(words) in markdown
     assert f"{jsonl.read(out / 'tokenizer' / 'results.jsonl')[-1]['psnr']:.2f}" in markdown
     for record in jsonl.read(out / "metrics" / "results.jsonl"):
         assert f"{record['frechet_distance']:.2f}" in markdown
-    count = len(here)
-    pipeline.main(flags)
-    assert len(here) == count == len(jsonl.read(out / "stages.jsonl"))
+    *before, page = here
+    call(flags)
+    assert here == [*before, page, page] and len(before) == len(jsonl.read(out / "stages.jsonl"))
     flags[-1] = "8"
     assert "of a run with size 16 (now 8)" in complain(capsys, pipeline.main, *flags)
 
@@ -121,9 +128,20 @@ def test_a_wrong_folder_is_said_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_without_classes_are_refused_at_once(data, tmp_path, capsys):
+    """Not after minutes, when samples of a class are wanted."""
+    flags = ["--data_path", data / "train" / "red", "--output_dir", tmp_path / "out"]
+    assert "expected class folders" in complain(capsys, pipeline.main, *flags)
+
+
+def test_a_folder_without_a_run_has_no_page(tmp_path, capsys):
+    """It says what was expected."""
+    assert "expected the --output_dir of demo.pipeline" in complain(capsys, report.main, tmp_path)
+
+
 def test_every_command_parses():
     """The flags of the demo's commands are those of the scripts."""
-    plan = pipeline.Run("d", "d/train", "d/val", "val", "o", 32, 2, 3, 1, 4)
+    plan = pipeline.Run("d", False, "d/train", "d/val", "val", "o", 32, 2, 3, 1, 4)
     for stage in pipeline.stages(plan):
         words = plan.command(stage)
         assert not [word for word in words if "{" in word or "}" in word]
