@@ -85,7 +85,8 @@ ROWS = {
     "vq-adversarial": VQ(perceptual=True, disc_weight=0.75),
     "vq-adversarial-noise": VQ(perceptual=True, disc_weight=0.75, noise=3.0),
 }
-MODELS = ("kl-adversarial", "kl-adversarial-noise")  # rows on whose latents a MAR is trained
+# rows on whose latents a MAR is trained
+MODELS = ("kl-adversarial", "kl-adversarial-noise1", "kl-adversarial-noise")
 
 
 def get_parser():
