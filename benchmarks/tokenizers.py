@@ -8,6 +8,7 @@ Finished runs are reused and stopped ones resumed, so that a command may be repe
 """
 
 import json
+import statistics
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -85,7 +86,8 @@ ROWS = {
     "vq-adversarial": VQ(perceptual=True, disc_weight=0.75),
     "vq-adversarial-noise": VQ(perceptual=True, disc_weight=0.75, noise=3.0),
 }
-MODELS = ("kl-adversarial", "kl-adversarial-noise")  # rows on whose latents a MAR is trained
+# rows on whose latents a MAR is trained
+MODELS = ("kl-adversarial", "kl-adversarial-noise1", "kl-adversarial-noise")
 
 
 def get_parser():
@@ -325,9 +327,13 @@ def cells(row, record):
 def model_cells(row, seeds):
     """Rows of the table of MARs: one for each guidance, of all seeds; none if there is no seed."""
     for cfg in GUIDANCE if seeds else ():
-        values = [distance(records[cfg]) for records in seeds.values()]
-        own = {"tokenizer": row.label, "guidance": cfg, "Fréchet distance": spread(values)}
-        yield own | {"of each seed": ", ".join(f"{value:.2f}" for value in values)}
+        found = [records[cfg] for records in seeds.values()]
+        values = [distance(record) for record in found]
+        cell = {"tokenizer": row.label, "guidance": cfg, "Fréchet distance": spread(values)}
+        cell["of each seed"] = ", ".join(f"{value:.1f}" for value in values)
+        for name in ("precision", "recall"):
+            cell[name] = statistics.mean(record[name] for record in found)
+        yield cell
 
 
 def distance(record):

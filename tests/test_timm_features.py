@@ -9,6 +9,7 @@ from test_metrics import folder, pictures
 
 from util.evaluation import __main__ as door
 from util.evaluation.features import SMALLEST, Extractor, pick_weights
+from util.evaluation.metrics import pick_metrics
 from util.evaluation.settings import Evaluation
 from util.flags import run
 
@@ -84,6 +85,13 @@ def test_at_the_door(tmp_path, file):
     record = json.loads((tmp_path / "results.jsonl").read_text())
     assert record["extractor"] == NAME
     assert record["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_accuracy_is_left_out():
+    """The classes of timm's models are not those of the data."""
+    assert "accuracy" not in pick_metrics(None, NAME)
+    with pytest.raises(ValueError, match="metric 'accuracy': is not for the extractor timm:test"):
+        pick_metrics(["accuracy"], NAME)
 
 
 @pytest.mark.parametrize(

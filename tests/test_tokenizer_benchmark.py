@@ -15,9 +15,8 @@ RECORD |= {"extractor": "grey-pixels"}
 
 def samples(*distances):
     """The records of a MAR, by guidance."""
-    lines = [
-        {"frechet_distance": d, "images": 8, "real": {"frechet_distance": 1.0}} for d in distances
-    ]
+    more = {"precision": 0.5, "recall": 0.25, "images": 8, "real": {"frechet_distance": 1.0}}
+    lines = [{"frechet_distance": distance, **more} for distance in distances]
     return dict(zip(tokenizers.GUIDANCE, lines, strict=True))
 
 
@@ -33,8 +32,8 @@ def test_table():
     label = "VQ, L1 + perceptual + adversarial, noise 3"
     assert f"| {label} | 12.35 | 20 | 0.5 | – | – | 0.5 | 100 |" in text
     row = "| KL, L1 + perceptual + adversarial |"
-    assert f"{row} 1 | 11.00 ± 1.41 | 10.00, 12.00 |" in text
-    assert f"{row} 3 | 6.00 ± 0.00 | 6.00, 6.00 |" in text
+    assert f"{row} 1 | 11.00 ± 1.41 | 10.0, 12.0 | 0.5 | 0.25 |" in text
+    assert f"{row} 3 | 6.00 ± 0.00 | 6.0, 6.0 |" in text
     assert "8 samples; as many real training images have a distance of 1.0." in text
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from util.classifier import fit_classifier
 from util.data import kind_of
 from util.data.digits import digits
-from util.evaluation.metrics import INCEPTION
+from util.evaluation.metrics import INCEPTION, TIMM
 from util.sizes import sides
 from util.table import Table
 from util.timm_models import open_timm
@@ -27,7 +27,6 @@ INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
     "weights-inception-2015-12-05-6726825d.pth"
 )
-TIMM = "timm:"  # begins the name of a classifier of timm
 # Smaller images are enlarged to it for timm's, made for 224 pixels. At 64 pixels
 # tf_efficientnet_lite0 recognizes 25% of pictures of 64 pixels, at 96 42%, at 224, for five times
 # the time, 48%.

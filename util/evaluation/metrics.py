@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from util.table import Table
 
 INCEPTION = "inception-v3-compat"  # the extractor with which a Fréchet distance is the FID
+TIMM = "timm:"  # begins the name of an extractor that is a classifier of timm
 NEIGHBORS = 3  # Kynkäänniemi et al. 2019
 SSIM_WINDOW = 11  # pixels; Wang et al. 2004
 SPLITS = ("torch-fidelity", "adm")  # of the Inception Score, see RunningInceptionScore
@@ -155,6 +156,11 @@ def _is_other(extractor):
     return extractor != INCEPTION
 
 
+def _knows_labels(extractor):
+    """Whether its classes are those of the data; Inception's 1,008 and timm's are ImageNet's."""
+    return extractor != INCEPTION and not extractor.startswith(TIMM)
+
+
 METRICS = Table(
     "metric",
     {
@@ -166,8 +172,7 @@ METRICS = Table(
         "inception_score": Metric(
             {"inception_score": "IS", "inception_score_std": None}, _inception_score, ("logits",)
         ),
-        # Inception's 1,008 classes are not the labels
-        "accuracy": Metric("accuracy", _accuracy, ("labels",), fits=_is_other),
+        "accuracy": Metric("accuracy", _accuracy, ("labels",), fits=_knows_labels),
         "precision_recall": Metric(
             {"precision": "precision", "recall": "recall"},
             _precision_recall,
