@@ -85,11 +85,10 @@ class Document:
 def alone(figure):
     """The SVG in a figure of util.run.charts, as a file of its own, with its title above it."""
     begin, end = figure.index("<svg"), figure.index("</svg>")
-    svg = figure[begin:end].replace(
-        "<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="380"', 1
-    )
+    own = '<svg xmlns="http://www.w3.org/2000/svg" width="380" font-family="sans-serif"'
+    svg = figure[begin:end].replace("<svg", own, 1)
     title = figure[:begin].split("<figcaption>")[1].split("<")[0]
-    title = f'<text x="380" y="24" class="end">{title}</text>'
+    title = f'<text x="370" y="22" class="end">{title}</text>'
     return svg.replace(">", f"><style>{STYLE}</style>", 1) + title + "</svg>"
 
 
