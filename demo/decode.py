@@ -1,8 +1,8 @@
-"""The pictures of a cache, decoded by its tokenizer: the best that a model of it can sample.
+"""The latents of a cache, decoded: what a perfect model of them would sample.
 
     python -m demo.decode --cached_path output_dir/cache --out decoded.npz
 
-The .npz is one for `python -m util.evaluation`.
+`python -m util.evaluation` takes the .npz as generated images.
 """
 
 from util.flags import Parser, nonnegative_int, run

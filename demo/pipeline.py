@@ -4,7 +4,7 @@
     python -m demo.pipeline --data_path FOLDER --output_dir output_dir/mine
 
 Every stage is one command, printed before it runs. report.md and report.html in the output folder
-show pictures, metrics and commands of all. Called again, it goes on where it was stopped.
+show pictures, metrics and commands of all. Called again, it resumes where it was stopped.
 """
 
 import shlex
@@ -22,8 +22,8 @@ from util.run import stop
 OUTPUT = "output_dir/pipeline"
 PLAN = "plan.json"
 GUIDANCE = ("1", "3")
-# what is affordable in ten minutes on two cores, whatever the number of pictures
-TOKENIZER_IMAGES = 20_000  # that the tokenizer is trained with, repetitions counted
+# sizes of the runs: about ten minutes on two cores, whatever the number of pictures
+TOKENIZER_IMAGES = 20_000  # seen in the training of the tokenizer, repetitions counted
 MAR_STEPS = 3_000
 SAMPLES = 900  # at most, for each scale of guidance
 
@@ -168,7 +168,7 @@ def keep_plan(plan, path):
 
 
 def stages(plan):
-    """Names of the stages but the drawing of emoji, for a Run."""
+    """Names of the stages of a Run, after the pictures are there."""
     return [s for s in COMMANDS if s != "held-out pictures" or plan.held_out != "train"]
 
 
@@ -184,7 +184,7 @@ def call(stage, words, out):
     record = {"stage": stage, "command": words, "seconds": seconds, "status": status}
     jsonl.append(log, record)
     if status:
-        print(f"{stage}: ended with status {status}; the same command goes on there")
+        print(f"{stage}: ended with status {status}; the same command resumes there")
         sys.exit(status)
 
 

@@ -1,4 +1,4 @@
-"""The page of demo/pipeline.py: pictures, metrics, times and commands of every stage.
+"""The page of demo/pipeline.py: pictures, metrics, times and commands of all stages.
 
     python -m demo.report output_dir/pipeline
 
@@ -72,7 +72,7 @@ class Report:
     # ---- stages --------------------------------------------------------------------------------
 
     def summary(self):
-        """The time of the whole."""
+        """Number of stages, and the total time."""
         total, cores = sum(self.seconds.values()), torch.get_num_threads()
         self.page.text(
             f"{len(self.seconds)} stages, each one command of this library, took {clock(total)} "
@@ -119,7 +119,7 @@ class Report:
         self.curves("tokenizer", ("loss", "l1", "kl"))
 
     def latents(self):
-        """The channels of latents beside pictures that they are decoded to."""
+        """A few decoded pictures, each with the channels of its latents."""
         cache, tokenizer = open_latents(self.out / "cache")
         count = len(cache)
         latents, images = decode(cache, tokenizer, [i * count // 6 for i in range(6)], seed=0)
@@ -137,7 +137,7 @@ class Report:
         )
 
     def cache(self):
-        """What it holds."""
+        """Shape, size and time of the cache of latents."""
         folder = self.out / "cache"
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         cache, _ = open_latents(folder)
@@ -149,7 +149,7 @@ class Report:
         )
 
     def model(self):
-        """The training of MAR."""
+        """Time and curves of MAR's training."""
         self.page.section("MAR")
         self.page.text(f"{self.took('MAR')} All of the run is in mar/index.html.")
         self.curves("mar", ("loss", "grad_norm"))
@@ -166,7 +166,7 @@ class Report:
         self.nearest()
 
     def nearest(self):
-        """Whether the model repeats the training pictures: pictures and distances."""
+        """Whether the model memorized training pictures: the nearest ones, and distances."""
         samples = self.samples_of[GUIDANCE[-1]]
         first = np.concatenate([samples.of(i)[:1] for i in range(len(self.train.classes))][:SHOWN])
         _, found = self.train.nearest(first, NEAREST)
@@ -189,11 +189,11 @@ class Report:
         )
         self.page.text(
             "Distances are root mean squares over pixels of 0 to 255. Samples much nearer than "
-            "held-out pictures are training pictures learned by heart."
+            "held-out pictures are memorized training pictures."
         )
 
     def metrics(self):
-        """The table of python -m util.evaluation."""
+        """The metrics that python -m util.evaluation computed."""
         self.page.section("Metrics")
         found = jsonl.read(self.out / "metrics" / "results.jsonl")
         latest = {record["source"]: record for record in found}
@@ -206,14 +206,15 @@ class Report:
         self.page.table(["images", "number", *METRICS.values()], rows)
         against = "training" if self.plan.held_out == "train" else "held-out"
         self.page.text(
-            f"Compared with the {against} pictures in the colours of 8×8 parts (coarse-pixels), "
-            "which need no network and see no detail: compare rows of this table only. Training "
-            "pictures have the distance of a perfect model, decoded ones that of a perfect model "
-            "with this tokenizer."
+            f"Compared with the {against} pictures by the mean colors of 8×8 parts "
+            "(coarse-pixels), which need no pretrained network and see no detail: compare rows of "
+            "this table only. "
+            "Training pictures have the distance of a perfect model, decoded ones that of a "
+            "perfect model with this tokenizer."
         )
 
     def stages(self):
-        """Times and commands."""
+        """Time and command of each stage."""
         self.page.section("Times and commands")
         total = sum(self.seconds.values())
         rows = [[name, clock(seconds)] for name, seconds in self.seconds.items()]
@@ -281,7 +282,7 @@ def read_samples(folder):
 
 
 def spread(images, count):
-    """So many of the images, evenly spread."""
+    """`count` of the images, evenly spaced, then white ones if there are fewer."""
     return pad(images[[i * len(images) // count for i in range(min(count, len(images)))]], count)
 
 
