@@ -24,7 +24,7 @@ from util.outputs import Outputs, in_order, open_outputs
 from util.precision import autocast
 from util.rng import EpochDraws, image_generators
 from util.run import stop
-from util.run.loop import Work, run_epoch
+from util.run.loop import Work, run_epoch, unsynchronized
 from util.weights import digest
 
 UNKNOWN_RANGE = 10.0  # latents have a std of about 1; used if training recorded no range
@@ -176,15 +176,6 @@ def to_latents(tokenizer, batch, cached, generator):
     """Latents (N, C, h, w) drawn from a batch of images, or of moments if it is cached."""
     moments = batch.float() if cached else tokenizer.encode(batch)  # shards are float16
     return tokenizer.sample(moments, generator)
-
-
-def unsynchronized(model):
-    """A context without gradient synchronization, to accumulate gradients over batches."""
-    if dist.is_sharded(model):
-        from util.run import fsdp
-
-        return fsdp.unsynchronized(model)
-    return nullcontext() if model is unwrap(model) else model.no_sync()
 
 
 def optimizer_step(model, optimizer, scaler, grad_clip):

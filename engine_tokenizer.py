@@ -1,7 +1,7 @@
 """The training of tokenizers."""
 
 from collections import Counter
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from util.evaluation.reports import few_images, report
 from util.images import grid, save_image, to_uint8
 from util.precision import autocast
 from util.rng import EpochDraws
-from util.run.loop import Work, run_epoch
+from util.run.loop import Work, run_epoch, unsynchronized
 
 # without the adversarial loss, LDM's values for it cost 0.5 dB on the digits
 BETAS = (0.9, 0.99)
@@ -134,8 +134,9 @@ class _Images(Work):
 
     def batch(self, batch, labels, source, first, last):
         with ExitStack() as context:
-            for each in (self.model, self.pair):
-                context.enter_context(nullcontext() if last else unsynchronized(each))
+            if not last:
+                for wrapped in filter(None, (self.model, self.pair)):
+                    context.enter_context(unsynchronized(wrapped))
             with autocast(self.device, self.precision):
                 target, output = self.model(batch, source.generator)
                 scale = self.scaler.get_scale() / self.accum_iter
@@ -145,9 +146,9 @@ class _Images(Work):
             self._backward(loss)
             if self.objective.adversarial(self.done):
                 with autocast(self.device, self.precision):
-                    other = self.objective.discriminator_loss(self.pair, target, output[0])
-                self._backward(other[0])
-                terms |= other[1]
+                    own, more = self.objective.discriminator_loss(self.pair, target, output[0])
+                self._backward(own)
+                terms |= more
         self._note(terms)
         if self.learner:
             self.latents.append([x.detach() for x in output[1:]])
@@ -188,11 +189,6 @@ class _Images(Work):
 def steps_of(optimizer):
     """Number of steps that an Adam has taken."""
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
-
-
-def unsynchronized(model):
-    """A context without gradient synchronization, to accumulate gradients over batches."""
-    return model.no_sync() if hasattr(model, "no_sync") else nullcontext()
 
 
 # ---- pictures --------------------------------------------------------------------------------

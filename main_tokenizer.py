@@ -66,7 +66,7 @@ def get_parser():
     )
     group.add_argument(
         "--preset",
-        choices=presets.NETWORKS,
+        choices=presets.NETWORK_PRESETS,
         metavar="NAME",
         help="a named set of flags: a published recipe, or small, which fits a small data set; "
         "flags on the command line override it (default: none)",
@@ -230,7 +230,6 @@ def measure(this, tokenizer, epochs=None, **report):
     util.evaluation.reports.report, such as a logger.
     """
     import engine_tokenizer as engine
-    from models import tokenizer_file
     from util.dist import is_main, print0
 
     args, images = this.args, this.images
@@ -246,10 +245,17 @@ def measure(this, tokenizer, epochs=None, **report):
         output_dir=args.output_dir,
         **report,
     )
-    if not is_main():
-        return
-    if args.epochs:  # scale and shift are in the file
-        found = {"extractor": this.extractor.name, "images": len(images)}
+    if is_main():
+        pass_on(this, metrics)
+
+
+def pass_on(this, metrics):
+    """Write metrics into the file of a trained network; of others, print scale and shift."""
+    from models import tokenizer_file
+    from util.dist import print0
+
+    if this.args.epochs:  # scale and shift are in the file
+        found = {"extractor": this.extractor.name, "images": len(this.images)}
         found |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
         tokenizer_file.add_metrics(this.file, found)
     elif "scale_per_channel" in metrics:
@@ -318,7 +324,7 @@ def train(this, given, img_size):
     if idle := sorted(unused(args.tokenizer) & given):
         print0(f"NOTE: not used by {args.tokenizer}: {', '.join(f'--{name}' for name in idle)}")
     epochs = args.epochs
-    if hasattr(network, "fit"):
+    if network.fitted:
         engine.fit_patches(network, dataset, **this.loading())
     else:
         network, epochs = optimize(this, network, dataset)
@@ -401,11 +407,11 @@ def start_state(this, network, recipe, loader):
         losses = losses.but(disc_start=0)  # it shows what the run needs at most
     if losses.disc_weight:
         check_sides(losses.disc_layers, sides(args.img_size))
-    if losses.perceptual == "none":
-        print0("NOTE: without a perceptual loss, reconstructions are blurred; see --perceptual")
     how = {"precision": this.precision, "batch_images": recipe.batch_size * world_size()}
     how |= {"device": this.device, "seed": args.seed}
     state, objective = engine.new_state(network, recipe, losses, **how)
+    if not objective.perceptual:
+        print0("NOTE: without a perceptual loss, reconstructions are blurred; see --perceptual")
     listing = Path(args.output_dir) / CHECKED.format("train")
     more = {"cached": False, "listing": listing, "precision": this.precision}
     state.record = describe(None, loader, recipe, state.optimizer, **more)
@@ -459,7 +465,7 @@ def write(this, network, dataset, epochs, most=None):
     from util.data.loader import evenly
 
     args = this.args
-    per_channel = args.per_channel or hasattr(network, "fit")
+    per_channel = args.per_channel or network.fitted
     how = {**this.loading(), "per_channel": per_channel}
     found = network.fixed_scale, 0.0
     if not network.fixed_scale:

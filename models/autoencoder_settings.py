@@ -6,7 +6,10 @@ from util.flags import checked, fraction, integer, nonnegative, nonnegative_int,
 from util.settings import Settings, setting
 from util.table import Table
 
-CODEBOOKS = ("gradient", "ema")
+# how codes are learned -> class with `of(network, losses, generator)`
+CODEBOOKS = Table(
+    "--codebook", {"gradient": "models.codebook:Reviver", "ema": "models.codebook:MovingAverages"}
+)
 # fields of util.recipe.Recipe that apply to these networks
 RECIPE = ("accum_iter", "lr", "blr", "min_lr", "lr_schedule", "warmup_epochs", "grad_clip")
 RECIPE += ("ema_rate",)
@@ -131,9 +134,5 @@ NETWORKS = Table(
         "pca": "models.pca:PatchPCA",
     },
 )
-CHANNELS = {
-    "kl": 4,
-    "vq": 4,
-    "vq_latent": 4,
-    "pca": 24,
-}  # of latents, unless --vae_embed_dim is given
+# channels of their latents, unless --vae_embed_dim is given
+CHANNELS = {"kl": 4, "vq": 4, "vq_latent": 4, "pca": 24}

@@ -1,4 +1,4 @@
-"""Networks of tokenizers by the flags: new ones, resumed ones, and what is said of them."""
+"""The network of a tokenizer by its flags: built, resumed, and described for its file."""
 
 from inspect import signature
 
@@ -52,12 +52,11 @@ def unused(kind):
     others = {name for each in NETWORKS for name in NETWORKS[each].own_losses}
     names = {*Network.names()} - arguments(kind, Network()).keys()
     names |= others - {*network.own_losses}
-    fitted = hasattr(network, "fit")
-    return names | ({*Losses.names(), *Changes.names(), *RECIPE} if fitted else set())
+    return names | ({*Losses.names(), *Changes.names(), *RECIPE} if network.fitted else set())
 
 
 def described(args, network, dataset, epochs, precision, resumed=None):
-    """What the file and the checkpoints of a network say of it, name -> plain data.
+    """The entries on a network in its file and its checkpoints, name -> plain data.
 
     args: the parsed flags. epochs: those that it was trained for. resumed: content of the
     checkpoint that was resumed, if any.

@@ -9,8 +9,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.autoencoder_settings import CODEBOOKS
 from util import dist
-from util.precision import float64_device, full_precision
+from util.evaluation.metrics import code_use
+from util.precision import full_precision
 
 MAX_DISTANCES = 2**24  # of points and codes, in memory at once: 64 MiB, however many points
 PATIENCE = 20  # latents per code; a code that is the nearest to none of them is revived
@@ -57,19 +59,6 @@ class Codebook(nn.Module):
         """Latents (N, C, h, w) -> indices of their nearest codes, (N, h, w) int64."""
         n, _, h, w = latents.shape
         return nearest(rows(latents), self.embedding.weight).view(n, h, w)
-
-
-def code_use(counts):
-    """Metrics of how often each code was the nearest, (K,): name -> number.
-
-    `codes_used`: fraction of codes in use. `code_perplexity`: exp of the entropy of their
-    frequencies.
-    """
-    counts = counts.to(float64_device(counts.device)).double()
-    frequency = counts / counts.sum().clamp_min(1)
-    entropy = -torch.special.xlogy(frequency, frequency).sum()
-    used = (counts > 0).double().mean()
-    return {"codes_used": used.item(), "code_perplexity": entropy.exp().item()}
 
 
 # ---- the entropy loss --------------------------------------------------------------------------
@@ -126,6 +115,11 @@ class Reviver:
         self.seen = torch.zeros_like(self.uses)  # uses since the last `metrics`
         self.waiting = 0  # latents until the next revival
         self.revived = torch.zeros_like(self.uses[0])
+
+    @classmethod
+    def of(cls, model, losses, generator):
+        """The learner by the settings `losses`, a models.autoencoder_settings.Losses."""
+        return cls(model, generator)
 
     @torch.no_grad()
     def step(self, latents, indices):
@@ -218,6 +212,10 @@ class MovingAverages(Reviver):
         self.counts = torch.ones(len(self.codes), device=self.codes.device)  # N
         self.sums = self.codes.detach().clone()  # m
 
+    @classmethod
+    def of(cls, model, losses, generator):
+        return cls(model, generator, losses.codebook_decay)
+
     def _learn(self, points, indices, counts):
         self.counts.lerp_(counts.float(), 1 - self.decay)
         self.sums.lerp_(dist.all_reduce(_sums(points, indices, len(counts))), 1 - self.decay)
@@ -239,14 +237,6 @@ def _sums(points, indices, num_codes):
         return torch.autograd.grad(F.embedding(indices, table), table, points)[0]
 
 
-LEARNERS = {  # the rows of CODEBOOKS in models/autoencoder_settings.py
-    "gradient": lambda network, settings, generator: Reviver(network, generator),
-    "ema": lambda network, settings, generator: MovingAverages(
-        network, generator, settings.codebook_decay
-    ),
-}
-
-
 def code_learner(network, settings, generator):
     """The Reviver or MovingAverages of a VQModel's codes; None for a network without codes.
 
@@ -255,4 +245,6 @@ def code_learner(network, settings, generator):
     indices)` after each optimizer step, `metrics()` for its log, `state_dict()` and
     `load_state_dict(state)` for checkpoints. settings: Losses. generator: see Reviver.
     """
-    return LEARNERS[settings.codebook](network, settings, generator) if network.num_codes else None
+    if not network.num_codes:
+        return None
+    return CODEBOOKS[settings.codebook].of(network, settings, generator)

@@ -24,7 +24,7 @@ class PatchPCA(nn.Module):
     """
 
     num_codes = None
-    fixed_scale, own_losses = None, ()  # see models.vae.Autoencoder
+    fixed_scale, own_losses, fitted = None, (), True  # see models.vae.Autoencoder
 
     def __init__(self, embed_dim=24, stride=8, in_channels=3):
         super().__init__()

@@ -36,8 +36,8 @@ PRESETS = {
 }
 
 # ---- tokenizers ----------------------------------------------------------------------------------
-# For main_tokenizer.py: LDM's recipes, by its published configurations. Their learning rate is
-# 4.5e-6 per image of a step. How long to train, they do not say.
+# For main_tokenizer.py: LDM's recipes, from its published configurations. Their learning rate is
+# 4.5e-6 per image of a step. They do not state the number of epochs; the 40 here is ours.
 
 LDM = {
     "img_size": 256,
@@ -56,17 +56,26 @@ LDM = {
 }
 LDM_KL = {**LDM, "tokenizer": "kl", "disc_weight": 0.5, "disc_start": 50_001}
 LDM_KL16 = {**LDM_KL, "ch_mult": "1,1,2,2,4", "vae_embed_dim": 16}
-NETWORKS = {
+NETWORK_PRESETS = {
     "small": {},
     "ldm-kl16": LDM_KL16,
     "ldm-kl8": {
-        **{**LDM_KL, "ch_mult": "1,2,4,4", "vae_embed_dim": 4},
-        **{"encoder_attention": False, "decoder_attention": False},
+        **LDM_KL,
+        "ch_mult": "1,2,4,4",
+        "vae_embed_dim": 4,
+        "encoder_attention": False,
+        "decoder_attention": False,
     },
     "ldm-vq16": {
-        **{**LDM, "tokenizer": "vq", "ch_mult": "1,1,2,2,4", "vae_embed_dim": 8},
-        **{"num_codes": 16_384, "disc_weight": 0.75, "disc_start": 250_001, "disc_layers": 2},
-        **{"batch_size": 14, "accum_iter": 2},
+        **LDM,
+        "tokenizer": "vq",
+        "ch_mult": "1,1,2,2,4",
+        "vae_embed_dim": 8,
+        "num_codes": 16_384,
+        "disc_weight": 0.75,
+        "disc_start": 250_001,
+        "disc_layers": 2,
+        "batch_size": 14,
     },
     # l-DeTok's noise (arXiv 2507.15856) in LDM's network; theirs is a ViT
     "denoising-kl16": {**LDM_KL16, "latent_noise": 3.0, "ema_rate": 0.999},
@@ -191,7 +200,7 @@ def apply(parser, argv):
 def apply_to_network(parser, argv):
     """Parse the argv of main_tokenizer.py with the defaults set by its --preset."""
     first, _ = parser.parse_given(argv)
-    parser.set_defaults(**NETWORKS.get(first.preset, {}))
+    parser.set_defaults(**NETWORK_PRESETS.get(first.preset, {}))
     args, given = parser.parse_given(argv)
     if "blr" in given and "lr" not in given:
         args.lr = None  # which would win

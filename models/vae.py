@@ -95,6 +95,7 @@ class Autoencoder(nn.Module):
     own_losses = ()  # fields of Losses that no other kind of network has
     summed = True  # whether LDM sums this network's losses over an image, or averages them
     fixed_scale = None
+    fitted = False  # whether one pass over the images gives the weights, by `fit`
 
     @classmethod
     def from_file(cls, path, **expected):

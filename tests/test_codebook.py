@@ -14,16 +14,15 @@ from rule import by_rule, rule_input
 from models import codebook
 from models.autoencoder_settings import CODEBOOKS, Losses
 from models.codebook import (
-    LEARNERS,
     PATIENCE,
     TEMPERATURE,
     code_learner,
-    code_use,
     entropy_loss,
     nearest,
 )
 from models.vae import AutoencoderKL
 from models.vq import VQModel
+from util.evaluation.metrics import code_use
 
 TINY = {"embed_dim": 2, "num_codes": 16, "ch_mult": (1, 2), "ch": 8}
 
@@ -344,7 +343,6 @@ def test_resuming_is_bit_equal(kind):
 
 def test_another_codebook_s_state_is_refused():
     """The state of moving averages is not that of codes with a gradient; KL has no codes."""
-    assert set(LEARNERS) == set(CODEBOOKS)
     ema, gradient = (learner(tiny(), kind) for kind in ("ema", "gradient"))
     with pytest.raises(ValueError, match="state of the codebook: counts, .* same --codebook"):
         gradient.load_state_dict(ema.state_dict())

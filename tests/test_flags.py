@@ -233,10 +233,10 @@ def test_choices_are_the_rows_of_the_table(action):
 
 
 def test_presets_of_a_tokenizer():
-    """Those of networks; each sets flags that there are, to values that they take."""
+    """--preset offers the rows of presets.NETWORK_PRESETS, each of which sets flags that exist."""
     actions = {action.dest: action for action in main_tokenizer.get_parser()._actions}
-    assert list(actions["preset"].choices) == list(presets.NETWORKS)
-    for name, flags in presets.NETWORKS.items():
+    assert list(actions["preset"].choices) == list(presets.NETWORK_PRESETS)
+    for name, flags in presets.NETWORK_PRESETS.items():
         args, _ = presets.apply_to_network(main_tokenizer.get_parser(), ["--preset", name])
         assert flags.items() <= vars(args).items()
 

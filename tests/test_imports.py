@@ -28,6 +28,7 @@ LIGHT = (
     "util.lr_sched",
     "diffusion.solvers",
     "models",
+    "models.autoencoder_settings",
     "models.settings",
     "models.presets",
     "util.jsonl",

@@ -17,6 +17,7 @@ from models.tokenizer import PixelTokenizer
 from util import dist
 from util.checkpoint import LAST
 from util.recipe import Recipe
+from util.run import loop
 
 SIZES = {"img_size": 8, "vae_stride": 1, "patch_size": 2, "vae_embed_dim": 1, "class_num": 10}
 HEAD = {"diffloss_d": 1, "diffloss_w": 32}
@@ -111,7 +112,7 @@ def check(folder, rest):
     state = start("mar", {}, "fp32", True)
     images, labels = Batches(1).parts[0]
     for last in (False, True):
-        with nullcontext() if last else engine_mar.unsynchronized(state.model):
+        with nullcontext() if last else loop.unsynchronized(state.model):
             state.model(images, labels).backward()
         found = {parameter.grad is not None for parameter in state.model.parameters()}
         assert found == {last}, "gradients are reduced after the last batch, and only then"

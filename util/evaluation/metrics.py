@@ -50,6 +50,23 @@ def frechet_distance(statistics1, statistics2):
     return float(next(iter(fid_statistics_to_metric(*pair, verbose=False).values())))
 
 
+def code_use(counts):
+    """Metrics of how often each code was the nearest, (K,): name -> number.
+
+    `codes_used`: fraction of codes in use. `code_perplexity`: exp of the entropy of their
+    frequencies.
+    """
+    import torch
+
+    from util.precision import float64_device
+
+    counts = counts.to(float64_device(counts.device)).double()
+    frequency = counts / counts.sum().clamp_min(1)
+    entropy = -torch.special.xlogy(frequency, frequency).sum()
+    used = (counts > 0).double().mean()
+    return {"codes_used": used.item(), "code_perplexity": entropy.exp().item()}
+
+
 def precision_recall(*, generated, real, neighbors=NEIGHBORS):
     """(precision, recall) of features (N, D) and (M, D) (Kynkäänniemi et al. 2019).
 

@@ -9,7 +9,14 @@ from torch.utils.data import Subset
 from util import dist
 from util.data.loader import plain_loader
 from util.evaluation.accumulator import Accumulator, RunningStatistics
-from util.evaluation.metrics import INCEPTION, SSIM_WINDOW, frechet_distance, psnr, ssim
+from util.evaluation.metrics import (
+    INCEPTION,
+    SSIM_WINDOW,
+    code_use,
+    frechet_distance,
+    psnr,
+    ssim,
+)
 from util.images import to_uint8
 from util.logger import Progress
 from util.precision import float64_device
@@ -205,7 +212,4 @@ class _CodeUse:
         """Metrics of all processes: name -> number."""
         dist.wait()  # process 0 may still compute distances
         dist.all_reduce(self.uses)
-        frequency = self.uses / self.uses.sum()
-        entropy = -torch.special.xlogy(frequency, frequency).sum()
-        used = (self.uses > 0).double().mean()
-        return {"codes_used": used.item(), "code_perplexity": entropy.exp().item()}
+        return code_use(self.uses)

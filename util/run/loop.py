@@ -1,5 +1,6 @@
-"""The loops over batches and epochs, the same for all that is trained: MARs and tokenizers."""
+"""The loops over batches and epochs, shared by the training of MARs and of tokenizers."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -10,7 +11,9 @@ from util.run import stop
 
 
 class Work:
-    """What the loop over batches calls. A subclass has `batch`, `step` and `metrics`.
+    """One kind of training, as the loop over batches calls it.
+
+    A subclass has `batch` and `step`, and `metrics` if there are any.
 
     Attributes: `optimizers`, whose learning rates the loop sets, those of the first one being
     reported; `scaler`, a torch.amp.GradScaler; `largest`, the largest |latent| so far, a tensor.
@@ -21,7 +24,7 @@ class Work:
         self.largest = torch.zeros((), device=device)
 
     def batch(self, batch, labels, source, first, last):
-        """The gradients of a batch are added; returns (loss, latents (N, …) or images).
+        """Add the gradients of a batch to those held; returns (loss, latents (N, …) or images).
 
         batch, labels: on this device. source: the EpochDraws. first: whether it is the first batch
         of this process in the epoch. last: whether it is the last one before `step`.
@@ -106,6 +109,15 @@ def run_epoch(
     return dist.all_reduce(work.largest, "max").item()
 
 
+def unsynchronized(model):
+    """A context without gradient synchronization, to accumulate gradients over batches."""
+    if dist.is_sharded(model):
+        from util.run import fsdp
+
+        return fsdp.unsynchronized(model)
+    return nullcontext() if model is dist.unwrap(model) else model.no_sync()
+
+
 def set_rate(optimizers, rate):
     """Set the learning rate of all groups of optimizers."""
     for optimizer in optimizers:
@@ -122,7 +134,7 @@ def names_of_images(loader, epoch, batch):
 
 
 def run_epochs(saver, run_epoch, follow, epochs):
-    """All epochs that are left, and after each, once it is saved, what follows it."""
+    """Run all remaining epochs; after each one is saved, call `follow(optimizer steps done)`."""
     state = saver.state
     for epoch in range(state.epoch, epochs):
         saver.note_range(run_epoch(epoch=epoch, start=state.batch, draws=state.draws))

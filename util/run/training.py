@@ -1,4 +1,4 @@
-"""A training run around its loop: resuming, logs, page, and end; the same for all scripts."""
+"""A training run around its loop: resuming, logs, page and end, shared by the training scripts."""
 
 from functools import partial
 
@@ -11,10 +11,10 @@ from util.run.tracker import open_trackers
 
 
 def restore(state, checkpoint, path, notes, accum_iter, steps):
-    """Load a checkpoint into the TrainState of a run, and say where it goes on.
+    """Load a checkpoint into the TrainState of a run, and print where it resumes.
 
-    notes: sentences on what is not as before. accum_iter: batches per optimizer step. steps:
-    batches per epoch. Raises ValueError for a checkpoint that does not fit.
+    notes: sentences on what differs from the run before. accum_iter: batches per optimizer step.
+    steps: batches per epoch. Raises ValueError for a checkpoint that does not fit.
     """
     state.load(checkpoint, path)
     if "optimizer" not in checkpoint:
