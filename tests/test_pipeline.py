@@ -33,6 +33,14 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
+def module_of(words):
+    """(module, flags) of a command of Python."""
+    by_name = words[0] == "-m"
+    name = words[1] if by_name else words[0].removesuffix(".py")
+    name = f"{name}.__main__" if name == "util.evaluation" else name
+    return importlib.import_module(name), words[2 if by_name else 1 :]
+
+
 @pytest.fixture
 def here(monkeypatch):
     """Commands run in this process, with models of no use; the words of each, as they are run."""
@@ -40,9 +48,8 @@ def here(monkeypatch):
 
     def execute(words):
         ran.append(words)
-        script = words[1] if words[0] == "-m" else words[0].removesuffix(".py")
-        script = f"{script}.__main__" if script == "util.evaluation" else script
-        importlib.import_module(script).main(words[2 if words[0] == "-m" else 1 :])
+        script, flags = module_of(words)
+        script.main(flags)
         return 0
 
     def cheaper(command):
@@ -140,11 +147,14 @@ def test_a_folder_without_a_run_has_no_page(tmp_path, capsys):
 
 
 def test_every_command_parses():
-    """The flags of the demo's commands are those of the scripts."""
+    """The flags of the demo's commands are those of the scripts, and every field is filled in."""
     plan = pipeline.Run("d", False, "d/train", "d/val", "val", "o", 32, 2, 3, 1, 4)
     for stage in pipeline.stages(plan):
         words = plan.command(stage)
         assert not [word for word in words if "{" in word or "}" in word]
+        script, flags = module_of(words)
+        if hasattr(script, "get_parser"):  # demo.decode has two flags, and runs in the test above
+            script.get_parser().parse_args(flags)
 
 
 # ---- emoji ---------------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_fields_of_evaluation(field, script, tmp_path, monkeypatch):
 
 
 def test_fields_of_a_tokenizer_s_training(tmp_path, monkeypatch):
-    """All of a network's, the losses', the changes' and the recipe's reach its training."""
+    """Those of a kl network, the losses, the changes and the recipe reach its training."""
 
     def spy(network, changes, state, objective, recipe, **how):
         found.append((network.config, changes, objective.settings, recipe))
@@ -277,10 +277,8 @@ def test_fields_of_a_tokenizer_s_training(tmp_path, monkeypatch):
         with pytest.raises(Stop):
             main_tokenizer.main([*kind, *where, *flags])
 
-    found, skipped = (
-        [],
-        {"perceptual", "perceptual_weights", "stride", "num_codes", "epochs", "disc_layers"},
-    )
+    found = []
+    skipped = {"perceptual", "perceptual_weights", "stride", "num_codes", "epochs", "disc_layers"}
     monkeypatch.setattr(engine_tokenizer, "epoch_runner", spy)
     classes = Network, Changes, Losses, Recipe
     fields = [field for cls in classes for field in cls.fields()]

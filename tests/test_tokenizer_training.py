@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from operator import eq
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,8 @@ def assert_same(one, other):
         one_part, other_part = (tensors(each.get(part, {})) for each in (one, other))
         assert one_part.keys() == other_part.keys()
         for name, value in one_part.items():
-            same = torch.equal(value, other_part[name]) if torch.is_tensor(value) else True
-            assert same, f"{part}{name}"
+            equal = torch.equal if torch.is_tensor(value) else eq
+            assert equal(value, other_part[name]), f"{part}{name}"
 
 
 def log_of(folder):
@@ -95,7 +96,7 @@ def test_a_stopped_training_resumes_within_the_epoch(way, tmp_path, monkeypatch,
 
 def test_what_a_run_leaves(tmp_path, capsys):
     """Curves of every loss, pictures of reconstructions and latents by epoch, the file at each
-    evaluation with its figures in the end, and a page that says how to resume."""
+    evaluation with its metrics in the end, and a page that says how to resume."""
     flags = f"{WAYS['vq, moving averages']} --disc_start 5 --eval_freq 1 --online_eval"
     train(flags, tmp_path)
     last = log_of(tmp_path)[-1]
@@ -118,7 +119,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_training_without_options_is_that_of_before(tmp_path):
+def test_a_training_without_options_has_no_parts(tmp_path):
     """No part beside the network, and the weights of the file are those that were trained."""
     held = train("--tokenizer kl", tmp_path)
     assert "parts" not in held
@@ -197,9 +198,11 @@ def test_what_a_network_does_not_use(tmp_path, capsys):
     assert "NOTE: not used by vq: --kl_weight\n" in capsys.readouterr().out
     file = torch.load(tmp_path / "vq" / "tokenizer.ckpt", weights_only=True)
     assert file["config"]["training"]["flags"] == "--codebook ema --latent_noise 1.0"
+    assert file["config"]["network"]["num_codes"] == 8
     flags = f"{SHORT} --tokenizer pca --stride 4 --vae_embed_dim 2 --latent_noise 1"
     main_tokenizer.main([*shlex.split(flags), "--output_dir", str(tmp_path / "pca")])
     assert "not used by pca: --ch, --latent_noise, --lr\n" in capsys.readouterr().out
+    assert torch.load(tmp_path / "pca" / "tokenizer.ckpt")["config"]["network"]["stride"] == 4
 
 
 def test_a_preset_can_be_overridden(tmp_path):
