@@ -20,7 +20,7 @@ SMALLEST = 1 / 4  # scale of images (EQ-VAE)
 
 
 class Trained(nn.Module):
-    """An autoencoder as it is trained: its latents are changed before they are decoded.
+    """An autoencoder in training, whose latents are changed before they are decoded.
 
     network: an AutoencoderKL or a VQModel. changes: a models.autoencoder_settings.Changes.
     least_side: pixels along each side that scaled images keep, such as a discriminator needs.
@@ -51,7 +51,7 @@ class Trained(nn.Module):
 
     def _draw_transform(self, images, generator):
         """A function that scales and rotates, (N,C,h,w) -> (N,C,h',w'); the identity for the other
-        batches. Latents keep whole sides, and images that are not square are turned by 180°."""
+        batches. Sides of latents stay integers, and images that are not square turn by 180°."""
         if not self.changes.equivariance:
             return _same
         chance, *draws = rand((3,), generator, images.device).tolist()

@@ -35,7 +35,7 @@ def open_perceptual(name, weights=None):
 
 
 class Perceptual(nn.Module):
-    """Base class: squared differences of features, averaged over positions, summed over levels.
+    """Base class: squared differences of features, averaged over positions and summed over levels.
 
     The features of each position have norm 1. A subclass has `features`, of RGB images (N,3,H,W) in
     [-1,1] a list of (N,D,h,w), one for each level, and `weigh(level, squares)`.
@@ -44,7 +44,7 @@ class Perceptual(nn.Module):
     def forward(self, images, decoded):
         """Images (N,C,H,W) in [-1,1], C 1 or 3, and decoded ones -> distances (N,), float32.
 
-        Grey images become RGB. Those with a side below SMALLEST are enlarged by a whole factor.
+        Grey images become RGB. Those with a side below SMALLEST are enlarged by an integer factor.
         Computed without autocast: close images differ by less than half precision resolves.
         """
         with torch.autocast(images.device.type, enabled=False):
@@ -70,7 +70,11 @@ def _prepared(images):
 
 
 class Lpips(Perceptual):
-    """LPIPS with VGG-16, by the package. state: torchvision's VGG-16, of which `features` count."""
+    """LPIPS with VGG-16, by the package.
+
+    state: state dict of torchvision's vgg16, of which only `features` is used. source: file or URL
+    that it is from, for messages.
+    """
 
     def __init__(self, state, source):
         super().__init__()

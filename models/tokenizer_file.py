@@ -1,4 +1,4 @@
-"""The file of a tokenizer that was trained here: a network, and what it says of itself.
+"""The file of a tokenizer that was trained here: a network and its description.
 
 A dict, written by `torch.save`:
 
@@ -128,8 +128,8 @@ def read(path):
     """What the file at `path` says of itself: the entries of its config, its scale and its shift.
 
     {} for a file from elsewhere, for a folder, and if there is none. Of older files, entries that
-    they do not have are {}, and `sha256` is None. Raises ValueError for a file that is damaged or
-    made up.
+    they do not have are {}, and `sha256` is None. Raises ValueError for a damaged or malformed
+    file.
     """
     content = read_file(path) if Path(path).is_file() else None
     config = content.get("config") if isinstance(content, dict) else None
