@@ -81,13 +81,13 @@ def transform(x, part, whole, turns):
 def add_noise(latents, most, generator=None):
     """(1 − τ)z + τγσε for latents z (N,C,h,w): τ ~ U(0, 1) per image, ε ~ N(0, I), γ = `most`.
 
-    σ is the standard deviation of these latents, without a gradient: otherwise a network whose
-    weight of the KL is tiny would escape the noise by growing its latents. At σ = 1 this is
-    l-DeTok's.
+    σ is the standard deviation of these latents. The noise grows with them, so that a network whose
+    weight of the KL is tiny gains nothing by growing its latents: without the gradient of σ they
+    run away. At σ = 1 this is l-DeTok's.
     """
     tau = rand((len(latents), 1, 1, 1), generator, latents.device)
     noise = randn(latents.shape, generator, latents.device)
-    std = latents.detach().float().std(correction=0)
+    std = latents.float().std(correction=0)
     return ((1 - tau) * latents + tau * (most * std * noise)).to(latents.dtype)
 
 

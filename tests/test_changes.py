@@ -45,14 +45,15 @@ def test_noise_is_interpolated_by_the_formula():
 
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_growing_latents_do_not_escape_the_noise(monkeypatch, scale):
-    """At τ = 1/2 the variance is (σ/2)²(1 + γ²) at any size of the latents, and the gradient of
-    a latent is 1 − τ: none goes through σ."""
+    """At τ = 1/2 the variance is (σ/2)²(1 + γ²) at any size of the latents, and where the size of
+    what is decoded does not matter, no gradient makes them larger: it would never end."""
     monkeypatch.setattr(changes, "rand", lambda shape, *_: torch.full(shape, 0.5))
     z = (scale * rule_input("latents", (64, 4, 8, 8))).requires_grad_()
     noisy = add_noise(z, 3.0, seeded())
     assert noisy.var().item() == pytest.approx((scale / 2) ** 2 * (1 + 3**2), rel=0.05)
-    noisy.sum().backward()
-    assert torch.equal(z.grad, torch.full_like(z, 0.5))
+    (noisy[:, 0].sum() / noisy.norm()).backward()
+    growing = (z.grad * z).sum() / (z.grad.norm() * z.detach().norm())
+    assert abs(growing.item()) < 1e-4  # 0.006 without the gradient of σ
 
 
 def test_masks_hide_at_most_the_given_fraction():
