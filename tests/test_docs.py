@@ -114,6 +114,22 @@ def test_files_that_are_named_exist(path):
         assert (ROOT / name).exists() or path.name == "CHANGELOG.md", name
 
 
+def headings(path):
+    """The headings of a text as GitHub's anchors, in their order."""
+    lines = re.findall(r"^#+ (.*)", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines]
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])
+def test_links_to_sections_lead_there(path):
+    """The anchor of each link is a heading, and no page has a heading twice, as after a merge of
+    moved sections."""
+    for link, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", path.read_text()):
+        assert anchor in headings(path.parent / link if link else path), f"{link}#{anchor}"
+    found = headings(path)
+    assert len(found) == len({*found}) or path.name == "CHANGELOG.md"
+
+
 def tracked():
     """Paths of all files under version control."""
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
