@@ -15,7 +15,15 @@ from functools import partial
 from pathlib import Path
 
 from models import presets
-from models.autoencoder_settings import NETWORKS, RECIPE, Changes, Losses, Network, Training
+from models.autoencoder_settings import (
+    NETWORKS,
+    RECIPE,
+    Changes,
+    Losses,
+    Network,
+    Training,
+    check_losses,
+)
 from models.settings import TOKENIZERS
 from util.data import describe_paths, has_images, kind_or_folder
 from util.data.settings import Reading
@@ -126,6 +134,8 @@ class Run:
 def main(argv=None):
     args, given = presets.apply_to_network(get_parser(), argv)
     if args.describe:
+        if "vae_path" not in given:
+            raise ValueError("--describe: expected the --vae_path of a file")
         from models import tokenizer_file
 
         print(*tokenizer_file.describe(args.vae_path), sep="\n")
@@ -179,17 +189,18 @@ def check(args, given):
     """Raises ValueError for flags that contradict each other."""
     if args.per_channel and args.token_norm:
         raise ValueError("--per_channel: the latents of --token_norm have one norm, leave it out")
-    if args.epochs and args.tokenizer not in NETWORKS:
-        raise ValueError(
-            f"--epochs {args.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "
-            f"be trained: {', '.join(NETWORKS)}"
-        )
     for name in ("vae_path", "vae_scale", "vae_shift"):
         if args.epochs and name in given:
             raise ValueError(
                 f"--{name} {getattr(args, name)}: with --epochs the network is trained from "
                 "scratch and its scale measured; leave the flag out"
             )
+    if args.epochs and args.tokenizer not in NETWORKS:
+        raise ValueError(
+            f"--epochs {args.epochs}: expected 0 for the tokenizer {args.tokenizer}; what can "
+            f"be trained: {', '.join(NETWORKS)}"
+        )
+    check_losses(args, given)
     only = {*Training.names(), *RECIPE, *Network.names(), *Losses.names(), *Changes.names()}
     idle = given & {*only, *OUTPUT} - {"epochs", "output_dir", "log_dir"}
     if idle and not args.epochs:
@@ -234,6 +245,8 @@ def measure(this, tokenizer, epochs=None, **report):
 
     args, images = this.args, this.images
     print0(f"{len(images)} images, {args.tokenizer} on {this.device}")
+    if epochs and args.split == "train":
+        print0("NOTE: they are those of the training; --split has others")
     tokenizer.to(this.device)
     metrics = engine.measure(
         tokenizer,
@@ -461,30 +474,23 @@ def write(this, network, dataset, epochs, most=None):
     measured; None for all.
     """
     import engine_tokenizer as engine
+    from models import tokenizer_file
     from util import dist
     from util.data.loader import evenly
 
     args = this.args
     per_channel = args.per_channel or network.fitted
     how = {**this.loading(), "per_channel": per_channel}
-    found = network.fixed_scale, 0.0
-    if not network.fixed_scale:
-        found = engine.latent_scale(network, evenly(dataset, most), **how)
+    scale, shift = network.fixed_scale, 0.0
+    if not scale:
+        scale, shift = engine.latent_scale(network, evenly(dataset, most), **how)
     if dist.is_main():
-        save(this, network, dataset, epochs, *found)
+        own = this.described(network, dataset, epochs)
+        del own["network"]  # the file takes it from the network itself
+        tokenizer_file.write(this.file, network, scale, shift, **own)
     dist.barrier()
-
-
-def save(this, network, dataset, epochs, scale, shift):
-    """Write a network with what is known of it, for `build_tokenizer`."""
-    from models import tokenizer_file
-    from util.dist import print0
-
-    own = this.described(network, dataset, epochs)
-    del own["network"]
-    tokenizer_file.write(this.file, network, scale, shift, **own)
     shown = f"{scale:.4f}" if not shift else f"{joined(scale)}, shift {joined(shift)}"
-    print0(f"{this.file}: scale {shown}")
+    dist.print0(f"{this.file}: scale {shown}")
 
 
 if __name__ == "__main__":

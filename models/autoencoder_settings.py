@@ -104,6 +104,27 @@ class Losses(Settings):
     )
 
 
+# flag -> its value with which others have no effect, and these others
+NEEDED = {
+    "disc_weight": (0, {"disc_start", "disc_layers", "disc_ch"}),
+    "perceptual": ("none", {"perceptual_weight", "perceptual_weights"}),
+    "codebook": ("gradient", {"codebook_decay"}),
+}
+
+
+def check_losses(args, given):
+    """Raises ValueError for flags that were given and have no effect.
+
+    args: parsed flags. given: names of those on the command line.
+    """
+    for flag, (off, others) in NEEDED.items():
+        if getattr(args, flag) == off and (idle := sorted(given & others)):
+            raise ValueError(
+                f"--{idle[0]} {getattr(args, idle[0])}: has no effect with --{flag} {off}, "
+                "expected another one"
+            )
+
+
 @dataclass(frozen=True)
 class Changes(Settings):
     """How latents are changed in training before they are decoded. Off by default."""

@@ -89,7 +89,7 @@ class Recipe(Settings):
         # an average holds 5% of the initial weights after 3 horizons, and 37% after one
         total = steps * self.epochs
         horizon = 1 / (1 - self.ema_rate) if self.ema_rate < 1 else float("inf")
-        if 3 * horizon > total:
+        if self.ema_rate and 3 * horizon > total:
             fitting = max(0.0, 1 - 10 / total)
             yield (
                 f"the EMA remembers {horizon:.0f} steps, the run has {total}; "
