@@ -37,7 +37,7 @@ from util.settings import add_flags
 GUIDANCE = (1.0, 3.0)
 DONE = "done.json"  # the flags of a run that is done
 SHOWN = 4  # samples of a class in a grid
-LABEL = 260  # pixels, of the words beside reconstructions
+LABEL = 310  # pixels, of the words beside reconstructions
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def model_cells(row, seeds):
     for cfg in GUIDANCE if seeds else ():
         found = [records[cfg] for records in seeds.values()]
         values = [distance(record) for record in found]
-        cell = {"tokenizer": row.label, "guidance": cfg, "Fréchet distance": spread(values)}
+        cell = {"tokenizer": row.label, "guidance": cfg, "Fréchet distance": spread(values, 1)}
         cell["of each seed"] = ", ".join(f"{value:.1f}" for value in values)
         for name in ("precision", "recall"):
             cell[name] = statistics.mean(record[name] for record in found)
