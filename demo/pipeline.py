@@ -24,7 +24,7 @@ PLAN = "plan.json"
 GUIDANCE = ("1", "3")
 # sizes of the runs: about ten minutes on two cores, whatever the number of pictures
 TOKENIZER_IMAGES = 20_000  # seen in the training of the tokenizer, repetitions counted
-MAR_STEPS = 3_000
+MAR_STEPS = 2_400
 SAMPLES = 900  # at most, for each scale of guidance
 
 # stage -> command; what is in braces are fields of Run
