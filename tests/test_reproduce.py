@@ -50,6 +50,7 @@ class Latents:
     channels: int
     patch_size: int = 1
     num_codes: int | None = None
+    token_norm: bool = False
     scale: float = 1.0
     shift: float = 0.0
 
