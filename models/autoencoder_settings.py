@@ -74,7 +74,9 @@ class Losses(Settings):
     perceptual_weights: str = setting(
         None, "weights of its network", metavar="FILE", otherwise="fetched"
     )
-    perceptual_weight: float = setting(1.0, "weight of the perceptual loss", type=nonnegative)
+    perceptual_weight: float = setting(
+        1.0, "weight of the perceptual loss; LPIPS: 1, features of timm: try 0.1", type=nonnegative
+    )
     disc_weight: float = setting(
         0.0,
         "weight of the adversarial loss, times the adaptive one; 0: no discriminator (LDM: 0.5 "
@@ -90,6 +92,7 @@ class Losses(Settings):
         3,
         "levels of the discriminator, each of which halves the image (LDM: 3 with kl, 2 with vq)",
         type=integer(1, 8),
+        metavar="N",
     )
     disc_ch: int = setting(64, "base width of the discriminator", type=positive_int)
     codebook: str = setting(
@@ -100,7 +103,9 @@ class Losses(Settings):
     )
     codebook_decay: float = setting(0.99, "decay rate of these averages", type=fraction)
     entropy_weight: float = setting(
-        0.0, "weight of the entropy loss of a vq network, which spreads codes", type=nonnegative
+        0.0,
+        "weight of the entropy loss of a vq network, which spreads the use of codes",
+        type=nonnegative,
     )
 
 
@@ -131,7 +136,7 @@ class Changes(Settings):
 
     latent_noise: float = setting(
         0.0,
-        "mix latents with noise of up to this standard deviation (l-DeTok: 3)",
+        "mix latents with noise of this standard deviation, in units of their own (l-DeTok: 3)",
         type=nonnegative,
     )
     latent_mask: float = setting(
