@@ -101,7 +101,8 @@ class Sides:
         the same, and the precision is float32.
         """
         model, precision = self.model, "fp32" if same else self.precision
-        latents = self.randn(bsz, model.vae_embed_dim, model.seq_h, model.seq_w, seed=3)
+        sides = (n * model.patch_size for n in (model.seq_h, model.seq_w))
+        latents = self.randn(bsz, model.vae_embed_dim, *sides, seed=3)
         labels = torch.arange(bsz, device=self.device) % model.class_num
 
         def ours(generator, step_generator):
