@@ -400,6 +400,7 @@ def start_state(this, model, recipe, checkpoint, path, loader):
     """The TrainState of a new run, or of a run resumed from a checkpoint. Raises ValueError."""
     import engine_mar as engine
     from models.config import compare_with
+    from models.fast import products
     from util.data.manifest import MANIFEST
     from util.dist import world_size
     from util.run.record import describe
@@ -413,6 +414,9 @@ def start_state(this, model, recipe, checkpoint, path, loader):
         listing = (args.cached_path, MANIFEST)
     more = {"cached": args.use_cached, "listing": Path(*listing), "precision": this.precision}
     state.record = describe(this.tokenizer, loader, recipe, state.optimizer, **more)
+    if this.device.type == "cpu":  # a run has one choice, also where it is resumed
+        before = (checkpoint or {}).get("record") or {}
+        state.record["products"] = products.settle(before.get("products"))
     if not checkpoint:
         return state
     notes = compare_with(checkpoint, path, vars(args), this.config, state.record)

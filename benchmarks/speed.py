@@ -124,14 +124,14 @@ def main(argv=None):
 
 def open_sides(args):
     """The Sides according to the flags. Raises ValueError."""
-    import models.fast.linear
     from benchmarks.sides import Sides
+    from models.fast import products
     from models.settings import Sampling
     from util import dist
     from util.precision import pick_precision
 
     device = dist.init(args.device)
-    models.fast.linear.enabled = not args.torch_linear
+    products.mode = "torch" if args.torch_linear else products.mode
     depth, width = HEADS[args.model]
     precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
     return Sides(

@@ -12,9 +12,9 @@ from rule import by_rule, rule_input
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import models.fast.linear
 from models.diffloss import DiffLoss
 from models.fast import graphs as module
+from models.fast import products
 from models.fast.graphs import Graphs, padded
 
 
@@ -69,7 +69,7 @@ def device(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(Graphs, "usable", lambda self, device: self.possible)
-    monkeypatch.setattr(models.fast.linear, "enabled", False)  # of a CPU alone
+    monkeypatch.setattr(products, "mode", "torch")  # of a CPU alone
     return made, restored, used
 
 

@@ -5,21 +5,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.fast import linear
+from models.fast import linear, products
 from models.mar import mar_tiny
 
 
 @pytest.fixture
 def used(monkeypatch):
-    """The shapes that oneDNN was called with."""
-    calls, product = [], linear._product
+    """The shapes that oneDNN, which computes everything, was called with."""
+    calls, product = [], products.onednn
 
-    def counted(*args):
-        calls.append(args[0].shape)
-        return product(*args)
+    def counted(x, *args):
+        calls.append(x.shape)
+        return product(x, *args)
 
-    monkeypatch.setattr(linear, "_product", counted)
-    if not linear.AVAILABLE:
+    monkeypatch.setattr(products, "onednn", counted)
+    monkeypatch.setattr(products, "mode", "onednn")
+    if not products._available:
         pytest.skip("this build of torch has no oneDNN")
     return calls
 
@@ -68,12 +69,16 @@ def test_what_is_left_to_torch(used):
     assert used and torch.equal(bias.grad, torch.full((192,), 5.0))
 
 
-def test_packed_is_the_same():
-    """A packed weight gives what the weight gives, and is a copy."""
+@pytest.mark.parametrize("mode", products.MODES)
+def test_packed_is_the_same(monkeypatch, mode):
+    """A packed weight gives what the weight gives, and holds a copy if oneDNN uses it."""
+    monkeypatch.setattr(products, "mode", mode)
     x, weight, bias = torch.randn(7, 192), torch.randn(256, 192), torch.randn(256)
     packed = linear.pack(weight)
     before = F.linear(x, weight, bias)
     torch.testing.assert_close(linear.packed_linear(x, packed, bias), before, atol=1e-4, rtol=1e-5)
+    if mode != "auto":
+        assert hasattr(packed, "packed") == (products._available and mode == "onednn")
 
 
 def test_models_use_it():

@@ -1,19 +1,14 @@
-"""Linear layers in float32 on a CPU, by oneDNN.
+"""Linear layers whose float32 products on a CPU are computed by the faster of two libraries.
 
-Torch uses MKL for them, whose kernels are slow on processors other than Intel's, and for few rows
-on any: `benchmarks/RESULTS.md` has the ratio. On other devices this is plain torch. Results differ
-only by rounding.
+Which one that is says models/fast/products.py. On other devices this is plain torch.
 """
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-SMALLEST = 128 * 128  # below this many weights, the call costs more than the product
-AVAILABLE = torch.backends.mkldnn.is_available() and all(
-    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
-)
-enabled = True  # a benchmark turns it off, to measure the rest
+from models.fast import products
+from models.fast.products import by_onednn
 
 
 class Linear(nn.Linear):
@@ -36,29 +31,34 @@ def linear(x, weight, bias=None):
         return F.linear(x, weight, bias)
     wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
     if torch.is_grad_enabled() and wanted:
-        return _Linear.apply(x, weight, bias)
-    return _product(x, weight, bias)
+        if any(_chosen(kind, x, weight) for kind in ("forward", "inputs", "weights")):
+            return _Linear.apply(x, weight, bias)
+        return F.linear(x, weight, bias)
+    return _product(_chosen("forward", x, weight), x, weight, bias)
 
 
 def pack(weight):
-    """A weight for `packed_linear`: a copy in oneDNN's layout where oneDNN is used."""
-    if _fits(weight, weight):
-        return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
-    return weight.detach()
+    """A weight for `packed_linear`; where that is faster, with a copy in oneDNN's layout."""
+    weight = weight.detach()
+    if _fits(weight, weight) and any(
+        by_onednn("packed", rows, weight.numel()) for rows in (products.FEW, products.MANY)
+    ):
+        weight.packed = products.pack(weight)
+    return weight
 
 
 def packed_linear(x, weight, bias=None):
     """`linear` without a gradient, for a weight from `pack`."""
-    return _product(x, weight, bias) if weight.is_mkldnn else F.linear(x, weight, bias)
+    packed = getattr(weight, "packed", None)
+    if packed is not None and _chosen("packed", x, weight):
+        return products.onednn(x, packed, bias)
+    return linear(x, weight, bias)
 
 
 def _fits(x, weight):
     return (
-        enabled
-        and AVAILABLE
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and weight.numel() >= SMALLEST
         and x.numel() > 0
         and x.ndim > 1
         and not torch._C._are_functorch_transforms_active()
@@ -66,18 +66,27 @@ def _fits(x, weight):
     )
 
 
-def _product(x, weight, bias=None):
-    if torch.compiler.is_compiling():
-        return _opaque_product(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _chosen(kind, x, weight):
+    """Whether oneDNN computes a product of a layer's weight for inputs x."""
+    compiling = torch.compiler.is_compiling()  # for training, where rows are many
+    rows = products.MANY if compiling else x.numel() // x.shape[-1]
+    return by_onednn(kind, rows, weight.numel())
+
+
+def _product(onednn, a, b, bias=None):
+    """a (..., I) times b (O, I), transposed, plus bias. onednn: whether oneDNN computes it."""
+    if not onednn:
+        return F.linear(a, b, bias)
+    compute = _opaque_product if torch.compiler.is_compiling() else products.onednn
+    return compute(a.contiguous(), b, bias)
 
 
 @torch.library.custom_op("mar::linear", mutates_args=())
 def _opaque_product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`_product` for torch.compile, which would otherwise treat the weight as a constant."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """A product for torch.compile, which would otherwise treat the weight as a constant."""
+    return products.onednn(x, weight, bias)
 
 
 @_opaque_product.register_fake
@@ -90,7 +99,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _product(x, weight, bias)
+        return _product(_chosen("forward", x, weight), x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -99,9 +108,9 @@ class _Linear(torch.autograd.Function):
         rows, grads = x.flatten(0, -2), grad.flatten(0, -2)
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _product(grads, weight.t()).view_as(x)
+            grad_x = _product(_chosen("inputs", x, weight), grads, weight.t()).view_as(x)
         if ctx.needs_input_grad[1]:
-            grad_weight = _product(grads.t().contiguous(), rows.t())
+            grad_weight = _product(_chosen("weights", x, weight), grads.t(), rows.t())
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grads.sum(0)
         return grad_x, grad_weight, grad_bias

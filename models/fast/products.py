@@ -1,0 +1,128 @@
+"""Which library computes a float32 product on a CPU: torch's own choice, MKL, or oneDNN.
+
+Neither is the faster one everywhere: on an AMD EPYC of Zen 5, oneDNN's products are more than twice
+as fast as MKL's, on an Intel Xeon up to a quarter slower, except for few rows. So each class of
+shapes is timed at its first use, in milliseconds, and oneDNN gets those for which it is faster by
+more than timings vary. The two differ by rounding.
+"""
+
+import itertools
+import os
+import time
+
+import torch
+from torch.nn import functional as F
+
+from util import dist, processor
+from util.dist import print0
+from util.files import first_line
+
+KINDS = "forward", "packed", "inputs", "weights"  # the last two are gradients
+MODES = "auto", "torch", "onednn"
+SMALLEST = 128 * 128  # with fewer weights, calling oneDNN costs more than the product
+FEW, MANY = 8, 256  # rows of the products that are timed
+NARROW, WIDE = 256, 1024  # their inputs and outputs
+CLASSES = tuple(itertools.product(KINDS, (FEW, MANY), (NARROW, WIDE)))
+MARGIN = 0.7  # of torch's time is what oneDNN may take, so that no choice is left to chance
+ROUNDS = 5
+
+chosen = {}  # of CLASSES -> whether oneDNN computes it
+_available = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
+)
+mode = os.environ.get("MAR_PRODUCTS") or "auto"  # a switch, for the user and for benchmarks
+if mode not in MODES:
+    raise ValueError(f"MAR_PRODUCTS={mode}: expected {', '.join(MODES)}")
+
+
+def by_onednn(kind, rows, weights):
+    """Whether oneDNN computes a product. kind: of KINDS. weights: how many numbers they are."""
+    few, narrow = rows <= 4 * FEW, weights <= NARROW * WIDE
+    return weights >= SMALLEST and _choice(
+        kind, FEW if few else MANY, NARROW if narrow else WIDE, mode if _available else "torch"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _choice(kind, rows, width, mode):
+    """Whether oneDNN computes the products of one of CLASSES."""
+    if mode != "auto":
+        return mode == "onednn"
+    found = kind, rows, width
+    if found not in chosen:
+        try:
+            rates = measure(kind, rows, width, width)
+            chosen[found] = rates["torch"] < MARGIN * rates["onednn"]
+        except (RuntimeError, TypeError) as error:  # its operators are private and may change
+            print0(f"NOTE: all products by torch, those of oneDNN fail here ({first_line(error)})")
+            chosen.update(dict.fromkeys(CLASSES, False))
+    return chosen[found]
+
+
+def settle(before=None):
+    """Make all choices, the same on every process; returns them as plain data for a checkpoint.
+
+    before: what this returned to the run that is resumed, which is adopted if that had such a
+    processor and as many threads; or None. A collective call.
+    """
+    _adopt(before)
+    found = dist.broadcast(_choices() if dist.is_main() else None)
+    _adopt(found)
+    return found
+
+
+def _choices():
+    kind = mode if _available else "torch"
+    return {**_here(), "onednn": [list(each) for each in CLASSES if _choice(*each, kind)]}
+
+
+def _adopt(found):
+    if isinstance(found, dict) and _here().items() <= found.items():
+        chosen.update({each: list(each) in found["onednn"] for each in CLASSES})
+
+
+def _here():
+    return {"processor": processor.name(), "threads": torch.get_num_threads()}
+
+
+# ---- the products of the two libraries -----------------------------------------------------------
+
+
+def onednn(x, weight, bias=None):
+    """x (..., I), weight (O, I), which may be packed, and bias (O,) give (..., O)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def pack(weight):
+    """A copy of a weight (O, I) in oneDNN's own layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous())
+
+
+@torch.no_grad()
+def measure(kind, rows, inputs, outputs):
+    """GFLOP/s of both libraries, "torch" and "onednn" -> number, for a layer (outputs, inputs).
+
+    kind: of KINDS. rows: rows of its inputs.
+    """
+    pair = dict(zip(MODES[1:], _products(kind, rows, inputs, outputs), strict=True))
+    seconds = {name: [] for name in pair}
+    with torch.autocast("cpu", enabled=False):
+        for _ in range(1 + ROUNDS):
+            for name, product in pair.items():
+                begin = time.perf_counter()
+                product()
+                seconds[name].append(time.perf_counter() - begin)
+    flop = 2e-9 * rows * inputs * outputs
+    return {name: flop / min(values[1:]) for name, values in seconds.items()}
+
+
+def _products(kind, rows, inputs, outputs):
+    """Functions that compute a product by torch and by oneDNN."""
+    x, grad = torch.ones(rows, inputs), torch.ones(rows, outputs)
+    weight = torch.ones(outputs, inputs)
+    if kind == "weights":
+        return lambda: grad.t() @ x, lambda: onednn(grad.t().contiguous(), x.t())
+    if kind == "inputs":
+        return lambda: grad @ weight, lambda: onednn(grad, weight.t())
+    held = pack(weight) if kind == "packed" else weight
+    return lambda: F.linear(x, weight), lambda: onednn(x, held)

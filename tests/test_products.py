@@ -1,0 +1,119 @@
+"""Which library computes products on a CPU. Run: python -m pytest tests/test_products.py"""
+
+import runpy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from models.fast import linear, products
+
+
+@pytest.fixture(autouse=True)
+def undecided(monkeypatch):
+    """No choice made yet, and none stays."""
+    monkeypatch.setattr(products, "chosen", {})
+    monkeypatch.setattr(products, "mode", "auto")
+    monkeypatch.setattr(products, "_available", True)
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """GFLOP/s that a measurement finds, and the classes that were measured."""
+    found, measured = {"torch": 100.0, "onednn": 100.0}, []
+
+    def measure(kind, rows, inputs, outputs):
+        assert inputs == outputs
+        measured.append((kind, rows, inputs))
+        return found
+
+    monkeypatch.setattr(products, "measure", measure)
+    return found, measured
+
+
+@pytest.mark.parametrize(("rate", "wins"), [(50, False), (100, False), (130, False), (150, True)])
+def test_onednn_must_be_clearly_faster(rates, rate, wins):
+    """Else torch computes: a small lead would be decided by chance."""
+    rates[0]["onednn"] = rate
+    assert products.by_onednn("forward", 1000, 1 << 20) is wins
+
+
+def test_a_class_is_measured_once(rates):
+    """Shapes share few classes, of each kind; those of small weights are never measured."""
+    _, measured = rates
+    for rows in (1, 8, 32, 33, 10_000):
+        for weights in (64 * 64, 128 * 128, 256 * 1024, 768 * 768, 4096 * 4096):
+            for kind in products.KINDS:
+                products.by_onednn(kind, rows, weights)
+    assert sorted(measured) == sorted(products.CLASSES)
+    assert len(measured) == 16
+
+
+def test_the_switch(rates, monkeypatch):
+    """MAR_PRODUCTS: torch or oneDNN for all, without a measurement; another value is refused."""
+    for mode, expected in (("torch", False), ("onednn", True)):
+        monkeypatch.setattr(products, "mode", mode)
+        assert products.by_onednn("weights", 100, 1 << 20) is expected
+        assert bool(products.settle()["onednn"]) is expected
+    assert not rates[1]
+    for value, mode in (("torch", "torch"), ("", "auto")):
+        monkeypatch.setenv("MAR_PRODUCTS", value)
+        assert runpy.run_path(products.__file__)["mode"] == mode
+    monkeypatch.setenv("MAR_PRODUCTS", "mkl")
+    with pytest.raises(ValueError, match="MAR_PRODUCTS=mkl: expected auto, torch, onednn"):
+        runpy.run_path(products.__file__)
+
+
+def test_a_resumed_run_keeps_its_choices(rates, monkeypatch):
+    """They are plain data, adopted without a measurement; those of another machine are not."""
+    rates[0]["onednn"] = 200.0
+    found = products.settle()
+    assert len(found["onednn"]) == 16 and products.by_onednn("packed", 8, 1 << 20)
+    rates[0]["onednn"] = 10.0
+    rates[1].clear()
+    products.chosen.clear()
+    assert products.settle(found) == found and not rates[1]
+    for other in ({**found, "threads": 999}, {**found, "processor": "6502"}, None, "torn", {}):
+        products.chosen.clear()
+        assert products.settle(other)["onednn"] == []
+
+
+def test_operators_that_fail_are_given_up(monkeypatch, capsys):
+    """With a note, once: they are private to torch, and may change."""
+
+    def fail(*args):
+        raise RuntimeError("no such overload")
+
+    monkeypatch.setattr(products, "onednn", fail)
+    layer = linear.Linear(256, 256)
+    x = torch.randn(5, 256)
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer(x).sum().backward()
+    assert capsys.readouterr().out.count("no such overload") == 1
+    monkeypatch.setattr(products, "_available", False)
+    assert products.settle()["onednn"] == []
+
+
+@pytest.mark.parametrize("kind", products.KINDS)
+def test_measured_products_are_those_of_a_layer(kind):
+    """Both libraries compute the same, of the shape that the layer has; rates are positive."""
+    pair = products._products(kind, 6, 128, 192)
+    ours, theirs = (product() for product in pair)
+    assert torch.equal(ours, theirs)
+    shapes = {"inputs": (6, 128), "weights": (192, 128)}
+    assert ours.shape == shapes.get(kind, (6, 192))
+    assert all(rate > 0 for rate in products.measure(kind, 6, 128, 192).values())
+
+
+def test_a_mixture(monkeypatch):
+    """Each of the three products of a layer may come from another library."""
+    torch.manual_seed(0)
+    x, results = torch.randn(40, 192), []
+    for winner in ("forward", "inputs", "weights", None):
+        monkeypatch.setattr(products, "_choice", lambda kind, *rest, winner=winner: kind == winner)
+        leaves = [x.clone().requires_grad_(), torch.ones(150, 192).requires_grad_()]
+        linear.linear(*leaves).square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    for found in results[:-1]:
+        for ours, theirs in zip(found, results[-1], strict=True):
+            assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
