@@ -16,6 +16,7 @@ from conftest import write_images
 from test_train import FAST
 
 import main_mar
+from util import processor
 from util.checkpoint import LAST, load_checkpoint
 from util.run.resume import earlier_intact, is_damaged
 
@@ -99,6 +100,7 @@ def test_a_run_called_again_says_nothing_but_what_was_changed(run, capsys):
     held = load_checkpoint(run / LAST)["record"]
     assert held["classes"] == [*map(str, range(10))] and held["images"] == 1437
     assert (held["processes"], held["total_batch"], held["precision"]) == (1, 512, "fp32")
+    assert held["products"][0] == processor.name()
     train(run, "--save_steps", "1", "--resume", run)
     assert "not as before" not in capsys.readouterr().out
     train(run, "--save_steps", "1", "--resume", run, "--epochs", "2", "--batch_size", "256")

@@ -60,7 +60,7 @@ def _choice(kind, rows, width, mode):
 
 
 def settle(before=None):
-    """Make all choices, the same on every process; returns them as plain data for a checkpoint.
+    """Make all choices, the same on every process; returns them as texts, for a checkpoint.
 
     before: what this returned to the run that is resumed, which is adopted if that had such a
     processor and as many threads; or None. A collective call.
@@ -72,17 +72,22 @@ def settle(before=None):
 
 
 def _choices():
+    """The processor, the threads, and the names of the classes that are oneDNN's."""
     kind = mode if _available else "torch"
-    return {**_here(), "onednn": [list(each) for each in CLASSES if _choice(*each, kind)]}
+    return [*_here(), *(_name(each) for each in CLASSES if _choice(*each, kind))]
 
 
 def _adopt(found):
-    if isinstance(found, dict) and _here().items() <= found.items():
-        chosen.update({each: list(each) in found["onednn"] for each in CLASSES})
+    if isinstance(found, list | tuple) and [*found[:2]] == _here():
+        chosen.update({each: _name(each) in found for each in CLASSES})
 
 
 def _here():
-    return {"processor": processor.name(), "threads": torch.get_num_threads()}
+    return [processor.name(), f"{torch.get_num_threads()} threads"]
+
+
+def _name(each):
+    return "{} {}x{}".format(*each)
 
 
 # ---- the products of the two libraries -----------------------------------------------------------
