@@ -345,7 +345,7 @@ def train(this, model, checkpoint, path, evaluator):
     if state.epoch >= recipe.epochs:
         print0(f"nothing to train: {state.epoch} epochs are done, --epochs is {recipe.epochs}")
         return
-    run_epoch = epoch_runner(this, model, state, recipe)
+    run_epoch = epoch_runner(this, model, state, recipe, loader.steps)
     counts = {"steps": steps, "accum_iter": recipe.accum_iter}
     saver = Saver(state, from_flags(Output, args), this.config, vars(args), resumed=path, **counts)
     with closing(loader) if hasattr(loader, "close") else nullcontext():
@@ -359,14 +359,19 @@ def train(this, model, checkpoint, path, evaluator):
             print0(f"done: {saver.last}, samples and curves in {page.path}")
 
 
-def epoch_runner(this, model, state, recipe):
-    """`engine_mar.train_one_epoch` with all arguments that are the same for every epoch."""
+def epoch_runner(this, model, state, recipe, batches):
+    """`engine_mar.train_one_epoch` with all arguments that are the same for every epoch.
+
+    batches: those of an epoch.
+    """
     import engine_mar as engine
     from util import dist
 
     if recipe.compile:
-        for module, dynamic in model.to_compile():
-            module.compile(dynamic=dynamic)
+        from util.run.compiling import compile_model
+
+        left = (recipe.epochs - state.epoch) * batches - state.batch
+        compile_model(model, recipe.batch_size, this.device, this.precision, left)
     return partial(
         engine.train_one_epoch,
         dist.wrap(model, this.device),
