@@ -57,6 +57,7 @@ def load_model(path, weights="ema", **overrides):
     ones, too. The model's attribute `config` is the configuration. Raises ValueError for any other
     weights, and for a file that is no such checkpoint.
     """
+    from models.fast import products
     from models.stored import facts_of
     from util.checkpoint import find_weights, load_checkpoint
     from util.weights import load_strictly
@@ -65,6 +66,7 @@ def load_model(path, weights="ema", **overrides):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'raw'")
     path = find_weights(path)
     checkpoint = load_checkpoint(path)
+    products.adopt((checkpoint.get("record") or {}).get("products"))
     config = checkpoint_config(checkpoint, path)
     own = {name: value for name, value in overrides.items() if value is not None}
     arguments = {**config["model"], **own}

@@ -1,6 +1,7 @@
 """What several test files use: tiny data and tiny weights, made on the spot."""
 
 import itertools
+import os
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from PIL import Image
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
+
+os.environ.setdefault("MAR_PRODUCTS", "torch")  # bits are compared across processes
 
 from models.vae import AutoencoderKL
 from util.classifier import fit_classifier

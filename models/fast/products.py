@@ -23,8 +23,8 @@ SMALLEST = 128 * 128  # with fewer weights, calling oneDNN costs more than the p
 FEW, MANY = 8, 256  # rows of the products that are timed
 NARROW, WIDE = 256, 1024  # their inputs and outputs
 CLASSES = tuple(itertools.product(KINDS, (FEW, MANY), (NARROW, WIDE)))
-MARGIN = 0.7  # of torch's time is what oneDNN may take, so that no choice is left to chance
-ROUNDS = 5
+MARGIN = 0.9  # of torch's time is what oneDNN may take: closer ones would be left to chance
+ROUNDS = 8
 
 chosen = {}  # of CLASSES -> whether oneDNN computes it
 _available = torch.backends.mkldnn.is_available() and all(
@@ -62,24 +62,28 @@ def _choice(kind, rows, width, mode):
 def settle(before=None):
     """Make all choices, the same on every process; returns them as texts, for a checkpoint.
 
-    before: what this returned to the run that is resumed, which is adopted if that had such a
-    processor and as many threads; or None. A collective call.
+    before: what this returned to the run that is resumed, see `adopt`. A collective call.
     """
-    _adopt(before)
+    adopt(before)
     found = dist.broadcast(_choices() if dist.is_main() else None)
-    _adopt(found)
+    adopt(found)
     return found
+
+
+def adopt(found):
+    """Choose as the run did to which `settle` returned `found`, wherever no choice is made yet.
+
+    Nothing happens for None, and for a run with another processor or number of threads.
+    """
+    if isinstance(found, list | tuple) and [*found[:2]] == _here():
+        for each in CLASSES:
+            chosen.setdefault(each, _name(each) in found)
 
 
 def _choices():
     """The processor, the threads, and the names of the classes that are oneDNN's."""
     kind = mode if _available else "torch"
     return [*_here(), *(_name(each) for each in CLASSES if _choice(*each, kind))]
-
-
-def _adopt(found):
-    if isinstance(found, list | tuple) and [*found[:2]] == _here():
-        chosen.update({each: _name(each) in found for each in CLASSES})
 
 
 def _here():
