@@ -81,6 +81,21 @@ def test_packed_is_the_same(monkeypatch, mode):
         assert hasattr(packed, "packed") == (products._available and mode == "onednn")
 
 
+@pytest.mark.parametrize("mode", ["auto", "torch"])
+def test_packed_in_bf16(monkeypatch, mode):
+    """The product in float32 of the same numbers, rounded once; packed if the CPU can use it."""
+    monkeypatch.setattr(products, "mode", "auto")
+    able = products.packs_bf16()
+    monkeypatch.setattr(products, "mode", mode)
+    x, weight, bias = (torch.randn(n).bfloat16() for n in ((7, 192), (256, 192), (256,)))
+    packed = linear.pack(weight)
+    assert hasattr(packed, "packed") == (able and mode == "auto")
+    expected = F.linear(x.float(), weight.float(), bias.float())
+    found = linear.packed_linear(x, packed, bias)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=2**-8)
+
+
 def test_models_use_it():
     """Every linear layer of a model, its head's too; a frozen one takes no gradient."""
     model = mar_tiny(img_size=64, class_num=10)

@@ -40,8 +40,9 @@ def linear(x, weight, bias=None):
 def pack(weight):
     """A weight for `packed_linear`; where that is faster, with a copy in oneDNN's layout."""
     weight = weight.detach()
-    if _fits(weight, weight) and any(
-        by_onednn("packed", rows, weight.numel()) for rows in (products.FEW, products.MANY)
+    if _fits_bf16(weight) or (
+        _fits(weight, weight)
+        and any(by_onednn("packed", rows, weight.numel()) for rows in (products.FEW, products.MANY))
     ):
         weight.packed = products.pack(weight)
     return weight
@@ -50,7 +51,7 @@ def pack(weight):
 def packed_linear(x, weight, bias=None):
     """`linear` without a gradient, for a weight from `pack`."""
     packed = getattr(weight, "packed", None)
-    if packed is not None and _chosen("packed", x, weight):
+    if packed is not None and (x.dtype == torch.bfloat16 or _chosen("packed", x, weight)):
         return products.onednn(x, packed, bias)
     return linear(x, weight, bias)
 
@@ -64,6 +65,11 @@ def _fits(x, weight):
         and not torch._C._are_functorch_transforms_active()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _fits_bf16(weight):
+    """Whether a weight in bf16 is packed, for any number of rows."""
+    return weight.dtype == torch.bfloat16 and weight.is_cpu and products.packs_bf16()
 
 
 def _chosen(kind, x, weight):

@@ -35,6 +35,12 @@ if mode not in MODES:
     raise ValueError(f"MAR_PRODUCTS={mode}: expected {', '.join(MODES)}")
 
 
+def packs_bf16():
+    """Whether oneDNN, by which torch computes products in bf16 anyway, is given packed weights."""
+    able = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # private, too
+    return _available and mode != "torch" and able()
+
+
 def by_onednn(kind, rows, weights):
     """Whether oneDNN computes a product. kind: of KINDS. weights: how many numbers they are."""
     few, narrow = rows <= 4 * FEW, weights <= NARROW * WIDE
