@@ -7,9 +7,9 @@ models.settings.Model with the same name.
 import torch
 from timm.layers import Mlp
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.fast.attention import attention
 from models.fast.linear import linear
 from models.options import named_by
 
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             seen_mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         dropout = self.attn_dropout if self.training else 0.0
         causal = self.causal and 1 < new == seen
-        x = F.scaled_dot_product_attention(q, k, v, seen_mask, dropout, is_causal=causal)
+        x = attention(q, k, v, seen_mask, dropout, causal)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def project(self, x, rows=None):

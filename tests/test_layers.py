@@ -5,8 +5,10 @@ import itertools
 import pytest
 import torch
 from rule import by_rule, rule_input
+from torch.nn.functional import scaled_dot_product_attention
 
 import models.layers
+from models.fast.attention import attention
 from models.fast.lazy import Lazy
 from models.layers import Attention, Blocks, KVCache
 
@@ -169,3 +171,16 @@ def test_heads_divide_the_width():
     """Refused otherwise, with both numbers."""
     with pytest.raises(ValueError, match="width 30: expected a multiple of the 4 heads"):
         Attention(30, 4, causal=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_is_that_of_float32(dtype):
+    """On a CPU, rounded once, under autocast too, with a mask and without."""
+    q, k, v = rule_input("qkv", (3, 2, HEADS, LENGTH, 8)).to(dtype)
+    mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    for seen, causal in ((None, False), (mask, False), (None, True)):
+        expected = scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), seen, is_causal=causal
+        ).to(dtype)
+        with torch.autocast("cpu", dtype):
+            assert torch.equal(attention(q, k, v, seen, causal=causal), expected)
