@@ -4,7 +4,15 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 
+from util import processor
+from util.dist import print0
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the others compute in float32
+# of which a CPU needs one to be fast in them, of util.processor.INSTRUCTIONS
+INSTRUCTIONS = {
+    "bf16": ("AMX-BF16", "AVX512-BF16", "BF16"),
+    "fp16": ("AMX-FP16", "AVX512-FP16", "FP16"),
+}
 
 
 def pick_precision(name, device):
@@ -12,15 +20,25 @@ def pick_precision(name, device):
 
     Also sets for the process where float32 products may use TF32. Linear layers: for tf32 only.
     Convolutions, as in tokenizers and Inception: unless fp32 is chosen; this is the default of
-    torch, and so of the published code.
+    torch, and so of the published code. Prints a note if the CPU may only emulate it.
     """
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
+    if device.type == "cpu" and name in INSTRUCTIONS and not has_instructions(name):
+        print0(
+            f"NOTE: --precision {name} is slower than fp32 on a CPU without instructions for it: "
+            f"none of {', '.join(INSTRUCTIONS[name])} was found"
+        )
     if name != "auto":
         return name
     if device.type != "cuda":
         return "fp32"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def has_instructions(name):
+    """Whether this machine's CPU is known to have instructions for products in bf16 or fp16."""
+    return not set(INSTRUCTIONS[name]).isdisjoint(processor.instructions())
 
 
 def autocast(device, precision):

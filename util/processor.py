@@ -11,9 +11,12 @@ INSTRUCTIONS = {
     "avx512f": "AVX-512",
     "avx512_vnni": "AVX512-VNNI",
     "avx512_bf16": "AVX512-BF16",
+    "avx512_fp16": "AVX512-FP16",
     "amx_bf16": "AMX-BF16",
     "amx_int8": "AMX-INT8",
+    "amx_fp16": "AMX-FP16",
     "asimd": "NEON",
+    "asimdhp": "FP16",
     "bf16": "BF16",
     "sve": "SVE",
 }
