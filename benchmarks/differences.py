@@ -9,6 +9,7 @@ from diffusion.solvers import BELOW_SINGULARITY
 from util.precision import full_precision
 
 ROWS = 8  # tokens of the head
+SUMMARY_STEPS = 2  # autoregressive steps of a summary
 
 
 def check(sides, timed_steps, tolerance):
@@ -36,13 +37,29 @@ def _print(found, title):
 
 def in_float32(sides, timed_steps):
     """Relative differences: name -> largest |a − b| / largest |b|."""
-    with full_precision(sides.device.type):
+    with full_precision(sides.device.type), sides.computing_in("fp32"):
         return {
             **of_head(sides),
             **of_steps(sides, timed_steps),
             **of_training(sides),
             **of_updates(sides),
         }
+
+
+def summary(sides):
+    """`in_float32` with the largest of the head and of autoregressive steps alone."""
+    with full_precision(sides.device.type), sides.computing_in("fp32"):
+        return {
+            "the head's tokens": _largest(of_head(sides)),
+            "tokens after an autoregressive step": _largest(of_steps(sides, SUMMARY_STEPS)),
+            **of_training(sides),
+            **of_updates(sides),
+        }
+
+
+def _largest(found):
+    """The largest value, or nan if one is."""
+    return torch.tensor(list(found.values())).max().item()
 
 
 def of_head(sides):
@@ -73,12 +90,18 @@ def of_steps(sides, timed_steps):
 def of_training(sides):
     """The loss and its gradient as one vector; gradients of key biases are mere rounding."""
     losses = [side() for side in sides.training(2, same=True)]
-    ours, plain = (
-        torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        for model in (sides.model, sides.plain)
-    )
-    norm = ((ours - plain).norm() / plain.norm()).item()
+    return of_losses(losses, [gradient(model) for model in (sides.model, sides.plain)])
+
+
+def of_losses(losses, gradients):
+    """How far the first of two losses and gradients is from the second."""
+    norm = ((gradients[0] - gradients[1]).norm() / gradients[1].norm()).item()
     return {"training loss": relative(*losses), "gradients, their norm": norm}
+
+
+def gradient(model):
+    """The gradient of all parameters as one vector."""
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @torch.no_grad()
@@ -111,6 +134,19 @@ def in_precision(sides):
             sides.head(ROWS, noise.flip(1))[0]()
             ours, plain = sides.head(ROWS, noise)
             return {"ours": relative(ours(), exact), "plain": relative(plain()[:ROWS], exact)}
+
+
+def of_bf16(sides):
+    """Relative differences of bf16 from float32, of ours and, for the head, of plain too."""
+    losses, gradients = [], []
+    for precision in ("bf16", "fp32"):
+        with sides.computing_in(precision):
+            losses.append(sides.training(2, same=True)[0]())
+            gradients.append(gradient(sides.model))
+    with sides.computing_in("bf16"):
+        found = in_precision(sides)
+    head = {f"the head's tokens, {name}": value for name, value in found.items()}
+    return {**head, **of_losses(losses, gradients)}
 
 
 def _head_noise(sides):

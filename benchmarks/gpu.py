@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 
+from util import processor
 from util.files import replacing
 from util.flags import Parser, add_device_flag, positive, positive_int, run
 from util.table import Table
@@ -142,7 +143,7 @@ def describe(name):
     from util.run.device import pick
 
     device = pick(name, 0, 1)
-    what, gpu = f"{platform.machine()} CPU", device.type == "cuda"
+    what, gpu = processor.name(), device.type == "cuda"
     if gpu:
         query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm", "--format=csv,noheader"]
         try:
@@ -257,7 +258,7 @@ class Report:
         if status != "ok":
             print("\n".join(lines[-12:]), flush=True)
         for line in shown:
-            if re.match(r"\| (batch|forward|whole|AdamW|a pass|with dropout|\d+ tokens)", line):
+            if re.match(r"\| (batch|forward|whole|AdamW|a pass|\d+ tokens)", line):
                 print(line, flush=True)
         self.write()
 

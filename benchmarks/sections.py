@@ -5,7 +5,9 @@ import resource
 import statistics
 import tempfile
 from collections import defaultdict, deque
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from itertools import cycle, islice
 from pathlib import Path
 from unittest import mock
@@ -13,9 +15,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks import profiling, work
+from benchmarks import machine, profiling, work
 from benchmarks.approximate import measure
-from benchmarks.sides import Updates, draw_seeds
+from benchmarks.cases import CASES
+from benchmarks.sides import Updates, draw_seeds, whole_steps
 from benchmarks.steps import pick_steps
 from benchmarks.timing import (
     TITLES,
@@ -34,6 +37,17 @@ from util.rng import image_generators
 
 CACHED = 2048  # images of the loader's caches
 RANDOM_START = 980  # from 999, samples of random weights are unbounded
+
+
+def products(sides, args):
+    """The rates of torch's products and oneDNN's."""
+    print("\n## Products\n")
+    if sides.gpu:
+        print("torch's: oneDNN is for CPUs")
+        return
+    sizes = args.train_batch, args.batch_sizes, args.num_iter
+    for line in machine.product_lines(sides.model, *sizes):
+        print(line, flush=True)
 
 
 def head(sides, args):
@@ -98,7 +112,7 @@ def sampling_row(sides, args, bsz, parts):
 def images(sides, args):
     """Time ours on whole batches of images: the first call and later ones, then without graphs."""
     print(f"\n## Sampling whole images, {args.num_iter} steps, ours, s\n")
-    if not sides.gpu and args.model != "tiny" and not args.sections:
+    if not sides.gpu and CASES[args.model].large and not args.sections:
         print("left out: minutes on a CPU; `--sections images` runs it there too")
         return
     kinds = {", without cuDNN's attention": False, "": True} if sides.gpu else {"": True}
@@ -116,11 +130,13 @@ def images(sides, args):
 
 def sample_images(sides, bsz):
     """Sample a batch."""
-    model, sampling = sides.model, sides.sampling.but(max_timestep=RANDOM_START)
-    labels = torch.arange(bsz, device=sides.device) % model.class_num
-    generators = image_generators(0, range(bsz))
-    with sides.autocast():
-        model.sample_tokens(bsz, labels=labels, generator=generators, **sampling.asdict())
+    with sides.starting_at(random_start(sides)):
+        sides.images(bsz)[0]()
+
+
+def random_start(sides):
+    """The timestep from which samples of random weights are bounded."""
+    return min(RANDOM_START, sides.sampling.max_timestep or RANDOM_START)
 
 
 def time_images(sides, bsz, rounds, enabled):
@@ -210,9 +226,9 @@ def training(sides, args):
     print(f"\n## Training: forward and backward of {args.train_batch} images, ms\n")
     prepare_training(sides, args)
     rows, notes, draws = [], [], count_draws(args)
-    kinds = {"with dropout": True}
+    kinds = {"forward and backward": True}
     if sides.gpu and not args.compile:  # the other one last: only what it alone prepares is new
-        kinds = {"with dropout, without cuDNN's attention": False, **kinds}
+        kinds = {"forward and backward, without cuDNN's attention": False, **kinds}
     for what, enabled in kinds.items():
         with cudnn_attention(enabled):
             notes.append(f"{what}: {warm_up(sides, sides.training(args.train_batch, draws), args)}")
@@ -270,27 +286,11 @@ def prepare_training(sides, args):
             module.compile(dynamic=dynamic)
 
 
-def whole_steps(sides, args, draws):
-    """Functions (ours, plain) that do a whole step: forward, backward, clipping, AdamW, EMA."""
-    updates = Updates(sides)
-
-    def side(model, passes, update):
-        def run():
-            passes()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-            update()
-
-        return run
-
-    ours, plain = sides.training(args.train_batch, draws)
-    return side(sides.model, ours, updates.ours), side(sides.plain, plain, updates.plain)
-
-
 def step(sides, args):
     """Time whole optimizer steps."""
     print(f"\n## A training step of {args.train_batch} images: all of it, ms\n")
     prepare_training(sides, args)
-    pair = whole_steps(sides, args, count_draws(args))
+    pair = whole_steps(sides, Updates(sides), args.train_batch, count_draws(args))
     if args.compile:
         print(f"with what is compiled for {count_draws(args)} mask ratios: ", end="")
     print(f"first calls: {warm_up(sides, pair, args)}\n")
@@ -305,7 +305,8 @@ def profile(sides, args):
     """Follow whole steps of ours."""
     print(f"\n## Where a training step of {args.train_batch} images goes\n")
     prepare_training(sides, args)
-    ours, _ = whole_steps(sides, args, min(profiling.STEPS, count_draws(args)))
+    draws = min(profiling.STEPS, count_draws(args))
+    ours, _ = whole_steps(sides, Updates(sides), args.train_batch, draws)
     first = [timed(ours, sides.device)[0] for _ in range(profiling.STEPS)]
     print(f"first calls, s: {', '.join(f'{x:.2f}' for x in first)}")
     profiling.profile(ours, sides.device)
@@ -327,9 +328,10 @@ def loader(sides, args):
     print(f"\n## Loader: {CACHED} cached latents in batches of 64, warm, ms\n")
     with tempfile.TemporaryDirectory() as folder:
         plain, ours = Path(folder) / "images", Path(folder) / "shards"
-        write_cache(plain)
-        convert.convert(plain, ours, "shards")
-        plain, ours = passes_over(plain), passes_over(ours)
+        with redirect_stdout(StringIO()):  # its progress is no Markdown
+            write_cache(plain)
+            convert.convert(plain, ours, "shards")
+            plain, ours = passes_over(plain), passes_over(ours)
         for _ in range(3):  # each pass draws other flips: until every page has been touched
             ours()
         row = compare("a pass over the data", ours, plain, args.rounds, sides.device)
@@ -355,10 +357,10 @@ def approximate(sides, args):
     """Compare exact with approximate sampling, both ours."""
     bsz, model = args.batch_sizes[0], sides.model
     print(f"\n## Approximations, batch {bsz}: ours exact against ours approximate\n")
-    if not sides.gpu and args.model != "tiny" and not args.sections:
+    if not sides.gpu and CASES[args.model].large and not args.sections:
         print("left out: most of an hour on a CPU; `--sections approximate` runs it there too")
         return
-    labels = torch.arange(bsz, device=sides.device) % model.class_num
+    labels = sides.labels(bsz)
 
     def sample(seed, sampling):
         generators = image_generators(seed, range(bsz))
@@ -368,7 +370,7 @@ def approximate(sides, args):
             )
         return latents.cpu().numpy()
 
-    rows = measure(model, sample, sides.sampling.but(max_timestep=RANDOM_START), args.rounds)
+    rows = measure(model, sample, sides.sampling.but(max_timestep=random_start(sides)), args.rounds)
     rows = [[name, f"{1e3 * s:.4g}", f"{ratio:.2f}", far] for name, s, ratio, far in rows]
     table(["mode", "ms", "exact / mode", "distance of latents"], rows)
     print(

@@ -11,23 +11,23 @@ from engine_mar import parameter_groups
 from models import build_model
 from util.ema import EMA
 from util.precision import autocast
+from util.rng import image_generators
 
 
 class Sides:
     """A model of ours and the plain one, with the same random weights, and how both are sampled.
 
-    name: name of the model. depth, width: size of its head. num_sampling_steps: diffusion steps.
-    sampling: a models.settings.Sampling. precision: precision of the timings. Raises ValueError for
-    more autoregressive steps than tokens.
+    arguments: those of `build_model`. sampling: a models.settings.Sampling. precision: precision of
+    the timings. Raises ValueError for more autoregressive steps than tokens.
     """
 
-    def __init__(self, name, depth, width, num_sampling_steps, sampling, device, precision):
+    def __init__(self, arguments, sampling, device, precision):
         self.sampling, self.device, self.precision = sampling, device, precision
-        sizes = {"diffloss_d": depth, "diffloss_w": width}
         with torch.device(device):
-            self.model = build_model(name, **sizes, num_sampling_steps=num_sampling_steps)
+            self.model = build_model(**arguments)
             randomize(self.model, device)
             self.plain = plain.PlainMAR(self.model)
+        self.plain.diffloss.start_at(sampling.max_timestep)
         self.eval()
         if sampling.num_iter > self.model.seq_len:
             raise ValueError(
@@ -63,6 +63,15 @@ class Sides:
         return torch.randn(shape, generator=generator, device=self.device)
 
     @contextmanager
+    def computing_in(self, precision):
+        """What is made within computes in this precision."""
+        before, self.precision = self.precision, precision
+        try:
+            yield
+        finally:
+            self.precision = before
+
+    @contextmanager
     def starting_at(self, timestep):
         """Both start the reverse process at this timestep; None is its very end."""
         before, self.sampling = self.sampling, self.sampling.but(max_timestep=timestep)
@@ -94,16 +103,45 @@ class Sides:
 
         return ours, theirs
 
+    def images(self, bsz):
+        """Sampling of a whole batch, without the tokenizer."""
+        labels = self.labels(bsz)
+        orders = self.model.sample_orders(bsz, torch.Generator(self.device).manual_seed(4))
+
+        def ours():
+            generators = image_generators(0, range(bsz))
+            settings = self.sampling.asdict()
+            return self.model.sample_tokens(bsz, labels=labels, generator=generators, **settings)
+
+        def theirs():
+            return self.plain.sample(orders, labels, self.sampling.num_iter, self.sampling.cfg)
+
+        return self.autocast_in(ours), self.autocast_in(theirs)
+
+    def labels(self, bsz):
+        """A label for each image of a batch."""
+        return torch.arange(bsz, device=self.device) % self.model.class_num
+
+    def autocast_in(self, function):
+        """The function, called with the autocast of the present precision."""
+        precision = self.precision
+
+        def run():
+            with autocast(self.device, precision):
+                return function()
+
+        return run
+
     def training(self, bsz, draws=1, same=False):
         """The loss of a batch, with its backward pass; `draws` calls draw anew, then they repeat.
 
         In corresponding calls both mask the same number of tokens. same: all draws of all calls are
-        the same, and the precision is float32.
+        the same.
         """
-        model, precision = self.model, "fp32" if same else self.precision
+        model, precision = self.model, self.precision
         sides = (n * model.patch_size for n in (model.seq_h, model.seq_w))
         latents = self.randn(bsz, model.vae_embed_dim, *sides, seed=3)
-        labels = torch.arange(bsz, device=self.device) % model.class_num
+        labels = self.labels(bsz)
 
         def ours(generator, step_generator):
             return model(latents, labels, generator, step_generator)
@@ -197,3 +235,21 @@ class Updates:
         """One update, as plain does it."""
         self.plain_optimizer.step()
         plain.update_ema(self.averages, self.pair[1].parameters(), self.rate)
+
+
+def whole_steps(sides, updates, bsz, draws):
+    """Functions (ours, plain) that do a whole step: forward, backward, clipping, AdamW, EMA.
+
+    updates: an Updates of the sides. draws: see `Sides.training`.
+    """
+
+    def side(model, passes, update):
+        def run():
+            passes()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+            update()
+
+        return run
+
+    ours, plain = sides.training(bsz, draws)
+    return side(sides.model, ours, updates.ours), side(sides.plain, plain, updates.plain)

@@ -6,22 +6,19 @@ the largest relative differences of results for the same noise; if one is above 
 speed-up and exits with status 1. Exact methods are compared with plain, approximations with ours.
 """
 
-import contextlib
-import platform
 import sys
-from pathlib import Path
 
+from benchmarks.cases import CASES
 from util.flags import Parser, add_device_flag, finite, positive, positive_int, run
 from util.table import Table
 
-HEADS = {"tiny": (2, 64), "base": (6, 1024), "large": (8, 1280), "huge": (12, 1536)}  # of table 4
 SECTIONS = Table(
     "section",
     {
         name: f"benchmarks.sections:{name}"
         for name in (
-            *("head", "sampling", "images", "training", "step", "profile", "optimizer", "loader"),
-            "approximate",
+            *("products", "head", "sampling", "images", "training", "step", "profile"),
+            *("optimizer", "loader", "approximate"),
         )
     },
 )
@@ -38,13 +35,13 @@ def get_parser():
 
 def add_model_flags(parser):
     """Flags for the model and its sampling."""
-    parser.add_argument("--model", choices=HEADS, default="base", help="size of the model")
-    table_4 = "of the head (default: table 4's)"
-    parser.add_argument("--diffloss_d", type=positive_int, help=f"blocks {table_4}")
-    parser.add_argument("--diffloss_w", type=positive_int, help=f"width {table_4}")
-    parser.add_argument("--num_iter", type=positive_int, default=64, help="autoregressive steps")
+    of_model = "(default: the model's)"
+    parser.add_argument("--model", choices=CASES, default="base", help="the model")
+    parser.add_argument("--diffloss_d", type=positive_int, help=f"blocks of the head {of_model}")
+    parser.add_argument("--diffloss_w", type=positive_int, help=f"width of the head {of_model}")
+    parser.add_argument("--num_iter", type=positive_int, help=f"autoregressive steps {of_model}")
     parser.add_argument("--num_sampling_steps", default="100", help="diffusion steps")
-    parser.add_argument("--cfg", type=finite, default=3.0, help="guidance scale")
+    parser.add_argument("--cfg", type=finite, help=f"guidance scale {of_model}")
     parser.add_argument(
         "--precision", choices=("fp32", "tf32", "bf16"), help="(default: fp32, on a GPU bf16)"
     )
@@ -54,10 +51,13 @@ def add_model_flags(parser):
         help="ours with --compile, in training",
     )
     parser.add_argument(
-        "--torch_linear",
-        action="store_true",
-        help="on a CPU, use torch's linear layers on both sides, to measure gains without oneDNN",
+        "--products",
+        choices=("auto", "torch", "onednn"),
+        help="on a CPU, the library of our products: the faster one of each class of shapes, or "
+        "this one; with torch, both sides use the same (default: MAR_PRODUCTS, else auto)",
     )
+    torch_linear = {"action": "store_const", "const": "torch", "help": "--products torch"}
+    parser.add_argument("--torch_linear", dest="products", **torch_linear)
 
 
 def add_timing_flags(parser):
@@ -74,7 +74,7 @@ def add_timing_flags(parser):
     parser.add_argument(
         "--train_batch",
         type=positive_int,
-        help="images per training step (default: 2, on a GPU 64)",
+        help="images per training step (default: the model's, on a GPU 64)",
     )
     parser.add_argument(
         "--rounds", type=positive_int, default=5, help="rounds counted, after a cold one"
@@ -111,9 +111,12 @@ def main(argv=None):
 
     from benchmarks import differences
 
+    case = CASES[args.model]
+    args.num_iter = args.num_iter or case.sampling["num_iter"]
+    args.cfg = case.sampling["cfg"] if args.cfg is None else args.cfg
     sides = open_sides(args)
     args.batch_sizes = args.batch_sizes or ([1, 16, 256] if sides.gpu else [1, 4])
-    args.train_batch = args.train_batch or (64 if sides.gpu else 2)
+    args.train_batch = args.train_batch or (64 if sides.gpu else case.train_batch)
     print(describe(sides, args))
     if not differences.check(sides, args.timed_steps, args.tolerance) and not args.anyway:
         sys.exit(1)
@@ -131,46 +134,35 @@ def open_sides(args):
     from util.precision import pick_precision
 
     device = dist.init(args.device)
-    products.mode = "torch" if args.torch_linear else products.mode
-    depth, width = HEADS[args.model]
-    precision = args.precision or ("fp32" if device.type == "cpu" else "bf16")
+    products.mode = args.products or products.mode
+    case, precision = CASES[args.model], args.precision
+    precision = precision or ("fp32" if device.type == "cpu" else "bf16")
+    own = {"diffloss_d": args.diffloss_d, "diffloss_w": args.diffloss_w}
+    arguments = {**case.model, **{name: value for name, value in own.items() if value}}
     return Sides(
-        f"mar_{args.model}",
-        args.diffloss_d or depth,
-        args.diffloss_w or width,
-        args.num_sampling_steps,
-        Sampling(num_iter=args.num_iter, cfg=args.cfg),
+        {**arguments, "num_sampling_steps": args.num_sampling_steps},
+        Sampling.of(**{**case.sampling, "num_iter": args.num_iter, "cfg": args.cfg}),
         device,
         pick_precision(precision, device),
     )
 
 
 def describe(sides, args):
-    """The machine, the model and the settings, in a line."""
-    import torch
+    """The machine, the model and the settings, in two lines."""
+    from benchmarks import machine
+    from models.fast import products
 
     millions = sum(p.numel() for p in sides.model.parameters()) / 1e6
     net = sides.model.diffloss.net
     head = f"{len(net.res_blocks)}×{net.input_proj.out_features}"
+    start = sides.sampling.max_timestep
     return (
-        f"{describe_machine(sides)}, torch {torch.__version__}, {sides.precision}; "
-        f"MAR {args.model} ({millions:.0f}M, head {head}), {args.num_iter} autoregressive and "
-        f"{args.num_sampling_steps} diffusion steps, guidance {args.cfg:g}; {args.rounds} rounds"
-        + (", torch's linear layers on both sides" if args.torch_linear else "")
+        f"{machine.describe(sides.device)}\n\n"
+        f"MAR {args.model} ({millions:.3g}M, head {head}), {sides.precision}, {args.num_iter} "
+        f"autoregressive and {args.num_sampling_steps} diffusion steps"
+        + (f" from {start}, " if start else ", ")
+        + f"guidance {args.cfg:g}; {args.rounds} rounds; products: {products.mode}"
     )
-
-
-def describe_machine(sides):
-    """The name of the GPU, or the threads and the name of the processor."""
-    import torch
-
-    if sides.gpu:
-        return torch.cuda.get_device_name(sides.device)
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(x for x in lines if x.startswith("model name")).split(": ")[1]
-    return f"{torch.get_num_threads()} threads of {processor}"
 
 
 if __name__ == "__main__":

@@ -59,11 +59,17 @@ def compare(what, ours, plain, rounds, device, unit=1e3):
 
 
 def table(titles, rows):
-    """Print rows of text as a table in Markdown."""
-    print("| " + " | ".join(titles) + " |")
-    print("|" + " --- |" * len(titles))
+    """Print rows of text as a table in Markdown, each as soon as it is there."""
+    for line in table_lines(titles, rows):
+        print(line, flush=True)
+
+
+def table_lines(titles, rows):
+    """The lines of a table in Markdown."""
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + " --- |" * len(titles)
     for row in rows:
-        print("| " + " | ".join(row) + " |", flush=True)
+        yield "| " + " | ".join(row) + " |"
 
 
 def count_launches(function, device):

@@ -1,4 +1,7 @@
-"""FLOPs and bytes that sampling and training need, from the shapes alone."""
+"""FLOPs, bytes and products that sampling and training need, from the shapes alone."""
+
+import math
+from collections import Counter
 
 
 def transformer_flops(model, known):
@@ -45,3 +48,29 @@ def bytes_read(model, width):
     mlp = sum(p.numel() for block in blocks for p in block.mlp.parameters())
     others = sum(p.numel() for p in model.parameters()) - mlp
     return width * (others + model.diffloss.gen_diffusion.num_steps * mlp)
+
+
+def training_products(model, bsz, masked):
+    """Shapes (rows, inputs, outputs) of linear layers in training, those with most FLOPs first.
+
+    bsz: images of a step. masked: masked tokens of an image.
+    """
+    rows = {
+        "encoder_blocks": bsz * (model.buffer_size + model.seq_len - masked),
+        "decoder_blocks": bsz * (model.buffer_size + model.seq_len),
+        "diffloss": bsz * masked * model.diffloss.diffusion_batch_mul,
+    }
+    flops = Counter()
+    for name, layer in model.named_modules():
+        part = name.split(".")[0]
+        if part in rows and hasattr(layer, "out_features"):
+            shape = rows[part], layer.in_features, layer.out_features
+            flops[shape] += math.prod(shape)
+    return [shape for shape, _ in flops.most_common()]
+
+
+def sampling_products(model, batch_sizes, num_iter):
+    """The same of the head's MLPs in sampling with guidance, for the mean number of tokens."""
+    tokens = max(1, model.seq_len // num_iter)
+    width = model.diffloss.net.input_proj.out_features
+    return [(2 * bsz * tokens, width, width) for bsz in batch_sizes]

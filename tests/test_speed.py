@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import approximate, differences, kv_cache, plain, profiling, speed
-from models.fast import denoiser
+import main_mar
+from benchmarks import approximate, cpu, differences, kv_cache, machine, plain, profiling, speed
+from benchmarks.cases import CASES
+from benchmarks.sides import Sides
+from models import presets
+from models.fast import denoiser, products
 from models.fast.denoiser import Denoiser
 from models.mar import mar_tiny
 from models.settings import Sampling
+from util import processor
 
 ARGUMENTS = "--model tiny --rounds 1 --num_sampling_steps 4 --num_iter 8 --timed_steps 2"
 
@@ -28,6 +33,79 @@ def test_differences_come_first(capsys, monkeypatch):
     for section in ("The head", "Sampling", "Training", "Where a training step", "Optimizer"):
         assert section in out
     assert "autoregressive step 6, batch 2" in out
+
+
+def test_the_demos_model():
+    """--model digits is what --preset digits trains and how it samples."""
+    args, given = presets.apply(main_mar.get_parser(), ["--preset", "digits"])
+    config, sampling, _ = main_mar.configure(args, given, {}, None, None)
+    case = CASES["digits"]
+    assert case.model.items() <= config["model"].items()
+    assert case.sampling.items() <= sampling.asdict().items()
+    assert case.train_batch == args.batch_size
+
+
+@pytest.mark.parametrize("name", ["digits", "small"])
+def test_plain_trains_the_head_on_all_tokens(name, monkeypatch):
+    """And masks afterwards; ours computes the masked ones alone."""
+    case = cpu.case_of(name, quick=True)
+    sides = Sides(case.model, Sampling.of(**case.sampling), torch.device("cpu"), "fp32")
+    rows, model = {}, sides.model
+    for side, net in (("ours", model.diffloss.net), ("plain", sides.plain.diffloss.net)):
+        net.input_proj.register_forward_hook(
+            lambda layer, inputs, _, side=side: rows.update({side: inputs[0].shape[:-1].numel()})
+        )
+    for run in sides.training(2):
+        run()
+    assert rows["plain"] == 2 * model.seq_len * model.diffloss.diffusion_batch_mul
+    assert 0 < rows["ours"] < rows["plain"]
+
+
+def test_a_small_model_with_its_products(capsys, monkeypatch):
+    """The processor by name, the model's own settings, and the rate of every kind of product."""
+    monkeypatch.setattr(products, "mode", products.mode)  # restores it
+    flags = "--model digits --rounds 1 --num_sampling_steps 4 --timed_steps 1 --products torch"
+    speed.main([*flags.split(), "--num_iter", "4", "--sections", "products"])
+    out = capsys.readouterr().out
+    assert processor.name() in out and torch.__version__ in out
+    assert "MAR digits" in out and "from 950, guidance 1.5" in out and "products: torch" in out
+    assert "| 2,304 × 64 → 192 | **" in out
+
+
+def test_the_table_of_a_cpu(capsys, monkeypatch, tmp_path):
+    """One section: differences, then plain and each way of ours, and the file is what is shown."""
+    monkeypatch.setattr(processor, "instructions", lambda: ["AVX512-BF16"])
+    out = tmp_path / "cpu.md"
+    cpu.main(["--quick", "--rounds", "1", "--models", "digits", "--out", str(out)])
+    said, text = capsys.readouterr(), out.read_text()
+    assert said.out.strip() == text.strip() and "digits, 2 samples" in said.err
+    assert text.startswith("## On a CPU\n\n```\npython -m benchmarks.cpu --quick")
+    assert f"--out FILE\n```\n\n{processor.name()}" in text
+    headings = ["Largest relative differences", "Plain and ours", "Ours in bf16", "Products of"]
+    places = [text.index(f"\n### {heading}") for heading in headings]
+    assert places == sorted(places)
+    rows = [line for line in text.splitlines() if line.startswith("| digits, 2 training steps")]
+    assert [row.count("|") for row in rows] == [8, 5]
+
+
+def test_a_cpus_table_without_what_differs(capsys, monkeypatch):
+    """A model whose plain side computes other numbers is not timed; the status is 1."""
+    forward = plain.PlainMLP.forward
+    monkeypatch.setattr(plain.PlainMLP, "forward", lambda *args: forward(*args) * 1.001)
+    with pytest.raises(SystemExit, match="1"):
+        cpu.main(["--quick", "--models", "digits"])
+    out = capsys.readouterr().out
+    assert "is not the same computation" in out and "| digits, " not in out
+
+
+def test_another_system(monkeypatch):
+    """Without Linux' file of the processor there is still a line that says what is known."""
+    monkeypatch.setattr(processor, "_facts", dict)
+    said = machine.describe(torch.device("cpu"))
+    assert "threads: " in said and torch.__version__ in said
+    facts = {"avx512_f": True, "amx_bf16": True, "avx2": False, "l1d_cache_size": 1}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts, raising=False)
+    assert machine.instruction_sets() == ["AVX-512", "AMX-BF16"]
 
 
 def test_no_speed_of_something_else(capsys, monkeypatch):
@@ -92,7 +170,7 @@ def test_the_cache_changes_no_sample(capsys):
         assert count == tokens and difference < 1e-4 and min(times) > 0
 
 
-@pytest.mark.parametrize("script", ["speed", "approximate", "kv_cache"])
+@pytest.mark.parametrize("script", ["speed", "approximate", "cpu", "kv_cache"])
 def test_flags_need_no_torch(script):
     """--help answers at once."""
     code = f"import benchmarks.{script}, sys; print('torch' in sys.modules)"
