@@ -33,7 +33,6 @@ MODES = {
     "--cfg_interval 0.25 0.75": {"cfg_interval": (0.25, 0.75)},
     "--refresh_every 2": {"refresh_every": 2},
     "--refresh_every 4": {"refresh_every": 4},
-    "half the autoregressive steps": {"num_iter": 0.5},
     "anneal linear, interval, refresh 2": {
         "anneal": "linear",
         "cfg_interval": (0.25, 0.75),
@@ -46,6 +45,22 @@ MODES = {
         "refresh_every": 2,
         "num_iter": 0.5,
     },
+}
+SHARES = {"half": 0.5, "a quarter of": 0.25, "an eighth of": 0.125}
+WAYS = {
+    "": {},
+    ", uniform": {"token_schedule": "uniform"},
+    ", square": {"token_schedule": "square"},
+    ", exponential": {"token_schedule": "exponential"},
+    ", root": {"token_schedule": "root"},
+    ", spread": {"order": "spread"},
+    ", spread, uniform": {"order": "spread", "token_schedule": "uniform"},
+    ", spread, anneal linear:50:20": {"order": "spread", "anneal": "linear:50:20"},
+}
+MODES |= {
+    f"{share} the autoregressive steps{way}": {"num_iter": SHARES[share], **changes}
+    for share in SHARES
+    for way, changes in WAYS.items()
 }
 
 
@@ -63,6 +78,13 @@ def get_parser():
     parser.add_argument(
         "--rounds", type=positive_int, default=5, help="rounds counted, each with another seed"
     )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="only modes whose name contains one of these, and exact",
+    )
     add_flags(parser, Evaluation, only=NETWORK)
     add_device_flag(parser)
     return parser
@@ -71,6 +93,7 @@ def get_parser():
 def main(argv=None):
     """Run the script."""
     args = get_parser().parse_args(argv)
+    modes = pick_modes(args.modes)
 
     import torch
 
@@ -92,8 +115,17 @@ def main(argv=None):
         f"{args.rounds} rounds of {args.num_images} images, {args.batch_size} at once; exact is "
         f"{exact}\n"
     )
-    rows = measure(model, sample, sampling, args.rounds, measurements.keep)
+    rows = measure(model, sample, sampling, args.rounds, measurements.keep, modes)
     print_table(rows, measurements, args.num_images)
+
+
+def pick_modes(texts):
+    """The MODES whose name contains one of the texts, and "exact". Raises ValueError."""
+    for text in texts:
+        if not any(text in name for name in MODES):
+            raise ValueError(f"modes {text!r}: expected part of a mode's name, such as spread")
+    picked = {name for name in MODES if any(text in name for text in texts)} | {"exact"}
+    return {name: changes for name, changes in MODES.items() if name in picked}
 
 
 def open_sample(args, model, config, labels, device, precision):
@@ -162,8 +194,8 @@ def print_table(rows, measurements, num_images):
     )
 
 
-def measure(model, sample, sampling, rounds, keep=lambda name, images: None):
-    """Times and distances of all modes that the model supports, in turns.
+def measure(model, sample, sampling, rounds, keep=lambda name, images: None, modes=MODES):
+    """Times and distances of the modes that the model supports, in turns.
 
     sample(seed, sampling) gives images, whose distances are fractions of the range of a pixel, or
     latents, whose distances are in their standard deviations. sampling: the exact Sampling.
@@ -172,7 +204,7 @@ def measure(model, sample, sampling, rounds, keep=lambda name, images: None):
     """
     from benchmarks.timing import timed
 
-    modes = fitting_modes(model, sampling)
+    modes = fitting_modes(model, sampling, modes)
     seconds, distances, others, before = defaultdict(list), defaultdict(list), [], None
     for turn in range(rounds + 1):
         exact = None
@@ -194,10 +226,10 @@ def measure(model, sample, sampling, rounds, keep=lambda name, images: None):
     return [(name, medians[name], medians["exact"] / medians[name], said[name]) for name in modes]
 
 
-def fitting_modes(model, exact):
-    """Name -> Sampling of the MODES that the model supports; the others are reported."""
+def fitting_modes(model, exact, wanted):
+    """Name -> Sampling of the modes that the model supports; the others are reported."""
     modes = {}
-    for name, changes in MODES.items():
+    for name, changes in wanted.items():
         if "num_iter" in changes:
             num_iter = max(1, round(changes["num_iter"] * exact.num_iter))
             changes = {**changes, "num_iter": num_iter}

@@ -24,7 +24,7 @@ class AR(Autoregressive):
     each image. If orders vary, the model must be told which position comes next: a second position
     embedding, that of the next token, is added to the input (the paper does not say how; this is
     our choice, the one with the fewest parameters). The other arguments are those of `MAR`. Raises
-    ValueError for the confidence order.
+    ValueError for an order that is only for sampling, such as "confidence".
     """
 
     one_at_a_time = True
@@ -62,8 +62,8 @@ class AR(Autoregressive):
             num_codes,
             token_norm,
         )
-        if ORDERS[order].by_confidence:
-            others = [name for name, row in ORDERS.rows() if not row.by_confidence]
+        if not ORDERS[order].learned:
+            others = [name for name, row in ORDERS.rows() if row.learned]
             expected = " or ".join(reversed(others))
             raise ValueError(f"order {order!r}: expected {expected} for a causal model")
         self.order, self.varies = order, ORDERS[order].varies
@@ -147,7 +147,7 @@ class AR(Autoregressive):
         """
         if self.varies:
             return
-        learned = ORDERS[self.order]().start(1, self.seq_len, device=orders.device)
+        learned = ORDERS[self.order]().start(1, self.grid, device=orders.device)
         if not torch.equal(orders, learned.expand_as(orders)):
             raise ValueError(
                 f"{what}: this model learned the {self.order} order only, and "

@@ -102,7 +102,7 @@ class Autoregressive(LatentModel):
 
     def sample_orders(self, bsz, generator=None):
         """Orders (bsz, L) to train in."""
-        return ORDERS[self.order]().start(bsz, self.seq_len, generator, self.fake_latent.device)
+        return ORDERS[self.order]().start(bsz, self.grid, generator, self.fake_latent.device)
 
     def statistics(self, reduce=None):
         """Name -> number to log, since the last call; see Head."""

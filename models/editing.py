@@ -125,7 +125,7 @@ def _edit(
     known = _Known(images, mask, settings, token)
     latents = _encode(tokenizer, images, device)  # (N, C, h·p, w·p)
     hidden = torch.from_numpy(_tokens_of(mask, token)).to(device)
-    first = _corners(~hidden, (model.seq_h, model.seq_w))
+    first = _corners(~hidden, model.grid)
     hidden = _share(hidden, settings.strength, generators)
     labels = None if labels is None else torch.as_tensor(labels, device=device)
     windows = _counted([*_windows(model, hidden.shape[1:], first, settings.overlap)], progress)
@@ -190,7 +190,7 @@ def _windows(model, size, first, overlap):
 
     size: height and width of the canvas in tokens. first: see `_corners`.
     """
-    p, (height, width) = model.patch_size, (model.seq_h, model.seq_w)
+    p, (height, width) = model.patch_size, model.grid
     for corner in dict.fromkeys(first):
         rows = [i for i, own in enumerate(first) if own == corner]
         for y in _starts(corner[0], size[0], height, overlap):
@@ -241,7 +241,7 @@ def border_first(hidden, generators):
     """Orders (N, L) from the known tokens inwards; hidden: (N, h, w). Ties are drawn at random."""
     distance = np.stack([_distance(image) for image in hidden.cpu().numpy()])
     distance = torch.from_numpy(distance).flatten(1).to(hidden.device)
-    orders = RandomOrder().start(*distance.shape, generators, hidden.device)
+    orders = RandomOrder().start(len(hidden), hidden.shape[1:], generators, hidden.device)
     farthest = distance.gather(1, orders).argsort(dim=1, descending=True, stable=True)
     return orders.gather(1, farthest)
 

@@ -48,7 +48,7 @@ class LatentModel(Pretrained, nn.Module):
         self.vae_embed_dim = vae_embed_dim
         self.num_codes = num_codes
         self.token_norm = token_norm
-        self.seq_h, self.seq_w = sides(img_size, stride)
+        self.grid = self.seq_h, self.seq_w = sides(img_size, stride)
         self.seq_len = self.seq_h * self.seq_w
         self.token_embed_dim = vae_embed_dim * patch_size**2
         self.class_num = class_num

@@ -5,7 +5,7 @@ from itertools import islice
 import torch
 
 from models.latents import columns, take
-from models.order import token_counts
+from models.order import RandomOrder
 from models.settings import CFG_SCHEDULES, ORDERS, TOKEN_SCHEDULES
 from util.rng import generator_of
 
@@ -29,25 +29,28 @@ def sample_steps(
 ):
     """See `Autoregressive.sample_steps`. sampling: a models.settings.Sampling.
 
-    Images with equally many unknown tokens form a group, which is sampled as if it were alone.
+    Images with equally many unknown tokens, in each stage of the order, form a group, which is
+    sampled as if it were alone.
     """
     policy = _pick_order(model, sampling)
     _guidance_interval(sampling)
     _check_batch(model, bsz, orders)
+    staged = policy if orders is None else RandomOrder()  # orders that are given have one stage
     orders, tokens, mask = _start(model, bsz, policy, orders, generator, latents, mask)
     model.check_orders(orders, f"order {sampling.order or 'as given'}")
-    counts = mask.sum(1).tolist()
-    _check_steps(model, sampling.num_iter, max(counts))
+    sizes = staged.sizes(mask.view(bsz, *model.grid))
+    _check_steps(model, sampling.num_iter, max(map(sum, sizes)))
     both = torch.stack([model.embed_labels(labels, bsz), model.embed_labels(None, bsz)])
-    draw = model.head.sampler(sampling)
+    draw, schedule = model.head.sampler(sampling), TOKEN_SCHEDULES[sampling.token_schedule]
     groups = []
-    for count in sorted({*counts} - {0}):
-        rows = [i for i, unknown in enumerate(counts) if unknown == count]
-        own = sampling.but(num_iter=min(sampling.num_iter, count))
+    for size in sorted(own for own in {*sizes} if sum(own)):
+        rows = [i for i, own in enumerate(sizes) if own == size]
+        own = sampling.but(num_iter=min(sampling.num_iter, sum(size)))
+        counts = staged.counts(schedule, size, own.num_iter)
         own = own, generator_of(generator, rows, bsz)
         rows = torch.tensor(rows, device=orders.device)
         batch = both[:, rows].flatten(0, 1), orders[rows], tokens[rows]
-        groups.append((rows, _sample_group(model, policy, draw, *own, *batch, count)))
+        groups.append((rows, _sample_group(model, policy, draw, *own, *batch, sum(size), counts)))
 
     still, in_place = mask.float(), _in_place(orders, tokens)
     for _ in range(sampling.num_iter if groups else 1):
@@ -58,16 +61,16 @@ def sample_steps(
         yield model.unpatchify(in_place), still
 
 
-def _sample_group(model, policy, draw, sampling, generator, both, orders, tokens, unknown):
+def _sample_group(model, policy, draw, sampling, generator, both, orders, tokens, unknown, counts):
     """Yields tokens (N, L, C·p²), in raster order, and the mask (N, L) after each step.
 
     draw: see Head.sampler. both: class embeddings (2N, D), see `Autoregressive.predict`. tokens:
-    in the order of orders (N, L), whose first `unknown` are to be generated.
+    in the order of orders (N, L), whose first `unknown` are to be generated. counts: the number
+    that is still unknown after each step.
     """
     guidance, interval = CFG_SCHEDULES[sampling.cfg_schedule], _guidance_interval(sampling)
-    schedule = TOKEN_SCHEDULES[sampling.token_schedule]
     cache, bsz = model.start_cache(sampling), len(orders)
-    for step, remaining in enumerate(token_counts(schedule, unknown, sampling.num_iter)):
+    for step, remaining in enumerate(counts):
         done = step / sampling.num_iter
         to_predict = slice(policy.first_to_predict(remaining), unknown)
         acts = interval[0] <= done < interval[1]
@@ -101,7 +104,7 @@ def _in_place(orders, tokens):
 
 def check_sampling(model, sampling):
     """Raises ValueError for settings that the model does not support."""
-    orders = _pick_order(model, sampling).start(1, model.seq_len, torch.Generator())
+    orders = _pick_order(model, sampling).start(1, model.grid, torch.Generator())
     model.check_orders(orders, f"order {sampling.order or 'as given'}")
     _guidance_interval(sampling)
     if sampling.cfg != 1.0 and not model.label_drop_prob:
@@ -163,7 +166,7 @@ def _start(model, bsz, policy, orders, generator, latents, mask):
     """Orders (N, L), initial tokens in them (N, L, C·p²), and the mask (N, L), booleans."""
     device = model.fake_latent.device
     if orders is None:
-        orders = policy.start(bsz, model.seq_len, generator, device)
+        orders = policy.start(bsz, model.grid, generator, device)
     if (latents is None) != (mask is None):
         raise ValueError("latents and mask: expected both (inpainting) or neither")
     if latents is None:

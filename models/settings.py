@@ -52,11 +52,19 @@ ORDERS = Table(
     {
         "random": "models.order:RandomOrder",
         "raster": "models.order:RasterOrder",
+        "spread": "models.order:SpreadOrder",
         "confidence": "models.order:ConfidenceOrder",
     },
 )
 TOKEN_SCHEDULES = Table(
-    "token_schedule", {"cosine": "models.order:cosine", "uniform": "models.order:uniform"}
+    "token_schedule",
+    {
+        "cosine": "models.order:cosine",
+        "uniform": "models.order:uniform",
+        "square": "models.order:square",
+        "exponential": "models.order:exponential",
+        "root": "models.order:root",
+    },
 )
 CFG_SCHEDULES = Table(
     "cfg_schedule", {"linear": "models.sampling:linear", "constant": "models.sampling:constant"}
@@ -176,12 +184,14 @@ class Sampling(Settings):
     )
     token_schedule: str = setting(
         "cosine",
-        "tokens per step: few at first and many at the end, or equally many",
+        "tokens per step: few at first and many at the end (cosine, square, exponential), equally "
+        "many (uniform) or many at first (root); in each stage of --order spread",
         choices=TOKEN_SCHEDULES,
     )
     order: str = setting(
         None,
-        "order in which tokens are generated, and in which a causal model is trained; confidence "
+        "order in which tokens are generated, and in which a causal model is trained; spread: half "
+        "of the tokens, no two of them neighbours, in most of the steps, then the rest; confidence "
         "needs cross-entropy",
         choices=ORDERS,
         otherwise="the model's: random, but raster for a new causal one",

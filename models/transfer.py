@@ -140,7 +140,7 @@ class Fit:
 
     def _fit_tables(self):
         before, after = self.source.position_tables(), self.model.position_tables()
-        old, now = _grid(self.source), _grid(self.model)
+        old, now = self.source.grid, self.model.grid
         for name in dict.fromkeys([*before, *after]):
             here, there = ({name: s[name]} if name in s else {} for s in (self.own, self.state))
             if not (here and there):
@@ -172,10 +172,6 @@ def _below(name, state):
 
 def _shapes(state):
     return {name: value.shape for name, value in state.items()}
-
-
-def _grid(model):
-    return model.seq_h, model.seq_w
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ class Source:
     def add_row(self, path, table, row):
         """A row at the top of a table."""
         text = (self.root / path).read_text()
-        (head,) = re.findall(rf'^{table} = Table\(\n    "[a-z ]+",\n    {{\n', text, re.MULTILINE)
+        (head,) = re.findall(rf'^{table} = Table\(\n    "[a-z_ ]+",\n    {{\n', text, re.MULTILINE)
         self.edit(path, head, f"{head}        {row}\n")
 
     def add_field(self, path, cls, field):
@@ -212,9 +212,8 @@ from models.order import RandomOrder
 class ColumnOrder(RandomOrder):
     varies = False
 
-    def start(self, bsz, length, generator=None, device=None):
-        side = math.isqrt(length)
-        columns = torch.arange(length, device=device).view(side, side).T
+    def start(self, bsz, grid, generator=None, device=None):
+        columns = torch.arange(math.prod(grid), device=device).view(grid).T
         return columns.flatten().flip(0).expand(bsz, -1)
 """,
     )
@@ -230,8 +229,7 @@ def quadratic(length, k, num_iter):
     return math.ceil(length * (1 - k / num_iter) ** 2)
 '''
     source.append("models/order.py", code)
-    old = '"token_schedule", {'
-    source.edit(SETTINGS, old, f'{old}"quadratic": "models.order:quadratic", ')
+    source.add_row(SETTINGS, "TOKEN_SCHEDULES", '"quadratic": "models.order:quadratic",')
 
 
 STRIPES = """

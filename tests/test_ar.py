@@ -214,7 +214,7 @@ def test_filling_in(order):
         ({"num_iter": 8}, "num_iter 8: expected 16, causal attention gives one token per step"),
         ({"order": "random"}, "order random: this model learned the raster order only"),
         ({"order": "confidence"}, "'confidence': expected a bidirectional model"),
-        ({"order": "spiral"}, "order 'spiral': expected one of random, raster, confidence"),
+        ({"order": "spiral"}, "order 'spiral': expected one of random, raster, spread"),
     ],
 )
 def test_wrong_sampling_arguments(arguments, message):

@@ -1,13 +1,27 @@
 """Orders of generation. Run: python -m pytest tests/test_order.py"""
 
 import itertools
+import math
 
 import pytest
 import torch
 from rule import by_rule
 
+from models.ar import ar_tiny
 from models.mar import mar_tiny
-from models.order import ConfidenceOrder, RasterOrder, cosine, token_counts, uniform
+from models.order import (
+    ConfidenceOrder,
+    RandomOrder,
+    RasterOrder,
+    SpreadOrder,
+    cosine,
+    exponential,
+    root,
+    split_steps,
+    square,
+    token_counts,
+    uniform,
+)
 from models.settings import ORDERS, TOKEN_SCHEDULES
 from util.rng import image_generators
 
@@ -16,7 +30,7 @@ CE = {"img_size": 64, "vae_embed_dim": 1, "num_codes": 32, "class_num": 10}
 
 def test_raster_begins_at_the_top_left():
     """The end of an order is generated first."""
-    orders = RasterOrder().start(2, 16)
+    orders = RasterOrder().start(2, (4, 4))
     assert orders[1].tolist() == list(range(15, -1, -1))
 
 
@@ -47,7 +61,10 @@ def test_known_tokens_stay_in_every_order(model, order):
     """What a step has generated is the same at the end, and the counts are the schedule's."""
     steps = steps_of(model, order)
     final = steps[-1][0]
-    for (latents, mask), remaining in zip(steps, token_counts(cosine, 16, 4), strict=True):
+    policy = ORDERS[order]()
+    (size,) = {*policy.sizes(torch.ones(3, 4, 4, dtype=torch.bool))}
+    counts = policy.counts(cosine, size, 4)
+    for (latents, mask), remaining in zip(steps, counts, strict=True):
         known = mask.view(3, 1, 4, 4) == 0
         assert torch.equal(latents[known], final[known])
         assert (mask.sum(1) == remaining).all()
@@ -102,10 +119,14 @@ def test_confidence_needs_cross_entropy():
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_order_is_a_permutation(order):
     """At the start, and after each step that commits tokens; known positions stay."""
+    for grid in ((1, 1), (1, 7), (5, 3), (6, 4)):
+        started = ORDERS[order]().start(4, grid, image_generators(0, range(4)))
+        expected = torch.arange(grid[0] * grid[1]).expand(4, -1)
+        assert torch.equal(started.sort(1).values, expected)
     policy, unknown = ORDERS[order](), 16
-    orders = policy.start(8, 16, image_generators(0, range(8)))
+    orders = policy.start(8, (4, 4), image_generators(0, range(8)))
     assert torch.equal(orders.sort(1).values, torch.arange(16).expand(8, -1))
-    assert torch.equal(orders, policy.start(8, 16, image_generators(0, range(8))))
+    assert torch.equal(orders, policy.start(8, (4, 4), image_generators(0, range(8))))
     tokens = torch.zeros(8, 16, 1)
     for remaining in (15, 9, 3, 0):
         first, before = policy.first_to_predict(remaining), orders
@@ -128,6 +149,92 @@ def test_every_order_is_a_permutation(order):
     assert torch.equal(tokens[..., 0].long(), orders)
 
 
+def beside(mask):
+    """Whether two neighbours, above or beside one another, are both in the mask (…, h, w)."""
+    below, right = mask[..., 1:, :] & mask[..., :-1, :], mask[..., 1:] & mask[..., :-1]
+    return bool(below.any() or right.any())
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (8, 8), (3, 5), (1, 7), (2, 9)])
+def test_the_spread_half_has_no_neighbours(grid):
+    """It is at the end of the order, which is generated first; each half of it is a stage."""
+    policy, length = SpreadOrder(), grid[0] * grid[1]
+    orders = policy.start(16, grid, image_generators(0, range(16)))
+    ((first, second, rest),) = {*policy.sizes(torch.ones(1, *grid, dtype=torch.bool))}
+    assert first + second == math.ceil(length / 2) and rest == length // 2
+
+    def taken(count):
+        mask = torch.zeros(16, length, dtype=torch.bool)
+        return mask.scatter(1, orders[:, length - count :], True).view(16, *grid)
+
+    half = taken(first + second)
+    assert (half == half[0]).all() and not beside(half) and not beside(~half)
+    assert (taken(first) == taken(first)[0]).all()
+    assert first == 1 or len({*map(tuple, orders.tolist())}) > 1  # random within a stage
+
+
+def test_a_stage_has_its_share_of_the_steps():
+    """GtR's 24, 6 and 2 of 32 steps; each has a step, and no more than tokens."""
+    sizes, rates = (64, 64, 128), SpreadOrder.rates
+    assert split_steps(sizes, rates, 32) == [(64, 24), (64, 6), (128, 2)]
+    assert split_steps(sizes, rates, 2) == [(128, 1), (128, 1)]
+    assert split_steps((4, 0, 5), rates, 9) == [(4, 4), (5, 5)]
+    assert split_steps((0, 1, 30), rates, 8) == [(1, 1), (30, 7)]
+    assert SpreadOrder().counts(uniform, sizes, 32)[-3:] == [128, 64, 0]
+    assert RandomOrder().counts(cosine, (16,), 4) == token_counts(cosine, 16, 4)
+    for sizes in ((7, 8, 14), (2, 0, 9), (0, 0, 3), (1, 1, 1)):
+        for num_iter, schedule in itertools.product(range(1, sum(sizes) + 1), (cosine, root)):
+            counts = SpreadOrder().counts(schedule, sizes, num_iter)
+            assert len(counts) == num_iter and counts[-1] == 0
+            assert all(a > b for a, b in itertools.pairwise([sum(sizes), *counts]))
+            boundaries = {sizes[2], sizes[1] + sizes[2]} - {sum(sizes)}
+            assert num_iter < 3 or boundaries <= {*counts}
+
+
+def test_stages_of_partly_known_images(model):
+    """Each image has its own: its spread tokens are all known before the first of the others is."""
+    generators = image_generators(0, range(3))
+    hidden = torch.ones(3, 16)
+    hidden[0, [0, 2, 5, 9]] = 0  # 12 tokens, 5 of them spread
+    hidden[1, [1, 3, 4, 6]] = 0  # 12 tokens, 8 of them spread
+    hidden[2, 8:] = 0
+    latents, even = torch.randint(32, (3, 1, 4, 4)), SpreadOrder().stage((4, 4)) < 2
+    given = {"latents": latents, "mask": hidden, "generator": generators}
+    steps = list(model.sample_steps(3, 5, order="spread", **given))
+    for before, (_, after) in itertools.pairwise([(None, hidden), *steps]):
+        for i in range(3):
+            drawn = (before[1][i] - after[i]) > 0
+            assert not drawn[even].any() or not drawn[~even].any()
+            assert not drawn[~even].any() or not after[i][even].any()
+    assert not steps[-1][1].any()
+    known = hidden.view(3, 1, 4, 4) == 0
+    assert torch.equal(steps[-1][0][known], latents[known])
+    again = {**given, "generator": image_generators(0, [1])}
+    again |= {"latents": latents[1:2], "mask": hidden[1:2]}
+    alone = model.sample_tokens(1, num_iter=5, order="spread", **again)
+    assert torch.equal(alone[0], steps[-1][0][1])
+
+
+def test_given_orders_have_one_stage(model):
+    """Whatever order the sampling names: the counts are the schedule's."""
+    orders = torch.arange(16).expand(2, -1)
+    given = {"orders": orders, "order": "spread", "generator": image_generators(0, range(2))}
+    counts = [int(mask[0].sum()) for _, mask in model.sample_steps(2, 4, **given)]
+    assert counts == token_counts(cosine, 16, 4)
+
+
+def test_causal_models_and_the_spread_order():
+    """One of random order can be sampled in it, a token per step; none is trained in it."""
+    causal = by_rule(ar_tiny(**CE, order="random"))
+    given = {"order": "spread", "generator": image_generators(0, range(2))}
+    first = list(causal.sample_steps(2, 16, **given))[7][1].view(2, 4, 4) == 0
+    assert first.sum() == 16 and not beside(first)
+    with pytest.raises(ValueError, match="'spread': expected raster or random for a causal"):
+        ar_tiny(**CE, order="spread")
+    with pytest.raises(ValueError, match="learned the raster order only"):
+        ar_tiny(**CE).sample_tokens(2, num_iter=16, order="spread")
+
+
 def test_rows_are_classes():
     """An instance for each sampling: none sees what another keeps in its own."""
     assert all(isinstance(row, type) for _, row in ORDERS.rows())
@@ -148,6 +255,9 @@ def test_schedules_differ_as_they_say():
     assert token_counts(uniform, 16, 4) == [12, 8, 4, 0]
     assert token_counts(uniform, 16, 3) == [11, 6, 0]
     assert token_counts(cosine, 16, 4) == [14, 11, 6, 0]
+    assert token_counts(square, 16, 4) == [15, 12, 7, 0]
+    assert token_counts(exponential, 16, 4) == [14, 12, 8, 0]
+    assert token_counts(root, 16, 4) == [8, 4, 2, 0]
 
 
 @pytest.mark.parametrize(("said", "first"), [(10**6, 15), (0, 12)])

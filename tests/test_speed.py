@@ -188,8 +188,9 @@ def test_modes_are_compared_with_exact_samples(capsys):
         generator = torch.Generator().manual_seed(seed)
         return model.sample_tokens(2, generator=generator, **sampling.asdict()).numpy()
 
-    rows = approximate.measure(model, sample, exact, rounds=2)
-    assert [name for name, *_ in rows] == list(approximate.MODES)
+    modes = approximate.pick_modes(["solver", "refresh", "a quarter"])
+    rows = approximate.measure(model, sample, exact, rounds=2, modes=modes)
+    assert [name for name, *_ in rows] == list(modes)
     assert rows[0][2] == 1.0 and rows[0][3].startswith("0 (another seed:")
     distances = {name: float(far) for name, _, _, far in rows[1:]}
     assert all(np.isfinite(list(distances.values())))
@@ -201,9 +202,23 @@ def test_modes_are_compared_with_exact_samples(capsys):
                 raise ValueError("none here")
 
     model.__class__ = NoLazy
-    names = [name for name, *_ in approximate.measure(model, sample, exact, rounds=1)]
+    measured = approximate.measure(model, sample, exact, rounds=1, modes=modes)
+    names = [name for name, *_ in measured]
     assert "--refresh_every 2" not in names and "exact" in names
     assert "--refresh_every 2: left out, none here" in capsys.readouterr().out
+
+
+def test_modes_are_picked_by_part_of_their_name():
+    """With exact, in the order of the table."""
+    assert list(approximate.pick_modes(["ddim", "cosine"])) == [
+        "exact",
+        "--solver ddim, 25",
+        "--solver ddim, 10",
+        "--anneal cosine",
+    ]
+    assert approximate.pick_modes([""]) == approximate.MODES
+    with pytest.raises(ValueError, match="modes 'fast': expected part of a mode's name"):
+        approximate.pick_modes(["ddim", "fast"])
 
 
 def test_where_a_step_goes():
