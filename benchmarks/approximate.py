@@ -33,6 +33,23 @@ MODES = {
     "--cfg_interval 0.25 0.75": {"cfg_interval": (0.25, 0.75)},
     "--refresh_every 2": {"refresh_every": 2},
     "--refresh_every 4": {"refresh_every": 4},
+    "half the autoregressive steps": {"num_iter": 0.5},
+    "half the steps, uniform": {"num_iter": 0.5, "token_schedule": "uniform"},
+    "half the steps, spread": {"num_iter": 0.5, "order": "spread"},
+    "a quarter of the steps": {"num_iter": 0.25},
+    "a quarter of the steps, uniform": {"num_iter": 0.25, "token_schedule": "uniform"},
+    "a quarter of the steps, square": {"num_iter": 0.25, "token_schedule": "square"},
+    "a quarter of the steps, exponential": {"num_iter": 0.25, "token_schedule": "exponential"},
+    "a quarter of the steps, root": {"num_iter": 0.25, "token_schedule": "root"},
+    "a quarter of the steps, spread": {"num_iter": 0.25, "order": "spread"},
+    "a quarter of the steps, spread, anneal linear:50:20": {
+        "num_iter": 0.25,
+        "order": "spread",
+        "anneal": "linear:50:20",
+    },
+    "an eighth of the steps": {"num_iter": 0.125},
+    "an eighth of the steps, uniform": {"num_iter": 0.125, "token_schedule": "uniform"},
+    "an eighth of the steps, spread": {"num_iter": 0.125, "order": "spread"},
     "anneal linear, interval, refresh 2": {
         "anneal": "linear",
         "cfg_interval": (0.25, 0.75),
@@ -45,22 +62,6 @@ MODES = {
         "refresh_every": 2,
         "num_iter": 0.5,
     },
-}
-SHARES = {"half": 0.5, "a quarter of": 0.25, "an eighth of": 0.125}
-WAYS = {
-    "": {},
-    ", uniform": {"token_schedule": "uniform"},
-    ", square": {"token_schedule": "square"},
-    ", exponential": {"token_schedule": "exponential"},
-    ", root": {"token_schedule": "root"},
-    ", spread": {"order": "spread"},
-    ", spread, uniform": {"order": "spread", "token_schedule": "uniform"},
-    ", spread, anneal linear:50:20": {"order": "spread", "anneal": "linear:50:20"},
-}
-MODES |= {
-    f"{share} the autoregressive steps{way}": {"num_iter": SHARES[share], **changes}
-    for share in SHARES
-    for way, changes in WAYS.items()
 }
 
 

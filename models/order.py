@@ -159,19 +159,19 @@ def uniform(length, k, num_iter):
     return math.ceil(length * (num_iter - k) / num_iter)
 
 
-# the others that MaskGIT compares (Chang et al. 2022), but for one
+# the other schedules that MaskGIT compares (Chang et al. 2022), but for the logarithmic one
 
 
 def square(length, k, num_iter):
-    """floor(L·(1 − (k/K)²)) tokens stay unknown after step k of K: about as `cosine`."""
+    """floor(L·(1 − (k/K)²)) tokens stay unknown after step k of K: near `cosine`."""
     return math.floor(length * (1 - (k / num_iter) ** 2))
 
 
 def exponential(length, k, num_iter):
-    """floor(L·(1 − L^(k/K − 1))) tokens stay unknown after step k of K: most until late."""
+    """floor(L·(1 − L^(k/K − 1))) tokens stay unknown after step k of K: few early, many late."""
     return math.floor(length * (1 - length ** (k / num_iter - 1)))
 
 
 def root(length, k, num_iter):
-    """floor(L·(1 − √(k/K))) tokens stay unknown after step k of K: the first steps predict most."""
+    """floor(L·(1 − √(k/K))) tokens stay unknown after step k of K: many early, few late."""
     return math.floor(length * (1 - math.sqrt(k / num_iter)))
