@@ -148,15 +148,20 @@ class GaussianDiffusion:
         shift = self._at("mean_from_noise", t, error) * error
         log_variance = self._log_variance(v, t)
         true_log_variance = self._at("posterior_log_variance_clipped", t, error)
-        kl = normal_kl(shift, true_log_variance, log_variance)
-        nll = discretized_nll(shift, x_start, 0.5 * log_variance)
-        return torch.where(t == 0, nll.mean(-1), kl.mean(-1)) / math.log(2)
+        kl = normal_kl(shift, true_log_variance, log_variance).mean(-1)
+        last, values = t == 0, (shift, x_start.expand_as(shift), log_variance)
+        if t.device.type != "cpu":  # where picking rows would wait for the device
+            return torch.where(last, _likelihood_bound(*values), kl) / math.log(2)
+        last = last.nonzero(as_tuple=True)
+        if len(last[0]):
+            kl = kl.index_put(last, _likelihood_bound(*(x[last] for x in values)))
+        return kl / math.log(2)
 
     def _log_variance(self, v, t):
         """log σ² for v in [−1, 1] (Nichol and Dhariwal 2021, eq. 15)."""
         low = self._at("posterior_log_variance_clipped", t, v)
         high = self._at("betas", t, v).log()
-        return low + (v + 1) / 2 * (high - low)
+        return torch.lerp(low, high, (v + 1) / 2)
 
     def _at(self, table, t, like):
         """A table at steps t: a host integer gives (1,), a tensor (...) gives (..., 1)."""
@@ -186,6 +191,10 @@ def discretized_nll(shift, x, log_scale):
     upper = torch.where(x > 0.999, 1.0, upper)
     lower = torch.where(x < -0.999, 0.0, lower)
     return -(upper - lower).clamp(min=1e-12).log()
+
+
+def _likelihood_bound(shift, x, log_variance):
+    return discretized_nll(shift, x, 0.5 * log_variance).mean(-1)
 
 
 def _normal_cdf(x):

@@ -10,6 +10,7 @@ import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention
 from torch import nn
+from torch.nn import functional as F
 
 from diffusion.solvers import reverse
 from models.diffloss import Diffused, FinalLayer, TimestepEmbedder, modulate
@@ -178,6 +179,7 @@ class DiT(Diffused, LatentModel):
     def net(self, x, t, classes):
         """Noise and v (N, L, 2C) for noisy tokens x (N, L, C) at t (N, L), one per image."""
         y = (self.time_embed(t[:, :1]) + classes.unsqueeze(1)).to(self.z_proj.weight.dtype)
+        y = F.silu(y)
         x = self.z_proj(x.to(self.z_proj.weight.dtype)) + self.pos_embed_learned
         for block in self.blocks:
             x = run_block(block, self.grad_checkpointing, x, y)
@@ -185,7 +187,7 @@ class DiT(Diffused, LatentModel):
 
 
 class ModulatedBlock(nn.Module):
-    """A block whose norms are shifted, scaled and gated by y: x (N, L, D), y (N, 1, D)."""
+    """A block whose norms are shifted, scaled and gated by y: x (N, L, D), SiLU(y) (N, 1, D)."""
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
@@ -198,7 +200,7 @@ class ModulatedBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, y):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(y).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation[1](y).chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
 

@@ -5,10 +5,11 @@ models.settings.Model with the same name.
 """
 
 import torch
-from timm.layers import Mlp
+from timm import layers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.fast import training
 from models.fast.attention import attention
 from models.fast.linear import linear
 from models.options import named_by
@@ -75,7 +76,10 @@ class Attention(nn.Module):
             seen_mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         dropout = self.attn_dropout if self.training else 0.0
         causal = self.causal and 1 < new == seen
-        x = attention(q, k, v, seen_mask, dropout, causal)
+        if 0 < dropout < 1 and seen_mask is None and training.usable(q, k, v):
+            x = training.attend(q, k, v, dropout, causal)
+        else:
+            x = attention(q, k, v, seen_mask, dropout, causal)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def project(self, x, rows=None):
@@ -93,6 +97,14 @@ class Attention(nn.Module):
     def _split(self, x, parts):
         """(N, n, parts·D) to `parts` of (N, heads, n, D / heads)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Mlp(layers.Mlp):
+    """timm's MLP with GELU."""
+
+    def forward(self, x):
+        fast = self.drop1.p < 1 and training.usable(x, self.fc1.weight)
+        return training.mlp(self, x) if fast else super().forward(x)
 
 
 class Block(nn.Module):
