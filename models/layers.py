@@ -76,7 +76,8 @@ class Attention(nn.Module):
             seen_mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         dropout = self.attn_dropout if self.training else 0.0
         causal = self.causal and 1 < new == seen
-        if 0 < dropout < 1 and seen_mask is None and training.usable(q, k, v):
+        own = dropout < 1 and seen_mask is None and (dropout or seen <= training.SHORT)
+        if own and training.usable(q, k, v):
             x = training.attend(q, k, v, dropout, causal)
         else:
             x = attention(q, k, v, seen_mask, dropout, causal)

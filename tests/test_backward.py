@@ -75,9 +75,14 @@ def test_blocks_draw_the_same_dropout(monkeypatch, used, causal, rows):
     pairs = both_ways(monkeypatch, model, x)
     close(pairs)
     assert used == ["attend", "mlp"] * 2
-    monkeypatch.setattr(model[0].attn, "attn_dropout", 0.0)  # then torch has something better
-    assert not torch.equal(results(model, x)[0], pairs[0][0])
-    assert used[4:].count("attend") == 1
+    for block in model:
+        monkeypatch.setattr(block.attn, "attn_dropout", 0.0)
+    other = both_ways(monkeypatch, model, x)
+    close(other)
+    assert not torch.equal(other[0][0], pairs[0][0])
+    monkeypatch.setattr(training, "SHORT", 6)  # for more keys torch has something better
+    results(model, x)
+    assert used[4:] == ["attend", "mlp"] * 2 + ["mlp"] * 2
 
 
 def test_only_in_plain_training_on_a_cpu(used):

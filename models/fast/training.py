@@ -15,6 +15,7 @@ from diffusion.schedule import TRAIN_STEPS
 from models.fast.linear import _chosen, _product, linear
 
 ops = torch.ops.aten
+SHORT = 32  # keys up to which `attend` is faster than torch's attention without dropout
 enabled = True  # a switch for tests and benchmarks
 
 
@@ -32,9 +33,7 @@ def usable(*tensors):
 
 def of_distinct(function, t):
     """function(t) of timesteps t (...), computed once for each that occurs: (..., W)."""
-    if t.device.type != "cpu" or t.numel() <= TRAIN_STEPS or torch.compiler.is_compiling():
-        return function(t)
-    if torch._C._are_functorch_transforms_active():
+    if t.numel() <= TRAIN_STEPS or not usable() or t.device.type != "cpu":
         return function(t)
     distinct, places = t.unique(return_inverse=True)
     return F.embedding(places, function(distinct))
@@ -48,6 +47,12 @@ def residual(block, x, y):
     return _Residual.apply(*rows, norm.eps, norm.weight, norm.bias, *weights).view_as(x)
 
 
+def modulated(layer, eps, x, y):
+    """LN(x)·(1 + scale) + shift, where `layer` of y gives shift and scale: x and y (..., W)."""
+    rows = x.flatten(0, -2), y.flatten(0, -2)
+    return _Modulated.apply(*rows, eps, layer.weight, layer.bias).view_as(x)
+
+
 def mlp(module, x):
     """`module`, timm's Mlp with GELU and no norm, at x (..., D)."""
     layers = module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias
@@ -56,7 +61,10 @@ def mlp(module, x):
 
 
 def attend(q, k, v, rate, causal):
-    """Attention with dropout of its weights: q (N, heads, m, d), k and v (N, heads, n, d)."""
+    """Attention with dropout of its weights: q (N, heads, m, d), k and v (N, heads, n, d).
+
+    For dropout, which torch's fused attention does not have on a CPU, and for few keys.
+    """
     out = _Attend.apply(*(x.flatten(0, 1) for x in (q, k, v)), rate, causal)
     return out.unflatten(0, q.shape[:2])
 
@@ -122,6 +130,38 @@ class _Residual(Function):
         return of_x.add_(grad), of_y, None, of_gain, of_bias, *of_layers
 
 
+class _Modulated(Function):
+    """LN(x)·scale + shift, where a linear layer of y gives shift and scale − 1."""
+
+    @staticmethod
+    def forward(ctx, x, y, eps, weight, bias):
+        width = x.shape[-1:]
+        bias = bias.clone()
+        bias[width[0] :] += 1  # scales enter as 1 + scale
+        modulation = linear(y, weight, bias)
+        shift, scale = modulation.chunk(2, dim=-1)
+        # with a gain torch's kernel is twice as fast
+        gain, zero = x.new_ones(width), x.new_zeros(width)
+        normed, mean, rstd = torch.native_layer_norm(x, width, gain, zero, eps)
+        ctx.save_for_backward(x, y, modulation, normed, mean, rstd, weight)
+        return torch.addcmul(shift, normed, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, y, modulation, normed, mean, rstd, weight = ctx.saved_tensors
+        of_modulation = torch.empty_like(modulation)
+        of_shift, of_scale = of_modulation.chunk(2, dim=-1)
+        of_shift.copy_(grad)
+        torch.mul(grad, normed, out=of_scale)
+        g = grad * modulation.chunk(2, dim=-1)[1]
+        of_x, _, _ = ops.native_layer_norm_backward(
+            g, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
+        )
+        of_y = _of_input(of_modulation, y, weight)
+        return of_x, of_y, None, *_of_layer(of_modulation, y, weight)
+
+
 class _MLP(Function):
     """Two linear layers with GELU between them, each followed by dropout.
 
@@ -171,7 +211,7 @@ class _Attend(Function):
         if causal:
             scores += torch.full(scores.shape[1:], -torch.inf).triu_(1)
         weights = scores.softmax(-1)
-        kept = drop(weights, rate).mul_(weights)
+        kept = drop(weights, rate).mul_(weights) if rate else weights
         ctx.save_for_backward(q, k, v, weights, kept)
         return torch.bmm(kept, v)
 
@@ -184,19 +224,3 @@ class _Attend(Function):
         g -= weights * g.sum(-1, keepdim=True)
         of_q, of_k = torch.bmm(g, k).mul_(ctx.scales[0]), torch.bmm(g.mT, q)
         return of_q, of_k, of_v, None, None
-
-
-class _Dropout(Function):
-    """Dropout of x."""
-
-    @staticmethod
-    def forward(ctx, x, rate):
-        mask = drop(x, rate).mul_(1 / (1 - rate))
-        ctx.save_for_backward(mask)
-        return x * mask
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (mask,) = ctx.saved_tensors
-        return grad * mask, None
