@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.heads, self.attn_dropout, self.causal = heads, attn_dropout, causal
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
-        self.proj_drop = nn.Dropout(proj_dropout)
+        self.proj_drop = Dropout(proj_dropout)
 
     def forward(self, x, rows=None, mask=None, block=0, cache=None):
         """x (N, n, D) to (N, n, D); if the slice `rows` is given, only those queries.
@@ -98,6 +98,14 @@ class Attention(nn.Module):
     def _split(self, x, parts):
         """(N, n, parts·D) to `parts` of (N, heads, n, D / heads)."""
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout, with `training.dropout` where that is usable."""
+
+    def forward(self, x):
+        fast = self.training and 0 < self.p < 1 and x.is_contiguous() and training.usable(x)
+        return training.dropout(x, self.p) if fast else super().forward(x)
 
 
 class Mlp(layers.Mlp):

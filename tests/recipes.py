@@ -114,7 +114,7 @@ def block(source):
     source.edit(LAYERS, old, f"{old[:-2]}, qk_norm=False):")
     modules = "        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads), nn.LayerNorm"
     modules += "(width // heads)) if qk_norm else (nn.Identity(), nn.Identity())\n"
-    old = "        self.proj_drop = nn.Dropout(proj_dropout)\n"
+    old = "        self.proj_drop = Dropout(proj_dropout)\n"
     source.edit(LAYERS, old, old + modules)
     old = "        q, k, v = self.project(x, rows)\n"
     source.edit(LAYERS, old, f"{old}        q, k = self.q_norm(q), self.k_norm(k)\n")

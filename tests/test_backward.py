@@ -10,7 +10,7 @@ from diffusion import create_diffusion
 from diffusion.gaussian import discretized_nll, normal_kl
 from models.diffloss import DenoisingMLP, TimestepEmbedder
 from models.fast import training
-from models.layers import Blocks
+from models.layers import Blocks, Dropout
 
 WIDTH = 32
 
@@ -19,7 +19,7 @@ WIDTH = 32
 def used(monkeypatch):
     """The functions with a backward pass of their own that were called."""
     calls = []
-    for name in ("residual", "mlp", "attend"):
+    for name in ("residual", "mlp", "attend", "dropout"):
         function = getattr(training, name)
 
         def counted(*args, name=name, function=function):
@@ -66,15 +66,16 @@ def test_denoising_mlp(monkeypatch, used):
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("rows", [None, slice(2, 5)])
-def test_blocks_draw_the_same_dropout(monkeypatch, used, causal, rows):
-    """With the same seed the masks are those of torch's modules, so all numbers are the same."""
+def test_blocks(monkeypatch, used, causal, rows):
+    """Given torch's masks, dropout too is that of torch's modules, and all numbers are the same."""
+    monkeypatch.setattr(training, "drop", lambda x, rate: torch.empty_like(x).bernoulli_(1 - rate))
     model = by_rule(Blocks(2, WIDTH, 4, causal, attn_dropout=0.3, proj_dropout=0.2)).train()
     x = rule_input("backward/x", (3, 7, WIDTH))
     rows = None if causal else rows
     monkeypatch.setattr(model, "forward", lambda x: Blocks.forward(model, x, rows))
     pairs = both_ways(monkeypatch, model, x)
     close(pairs)
-    assert used == ["attend", "mlp"] * 2
+    assert used == ["attend", "dropout", "mlp"] * 2
     for block in model:
         monkeypatch.setattr(block.attn, "attn_dropout", 0.0)
     other = both_ways(monkeypatch, model, x)
@@ -82,7 +83,7 @@ def test_blocks_draw_the_same_dropout(monkeypatch, used, causal, rows):
     assert not torch.equal(other[0][0], pairs[0][0])
     monkeypatch.setattr(training, "SHORT", 6)  # for more keys torch has something better
     results(model, x)
-    assert used[4:] == ["attend", "mlp"] * 2 + ["mlp"] * 2
+    assert used[6:] == ["attend", "dropout", "mlp"] * 2 + ["dropout", "mlp"] * 2
 
 
 def test_only_in_plain_training_on_a_cpu(used):
@@ -97,7 +98,7 @@ def test_only_in_plain_training_on_a_cpu(used):
     model.double()(x.double())
     assert not used
     model.float()(x)
-    assert used == ["attend", "mlp"]
+    assert used == ["attend", "dropout", "mlp"]
 
 
 def test_equal_timesteps_are_embedded_once(monkeypatch):
@@ -116,6 +117,36 @@ def _embedded(module, t, function=None):
     y = (function or module)(t)
     (y * torch.linspace(-1, 2, y.numel()).view_as(y)).sum().backward()
     return [y.detach(), *(p.grad for p in module.parameters())]
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.97])
+def test_statistics_of_dropout(rate):
+    """The rate, and elements independent of each other and of the next mask; seeds repeat them."""
+    torch.manual_seed(0)
+    x = torch.ones(401, 501)
+    masks = [training.drop(x, rate) for _ in range(2)]
+    n, std = x.numel(), (rate * (1 - rate)) ** 0.5
+    for mask in masks:
+        assert mask.unique().tolist() == [0.0, 1.0]
+        assert abs(mask.mean().item() - (1 - rate)) < 5 * std / n**0.5
+    flat, other = (((mask - 1 + rate) / std).flatten() for mask in masks)
+    pairs = [(flat, other), *((flat[k:], flat[:-k]) for k in (1, 2, 3, 4, 8, 501))]
+    for a, b in pairs:  # each correlation has standard error 1 / √n
+        assert abs((a * b).mean().item()) < 5 / n**0.5
+    torch.manual_seed(0)
+    assert torch.equal(training.drop(x, rate), masks[0])
+
+
+def test_dropout_keeps_the_mean():
+    """What is kept is scaled, and the gradient is that of what was kept."""
+    torch.manual_seed(0)
+    module, x = Dropout(0.25), torch.ones(301, 303, requires_grad=True)
+    y = module(x)
+    y.square().sum().backward()
+    assert abs(y.mean().item() - 1) < 0.01
+    torch.testing.assert_close(y.unique(), torch.tensor([0, 4 / 3]))
+    torch.testing.assert_close(x.grad, 2 * y * 4 / 3)
+    assert torch.equal(module.eval()(x), x)
 
 
 @pytest.mark.parametrize("steps", [[0, 3, 0, 999], [5, 3, 1, 999]])

@@ -69,9 +69,21 @@ def attend(q, k, v, rate, causal):
     return out.unflatten(0, q.shape[:2])
 
 
+def dropout(x, rate):
+    """Dropout of a tensor."""
+    return _Dropout.apply(x, rate)
+
+
 def drop(like, rate):
-    """0 with probability `rate` and else 1, for each element of a contiguous tensor."""
-    return torch.empty_like(like).bernoulli_(1 - rate)
+    """0 with probability `rate` and else 1, for each element of a contiguous tensor.
+
+    From 16 random bits each, so that the rate is met up to 1 / 131,072. Torch takes 64, and with
+    them a seventh of a training step.
+    """
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    numbers = bits.view(torch.int16)[: like.numel()]  # even from −32,768 to 32,767
+    end = min(round((1 - rate) * 2**16) - 2**15, 2**15 - 1)
+    return numbers.lt_(end).to(like.dtype).view_as(like)
 
 
 def _of_input(grad, x, weight):
@@ -224,3 +236,19 @@ class _Attend(Function):
         g -= weights * g.sum(-1, keepdim=True)
         of_q, of_k = torch.bmm(g, k).mul_(ctx.scales[0]), torch.bmm(g.mT, q)
         return of_q, of_k, of_v, None, None
+
+
+class _Dropout(Function):
+    """Dropout of x."""
+
+    @staticmethod
+    def forward(ctx, x, rate):
+        mask = drop(x, rate).mul_(1 / (1 - rate))
+        ctx.save_for_backward(mask)
+        return x * mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (mask,) = ctx.saved_tensors
+        return grad * mask, None
