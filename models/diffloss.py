@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from diffusion import create_diffusion
 from diffusion.schedule import annealing
 from diffusion.solvers import BELOW_SINGULARITY, SOLVERS
-from models.fast import training
 from models.fast.denoiser import FastSampler
 from models.fast.linear import speed_up
+from models.fast.timesteps import of_distinct
 from models.heads import Head, masked_mean
 from models.settings import Sampling
 from util.rng import rand, randn
@@ -264,7 +264,7 @@ class TimestepEmbedder(nn.Module):
         self.half = frequencies // 2
 
     def forward(self, t):
-        return training.of_distinct(self.embed, t)
+        return of_distinct(self.embed, t)
 
     def embed(self, t):
         """`forward`, of each of the timesteps."""
@@ -285,8 +285,6 @@ class ResBlock(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x, y):
-        if x.shape == y.shape and training.usable(x, y):
-            return training.residual(self, x, y)
         shift, scale, gate = self.adaLN_modulation[1](y).chunk(3, dim=-1)
         return x + gate * self.mlp(modulate(self.in_ln(x), shift, scale))
 
@@ -301,10 +299,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x, y):
-        if x.shape == y.shape and training.usable(x, y):
-            return self.linear(
-                training.modulated(self.adaLN_modulation[1], self.norm_final.eps, x, y)
-            )
         shift, scale = self.adaLN_modulation[1](y).chunk(2, dim=-1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 

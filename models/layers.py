@@ -5,12 +5,12 @@ models.settings.Model with the same name.
 """
 
 import torch
-from timm import layers
+from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.fast import training
 from models.fast.attention import attention
+from models.fast.dropout import Dropout
 from models.fast.linear import linear
 from models.options import named_by
 
@@ -76,11 +76,7 @@ class Attention(nn.Module):
             seen_mask = torch.ones(new, seen, dtype=torch.bool, device=x.device).tril(seen - new)
         dropout = self.attn_dropout if self.training else 0.0
         causal = self.causal and 1 < new == seen
-        own = dropout < 1 and seen_mask is None and (dropout or seen <= training.SHORT)
-        if own and training.usable(q, k, v):
-            x = training.attend(q, k, v, dropout, causal)
-        else:
-            x = attention(q, k, v, seen_mask, dropout, causal)
+        x = attention(q, k, v, seen_mask, dropout, causal)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def project(self, x, rows=None):
@@ -100,22 +96,6 @@ class Attention(nn.Module):
         return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout, with `training.dropout` where that is usable."""
-
-    def forward(self, x):
-        fast = self.training and 0 < self.p < 1 and x.is_contiguous() and training.usable(x)
-        return training.dropout(x, self.p) if fast else super().forward(x)
-
-
-class Mlp(layers.Mlp):
-    """timm's MLP with GELU."""
-
-    def forward(self, x):
-        fast = self.drop1.p < 1 and training.usable(x, self.fc1.weight)
-        return training.mlp(self, x) if fast else super().forward(x)
-
-
 class Block(nn.Module):
     """A pre-norm block: x + attention(LN(x)), then x + MLP(LN(x)). Parameters are named as timm's.
 
@@ -129,7 +109,8 @@ class Block(nn.Module):
         self.norm1 = norm_layer(width)
         self.attn = Attention(width, heads, proj_dropout=proj_dropout, **options)
         self.norm2 = norm_layer(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio), drop=proj_dropout)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.mlp.drop1, self.mlp.drop2 = Dropout(proj_dropout), Dropout(proj_dropout)
 
     def forward(self, x, rows=None, **context):
         """x (N, n, D) to (N, n, D); if `rows` is given, only those tokens.

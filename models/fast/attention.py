@@ -1,10 +1,13 @@
-"""Attention, in float32 on a CPU: torch's bf16 and fp16 kernels there save no time.
+"""Attention on a CPU: in float32, and with dropout in fewer operations.
 
-With few tokens their backward pass takes ten times as long; `benchmarks/RESULTS.md` has both.
+Torch's bf16 and fp16 kernels save no time there, and with few tokens their backward pass takes ten
+times as long; `benchmarks/RESULTS.md` has both. It has no fused attention with dropout there.
 """
 
 import torch
 from torch.nn import functional as F
+
+from models.fast.dropout import drop, usable
 
 
 def attention(q, k, v, mask=None, dropout=0.0, causal=False):
@@ -12,8 +15,19 @@ def attention(q, k, v, mask=None, dropout=0.0, causal=False):
 
     mask: mask of the keys, 1 = seen, broadcast to (N, heads, n, m). dropout: of the weights.
     """
-    if q.device.type != "cpu" or q.dtype not in (torch.bfloat16, torch.float16):
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):
-        q, k, v, dtype = q.float(), k.float(), v.float(), q.dtype
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal).to(dtype)
+    if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", enabled=False):
+            parts = (x.float() for x in (q, k, v))
+            return attention(*parts, mask, dropout, causal).to(q.dtype)
+    if 0 < dropout < 1 and mask is None and usable(q):
+        return _dropping(q, k, v, dropout, causal)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal)
+
+
+def _dropping(q, k, v, dropout, causal):
+    """Attention with dropout, without a mask."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=q.dtype).triu(1)
+    weights = scores.softmax(-1)
+    return (weights * drop(weights, dropout)) @ v
