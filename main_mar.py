@@ -420,8 +420,7 @@ def start_state(this, model, recipe, checkpoint, path, loader):
     more = {"cached": args.use_cached, "listing": Path(*listing), "precision": this.precision}
     state.record = describe(this.tokenizer, loader, recipe, state.optimizer, **more)
     if this.device.type == "cpu":  # a run has one choice, also where it is resumed
-        before = (checkpoint or {}).get("record") or {}
-        state.record["products"] = products.settle(before.get("products"))
+        state.record["products"] = products.settle(products.stored(checkpoint))
     if not checkpoint:
         return state
     notes = compare_with(checkpoint, path, vars(args), this.config, state.record)

@@ -66,7 +66,7 @@ def load_model(path, weights="ema", **overrides):
         raise ValueError(f"weights {weights!r}: expected 'ema' or 'raw'")
     path = find_weights(path)
     checkpoint = load_checkpoint(path)
-    products.adopt((checkpoint.get("record") or {}).get("products"))
+    products.adopt(products.stored(checkpoint))
     config = checkpoint_config(checkpoint, path)
     own = {name: value for name, value in overrides.items() if value is not None}
     arguments = {**config["model"], **own}

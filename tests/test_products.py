@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from models.fast import linear, products
 
+THERE = products._available
+
 
 @pytest.fixture(autouse=True)
 def undecided(monkeypatch):
@@ -15,6 +17,13 @@ def undecided(monkeypatch):
     monkeypatch.setattr(products, "chosen", {})
     monkeypatch.setattr(products, "mode", "auto")
     monkeypatch.setattr(products, "_available", True)
+
+
+@pytest.fixture
+def both():
+    """Skips where there is no oneDNN."""
+    if not THERE:
+        pytest.skip("this build of torch has no oneDNN")
 
 
 @pytest.fixture
@@ -73,6 +82,9 @@ def test_a_resumed_run_keeps_its_choices(rates, monkeypatch):
     rates[1].clear()
     products.chosen.clear()
     assert products.settle(found) == found and not rates[1]
+    for torn in (None, {}, {"record": None}, {"record": [1]}):
+        assert products.stored(torn) is None
+    assert products.stored({"record": {"products": found}}) is found
     for other in (["6502", *found[1:]], [found[0], "999 threads", *found[2:]], None, "torn", [1]):
         products.chosen.clear()
         assert products.settle(other) == found[:2]
@@ -85,6 +97,7 @@ def test_operators_that_fail_are_given_up(monkeypatch, capsys):
         raise RuntimeError("no such overload")
 
     monkeypatch.setattr(products, "onednn", fail)
+    assert not products._able_bf16.__wrapped__()
     layer = linear.Linear(256, 256)
     x = torch.randn(5, 256)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -94,8 +107,15 @@ def test_operators_that_fail_are_given_up(monkeypatch, capsys):
     assert len(products.settle()) == 2
 
 
+def test_whatever_the_defaults_are(both):
+    """A measurement is of float32 on the CPU, also where tensors are made as something else."""
+    with torch.device("meta"):
+        pair = products._products("forward", 4, 6, 8)
+    assert {(y.device.type, y.dtype) for y in (f() for f in pair)} == {("cpu", torch.float32)}
+
+
 @pytest.mark.parametrize("kind", products.KINDS)
-def test_measured_products_are_those_of_a_layer(kind):
+def test_measured_products_are_those_of_a_layer(both, kind):
     """Both libraries compute the same, of the shape that the layer has; rates are positive."""
     pair = products._products(kind, 6, 128, 192)
     ours, theirs = (product() for product in pair)
@@ -105,7 +125,7 @@ def test_measured_products_are_those_of_a_layer(kind):
     assert all(rate > 0 for rate in products.measure(kind, 6, 128, 192).values())
 
 
-def test_a_mixture(monkeypatch):
+def test_a_mixture(both, monkeypatch):
     """Each of the three products of a layer may come from another library."""
     torch.manual_seed(0)
     x, results = torch.randn(40, 192), []

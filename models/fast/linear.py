@@ -1,6 +1,6 @@
 """Linear layers whose float32 products on a CPU are computed by the faster of two libraries.
 
-Which one that is says models/fast/products.py. On other devices this is plain torch.
+models/fast/products.py chooses which. On other devices this is plain torch.
 """
 
 import torch

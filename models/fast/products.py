@@ -9,6 +9,7 @@ more than timings vary. The two differ by rounding.
 import itertools
 import os
 import time
+from functools import cache
 
 import torch
 from torch.nn import functional as F
@@ -37,8 +38,18 @@ if mode not in MODES:
 
 def packs_bf16():
     """Whether oneDNN, by which torch computes products in bf16 anyway, is given packed weights."""
-    able = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", bool)  # private, too
-    return _available and mode != "torch" and able()
+    return _available and mode != "torch" and _able_bf16()
+
+
+@cache
+def _able_bf16():
+    """Whether it multiplies packed weights in bf16 here: a trial, since all of it is private."""
+    weight = torch.ones(16, 16, dtype=torch.bfloat16, device="cpu")
+    try:
+        onednn(weight, pack(weight))
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def by_onednn(kind, rows, weights):
@@ -68,12 +79,18 @@ def _choice(kind, rows, width, mode):
 def settle(before=None):
     """Make all choices, the same on every process; returns them as texts, for a checkpoint.
 
-    before: what this returned to the run that is resumed, see `adopt`. A collective call.
+    before: what this returned to the run that is resumed, see `stored`. A collective call.
     """
     adopt(before)
     found = dist.broadcast(_choices() if dist.is_main() else None)
     adopt(found)
     return found
+
+
+def stored(checkpoint):
+    """What `settle` returned to the run of a checkpoint; None if it is None or has none."""
+    record = (checkpoint or {}).get("record")
+    return record.get("products") if isinstance(record, dict) else None
 
 
 def adopt(found):
@@ -133,8 +150,8 @@ def measure(kind, rows, inputs, outputs):
 
 def _products(kind, rows, inputs, outputs):
     """Functions that compute a product by torch and by oneDNN."""
-    x, grad = torch.ones(rows, inputs), torch.ones(rows, outputs)
-    weight = torch.ones(outputs, inputs)
+    shapes = (rows, inputs), (rows, outputs), (outputs, inputs)
+    x, grad, weight = (torch.ones(n, dtype=torch.float32, device="cpu") for n in shapes)
     if kind == "weights":
         return lambda: grad.t() @ x, lambda: onednn(grad.t().contiguous(), x.t())
     if kind == "inputs":
