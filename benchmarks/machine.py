@@ -15,22 +15,9 @@ def describe(device):
     torch_is = f"torch {torch.__version__}"
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {torch_is}"
-    sets = ", ".join(instruction_sets()) or "instruction sets unknown"
+    sets = ", ".join(processor.instructions()) or "instruction sets unknown"
     used = torch.backends.cpu.get_cpu_capability()
     return f"{processor.name()}, threads: {torch.get_num_threads()}; {sets}; {torch_is} with {used}"
-
-
-def instruction_sets():
-    """Names of the processor's instruction sets, of those that decide how fast products are."""
-    return processor.instructions() or _known_to_torch()
-
-
-def _known_to_torch():
-    """The same on systems other than Linux; [] before torch 2.10."""
-    facts = getattr(torch.cpu, "get_capabilities", dict)()
-    there = {flag.replace("_", "") for flag, value in facts.items() if value is True}
-    names = processor.INSTRUCTIONS.items()
-    return [name for flag, name in names if flag.replace("_", "") in there]
 
 
 # ---- products ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from rule import by_rule, rule_input
 from models.mar import mar_tiny
 from util import processor
 from util.flags import PRECISIONS
-from util.precision import DTYPES, INSTRUCTIONS, autocast, full_precision, pick_precision
+from util.precision import DTYPES, NEEDED, autocast, full_precision, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_autocast_and_full_precision(name):
     assert torch.get_float32_matmul_precision() == before
 
 
-@pytest.mark.parametrize("name", INSTRUCTIONS)
+@pytest.mark.parametrize("name", NEEDED)
 def test_a_cpu_without_instructions_for_a_precision_is_noted(monkeypatch, capsys, name):
     """In one line, if the precision is asked for; nothing is said of a CPU that has them."""
     monkeypatch.setattr(processor, "instructions", lambda: ["AVX-512"])
@@ -49,7 +49,7 @@ def test_a_cpu_without_instructions_for_a_precision_is_noted(monkeypatch, capsys
     assert pick_precision(name, CPU) == name
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and f"NOTE: --precision {name} is slower than fp32" in lines[0]
-    monkeypatch.setattr(processor, "instructions", lambda: [INSTRUCTIONS[name][1]])
+    monkeypatch.setattr(processor, "instructions", lambda: [NEEDED[name][1]])
     pick_precision(name, CPU)
     assert not capsys.readouterr().out
 

@@ -105,7 +105,17 @@ def test_another_system(monkeypatch):
     assert "threads: " in said and torch.__version__ in said
     facts = {"avx512_f": True, "amx_bf16": True, "avx2": False, "l1d_cache_size": 1}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts, raising=False)
-    assert machine.instruction_sets() == ["AVX-512", "AMX-BF16"]
+    assert processor.instructions() == ["AVX-512", "AMX-BF16"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"neon": True, "bf16": True})
+    assert {*processor.instructions()} == {"NEON", "BF16"}
+
+
+def test_a_processor_without_a_name(monkeypatch):
+    """On ARM, Linux tells processors apart by numbers alone."""
+    facts = {"CPU implementer": "0x41", "CPU part": "0xd4f", "Features": "asimd bf16"}
+    monkeypatch.setattr(processor, "_facts", lambda: facts)
+    assert processor.name().endswith(" (implementer 0x41, part 0xd4f)")
+    assert {*processor.instructions()} == {"NEON", "BF16"}
 
 
 def test_no_speed_of_something_else(capsys, monkeypatch):

@@ -8,8 +8,8 @@ from util import processor
 from util.dist import print0
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the others compute in float32
-# of which a CPU needs one to be fast in them, of util.processor.INSTRUCTIONS
-INSTRUCTIONS = {
+# instruction sets of util.processor, of which a CPU needs one to be fast in them
+NEEDED = {
     "bf16": ("AMX-BF16", "AVX512-BF16", "BF16"),
     "fp16": ("AMX-FP16", "AVX512-FP16", "FP16"),
 }
@@ -24,10 +24,10 @@ def pick_precision(name, device):
     """
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = name != "fp32"
-    if device.type == "cpu" and name in INSTRUCTIONS and not has_instructions(name):
+    if device.type == "cpu" and name in NEEDED and not has_instructions(name):
         print0(
             f"NOTE: --precision {name} is slower than fp32 on a CPU without instructions for it: "
-            f"none of {', '.join(INSTRUCTIONS[name])} was found"
+            f"none of {', '.join(NEEDED[name])} was found"
         )
     if name != "auto":
         return name
@@ -38,7 +38,7 @@ def pick_precision(name, device):
 
 def has_instructions(name):
     """Whether this machine's CPU is known to have instructions for products in bf16 or fp16."""
-    return not set(INSTRUCTIONS[name]).isdisjoint(processor.instructions())
+    return not set(NEEDED[name]).isdisjoint(processor.instructions())
 
 
 def autocast(device, precision):

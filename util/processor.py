@@ -5,7 +5,7 @@ import platform
 from functools import cache
 from pathlib import Path
 
-# flag of Linux' /proc/cpuinfo -> name
+# flag of Linux' /proc/cpuinfo, or torch's, -> name
 INSTRUCTIONS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -17,10 +17,18 @@ INSTRUCTIONS = {
     "amx_fp16": "AMX-FP16",
     "asimd": "NEON",
     "asimdhp": "FP16",
+    "neon": "NEON",
+    "fp16_arith": "FP16",
     "bf16": "BF16",
     "sve": "SVE",
 }
-NUMBERS = {"family": "cpu family", "model": "model"}  # entries of the same file
+# entries of the same file: the first two on x86, the others on ARM, where there is no name
+NUMBERS = {
+    "family": "cpu family",
+    "model": "model",
+    "implementer": "CPU implementer",
+    "part": "CPU part",
+}
 
 
 @cache
@@ -34,7 +42,7 @@ def _facts():
 
 
 def name():
-    """Its name, with the numbers of family and model, since different ones share a name."""
+    """Its name, with the numbers that tell apart different ones of the same name."""
     facts = _facts()
     known = facts.get("model name") or platform.processor() or platform.machine()
     numbers = [f"{key} {facts[of]}" for key, of in NUMBERS.items() if of in facts]
@@ -44,5 +52,14 @@ def name():
 def instructions():
     """Names of its instruction sets, of those in INSTRUCTIONS; [] where they are not known."""
     facts = _facts()
-    flags = (facts.get("flags") or facts.get("Features") or "").split()
-    return [known for flag, known in INSTRUCTIONS.items() if flag in flags]
+    flags = (facts.get("flags") or facts.get("Features") or "").split() or _known_to_torch()
+    there = {flag.replace("_", "") for flag in flags}
+    return [known for flag, known in INSTRUCTIONS.items() if flag.replace("_", "") in there]
+
+
+def _known_to_torch():
+    """Flags that torch finds on systems other than Linux; [] before torch 2.10."""
+    import torch
+
+    facts = getattr(torch.cpu, "get_capabilities", dict)()
+    return [flag for flag, value in facts.items() if value is True]
