@@ -23,6 +23,24 @@ def test_nothing_of_a_run_is_touched(monkeypatch, capsys):
     assert "compiled in" in capsys.readouterr().out
 
 
+def test_what_fits_only_if_compiled(monkeypatch, capsys):
+    """Is compiled, and the line says so: less is kept for the backward pass."""
+    compiled, model = [], mar_tiny(img_size=64, class_num=3)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: compiled.append(self))
+    forward = model.head.forward
+
+    def fill(*args, **kw):
+        loss = forward(*args, **kw)
+        if not compiled:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss
+
+    monkeypatch.setattr(model.head, "forward", fill)
+    compile_model(model, 2, torch.device("cpu"), "fp32", 1000)
+    assert "more memory than there is without --compile" in capsys.readouterr().out
+    assert compiled and model.statistics() == {}
+
+
 @pytest.mark.parametrize(
     ("times", "batches", "end"),
     [
@@ -34,5 +52,5 @@ def test_nothing_of_a_run_is_touched(monkeypatch, capsys):
 def test_what_pays(times, batches, end):
     """What compiling took over what it saves a batch."""
     line = verdict(*times, batches)
-    assert end in line and "compiled in 10.0 s" in line
+    assert end in line and "compiled in 10.0 s so far" in line
     assert line.startswith("NOTE: ") == ("leave out" in line)

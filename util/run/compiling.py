@@ -1,5 +1,6 @@
 """--compile: what it takes and what it gains, said before training begins."""
 
+import math
 import time
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from util.dist import print0
 from util.precision import autocast
 
-PASSES = 2  # each with another mask ratio
+PASSES = 2  # each with another mask ratio; those that come later may compile more
 
 
 def compile_model(model, batch_size, device, precision, batches):
@@ -17,10 +18,9 @@ def compile_model(model, batch_size, device, precision, batches):
     batches: how many the run has left.
     """
     inputs = model, batch_size, device, precision
-    others = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(others, device_type=device.type):
-        _seconds(*inputs)
-        before = _seconds(*inputs)
+    gpus = [device] if device.type == "cuda" else []  # others cannot be asked by number
+    with torch.random.fork_rng(gpus):
+        before = _seconds_before(*inputs)
         for module, dynamic in model.to_compile():
             module.compile(dynamic=dynamic)
         start = PASSES * _seconds(*inputs)
@@ -30,13 +30,26 @@ def compile_model(model, batch_size, device, precision, batches):
 
 def verdict(start, before, after, batches):
     """A line on what compiling took, and seconds of a batch before and after it."""
-    line = f"compiled in {start:.1f} s: forward and backward of a batch take {after:.3g} s"
+    line = f"compiled in {start:.1f} s so far: forward and backward of a batch take {after:.3g} s"
+    if before == math.inf:
+        return f"{line}, and more memory than there is without --compile"
     line += f", {before:.3g} s before"
-    enough = start / (before - after) if after < before else float("inf")
+    enough = start / (before - after) if after < before else math.inf
     if enough > batches:
-        known = f"pays after {enough:.0f} batches" if enough < float("inf") else "gains nothing"
+        known = f"pays after {enough:.0f} batches" if enough < math.inf else "gains nothing"
         return f"NOTE: {line}. It {known}, and this run has {batches}: leave out --compile"
     return f"{line}, which pays after {enough:.0f} of the run's {batches} batches"
+
+
+def _seconds_before(model, *inputs):
+    """Those of a pass that is not compiled; infinity where it takes more memory than there is."""
+    try:
+        _seconds(model, *inputs)
+        return _seconds(model, *inputs)
+    except torch.OutOfMemoryError:
+        model.statistics()
+        model.zero_grad(set_to_none=True)
+        return math.inf
 
 
 def _seconds(model, batch_size, device, precision):
