@@ -13,13 +13,13 @@ import sys
 
 import torch
 
-from benchmarks import kv_cache, laws
+from benchmarks import kv_cache, laws, machine
 from benchmarks.growth_paper import bytes_sent, on_paper, panel
 from benchmarks.processes import measure, precision_of, training_step
 from benchmarks.timing import in_turns, table
 from models import build_model
 from models.settings import Sampling
-from util import dist, processor
+from util import dist
 from util.files import replacing
 from util.precision import autocast
 from util.rng import image_generators
@@ -78,11 +78,8 @@ class Here:
 def describe(args):
     """The machine, the model and the settings, in a line."""
     here = Here(args)
-    machine = f"{torch.get_num_threads()} threads of {processor.name()}"
-    if here.device.type == "cuda":
-        machine = torch.cuda.get_device_name(here.device)
     return (
-        f"{machine}, torch {torch.__version__}, {here.precision}; {args.model}, {args.num_iter} "
+        f"{machine.describe(here.device)}, {here.precision}; {args.model}, {args.num_iter} "
         f"autoregressive and {args.num_sampling_steps} diffusion steps, guidance; medians of "
         f"{args.rounds} rounds"
     )

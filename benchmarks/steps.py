@@ -29,7 +29,7 @@ class Step:
         schedule = TOKEN_SCHEDULES[sides.sampling.token_schedule]
         after = token_counts(schedule, model.seq_len, sides.sampling.num_iter)
         self.unknown, self.remaining = [model.seq_len, *after][number : number + 2]
-        self.labels = torch.arange(bsz, device=device) % model.class_num
+        self.labels = sides.labels(bsz)
         self.orders = model.sample_orders(bsz, torch.Generator(device).manual_seed(number))
         shape = bsz, model.seq_len, model.token_embed_dim
         self.tokens = sides.randn(*shape, seed=number)

@@ -137,6 +137,7 @@ class Report:
         self.say(f"{title}: largest relative difference {max(found.values()):.1e}")
         if not all(value <= TOLERANCE for value in found.values()):  # nor where one is nan
             self.different = True
+            self.write()
             return
         sizes = case.train_batch, sorted({row.bsz for row in rows}), settings.num_iter
         self.products[title] = list(machine.product_lines(sides.model, *sizes))
