@@ -233,7 +233,7 @@ def add_precision_flag(group):
         choices=("auto", *PRECISIONS),
         default="auto",
         help="precision of the networks; auto: bf16 if the GPU supports it, else fp16 (with a "
-        "loss scaler in training), fp32 on a CPU; bf16 is faster on a CPU with AMX or "
+        "loss scaler in training), fp32 on a CPU; there bf16 is worth trying with AMX or "
         "AVX-512-BF16, fp16 mostly slower; tf32: float32 with faster products on a GPU; "
         "fp32: float32 throughout, including the tokenizer's convolutions. The diffusion "
         "arithmetic and the network at its first step always use float32",
