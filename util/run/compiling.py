@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import contextmanager
 
 import torch
 
@@ -18,8 +19,7 @@ def compile_model(model, batch_size, device, precision, batches):
     batches: how many the run has left.
     """
     inputs = model, batch_size, device, precision
-    gpus = [device] if device.type == "cuda" else []  # others cannot be asked by number
-    with torch.random.fork_rng(gpus):
+    with torch.random.fork_rng([]), _drawing_anew(device):
         before = _seconds_before(*inputs)
         for module, dynamic in model.to_compile():
             module.compile(dynamic=dynamic)
@@ -69,6 +69,20 @@ def _seconds(model, batch_size, device, precision):
     model.statistics()  # which counted these
     model.zero_grad(set_to_none=True)
     return (time.perf_counter() - begin) / PASSES
+
+
+@contextmanager
+def _drawing_anew(device):
+    """Restores a device's default generator."""
+    if device.type == "cpu":
+        yield
+        return
+    module = torch.get_device_module(device)
+    before = module.get_rng_state()
+    try:
+        yield
+    finally:
+        module.set_rng_state(before)
 
 
 def _wait(device):
