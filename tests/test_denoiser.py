@@ -15,10 +15,11 @@ from diffusion import create_diffusion
 from diffusion.schedule import annealing
 from diffusion.solvers import SOLVERS
 from models.diffloss import DiffLoss
-from models.fast import denoiser
+from models.fast import denoiser, products
 from models.fast.graphs import Graphs
 from models.heads import L2
 from models.settings import Sampling
+from util.precision import autocast
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +58,21 @@ def test_same_samples_for_the_same_noise(head, monkeypatch, at_once, cfg, temper
     z, z_uncond, noise = inputs()
     ours = head.sample(z, temperature, cfg, z_uncond, noise=noise)
     assert difference(ours, plainly(head, z, z_uncond, noise, cfg, temperature)) < 1e-5
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 0.05)])
+def test_packed_weights(head, monkeypatch, precision, tolerance):
+    """By oneDNN, from weights packed once, the samples are the same."""
+    monkeypatch.setattr(products, "mode", "onednn")
+    if not (products._available and (precision == "fp32" or products.packs_bf16())):
+        pytest.skip("oneDNN is not there or does not compute in this precision")
+    packed, pack = [], products.pack
+    monkeypatch.setattr(products, "pack", lambda weight: packed.append(weight) or pack(weight))
+    z, z_uncond, noise = inputs()
+    with autocast(z.device, precision):
+        ours = head.sample(z, 1.0, 3.0, z_uncond, noise=noise)
+    assert packed
+    assert difference(ours, plainly(head, z, z_uncond, noise, 3.0, 1.0)) < tolerance
 
 
 def test_guidance_has_one_state_per_token(head, monkeypatch):
