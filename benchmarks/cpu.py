@@ -36,24 +36,22 @@ class Row:
     sampling: dict = field(default_factory=dict)
 
 
+SAMPLES = "sampling, batch {bsz}, {num_iter} steps of {diffusion_steps}, guidance {cfg:g}"
 ONE_OF = "autoregressive step of {num_iter}×{diffusion_steps}, batch {bsz}, guidance {cfg:g}"
-STEPS = "{num_iter} steps of {diffusion_steps}, guidance {cfg:g}"
 PAPER = {"cfg": 2.9}
 ROWS = {
     "digits": [
         Row("training", "{steps} training steps of {bsz} images", 64, steps=8),
-        Row("images", f"{{bsz}} samples, {STEPS}", 250),
+        Row(
+            "images", "{bsz} samples, {num_iter} steps of {diffusion_steps}, guidance {cfg:g}", 250
+        ),
     ],
     "small": [Row("training", "training step of {bsz} images", 32)],
     "base": [
         Row("training", "training step of {bsz} images", 2),
-        Row(
-            *("images", f"sampling, batch {{bsz}}, {STEPS}", 1),
-            rounds=3,
-            sampling={**PAPER, "num_iter": 6},
-        ),
-        Row(*("steps", ONE_OF, 1), steps=3, rounds=3, mean=True, sampling=PAPER),
-        Row(*("steps", ONE_OF, 4), steps=2, rounds=2, mean=True, sampling=PAPER),
+        Row("images", SAMPLES, 1, rounds=3, sampling={**PAPER, "num_iter": 6}),
+        Row("steps", ONE_OF, 1, steps=3, rounds=3, mean=True, sampling=PAPER),
+        Row("steps", ONE_OF, 4, steps=2, rounds=2, mean=True, sampling=PAPER),
     ],
 }
 TINY = {"name": "mar_tiny", "diffloss_d": 1, "diffloss_w": 64, "num_sampling_steps": "4"}

@@ -358,7 +358,7 @@ def approximate(sides, args):
     bsz, model = args.batch_sizes[0], sides.model
     print(f"\n## Approximations, batch {bsz}: ours exact against ours approximate\n")
     if not sides.gpu and CASES[args.model].large and not args.sections:
-        print("left out: most of an hour on a CPU; `--sections approximate` runs it there too")
+        print("left out: more than an hour on a CPU; `--sections approximate` runs it there too")
         return
     labels = sides.labels(bsz)
 
