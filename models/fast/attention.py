@@ -1,7 +1,7 @@
 """Attention on a CPU: in float32, and with dropout in fewer operations.
 
-Torch's bf16 and fp16 kernels save no time there, and with few tokens their backward pass takes ten
-times as long; `benchmarks/RESULTS.md` has both. It has no fused attention with dropout there.
+Torch's bf16 kernels saved no time there when measured, and with few tokens their backward pass took
+ten times as long; `benchmarks/RESULTS.md` has both. It has no fused attention with dropout there.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Neither is the faster one everywhere: on an AMD EPYC of Zen 5, oneDNN's products are more than twice
 as fast as MKL's, on an Intel Xeon up to a quarter slower, except for few rows. So each class of
-shapes is timed at its first use, in milliseconds, and oneDNN gets those for which it is faster by
-more than timings vary. The two differ by rounding.
+shapes is timed at its first use, for up to a tenth of a second, and oneDNN gets those for which it
+is faster by more than timings vary. The two differ by rounding.
 """
 
 import itertools
@@ -55,7 +55,9 @@ def _able_bf16():
 def by_onednn(kind, rows, weights):
     """Whether oneDNN computes a product. kind: of KINDS. weights: how many numbers they are."""
     few, narrow = rows <= 4 * FEW, weights <= NARROW * WIDE
-    return weights >= SMALLEST and _choice(
+    if not rows or weights < SMALLEST:
+        return False
+    return _choice(
         kind, FEW if few else MANY, NARROW if narrow else WIDE, mode if _available else "torch"
     )
 
