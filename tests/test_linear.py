@@ -70,8 +70,10 @@ def test_what_is_left_to_torch(used):
 
 
 @pytest.mark.parametrize("mode", products.MODES)
-def test_packed_is_the_same(monkeypatch, mode):
+def test_packed_is_the_same(monkeypatch, tmp_path, mode):
     """A packed weight gives what the weight gives, and holds a copy if oneDNN uses it."""
+    monkeypatch.setattr(products, "FILE", tmp_path / "products.json")
+    monkeypatch.setattr(products, "chosen", {})
     monkeypatch.setattr(products, "mode", mode)
     x, weight, bias = torch.randn(7, 192), torch.randn(256, 192), torch.randn(256)
     packed = linear.pack(weight)

@@ -1,5 +1,6 @@
 """Which library computes products on a CPU. Run: python -m pytest tests/test_products.py"""
 
+import json
 import runpy
 
 import pytest
@@ -12,8 +13,9 @@ THERE = products._available
 
 
 @pytest.fixture(autouse=True)
-def undecided(monkeypatch):
+def undecided(monkeypatch, tmp_path):
     """No choice made yet, and none stays."""
+    monkeypatch.setattr(products, "FILE", tmp_path / "cache" / "products.json")
     monkeypatch.setattr(products, "chosen", {})
     monkeypatch.setattr(products, "mode", "auto")
     monkeypatch.setattr(products, "_available", True)
@@ -81,13 +83,42 @@ def test_a_resumed_run_keeps_its_choices(rates, monkeypatch):
     rates[0]["onednn"] = 10.0
     rates[1].clear()
     products.chosen.clear()
+    products.FILE.unlink()
     assert products.settle(found) == found and not rates[1]
     for torn in (None, {}, {"record": None}, {"record": [1]}):
         assert products.stored(torn) is None
     assert products.stored({"record": {"products": found}}) is found
     for other in (["6502", *found[1:]], [found[0], "999 threads", *found[2:]], None, "torn", [1]):
         products.chosen.clear()
+        products.FILE.unlink(missing_ok=True)
         assert products.settle(other) == found[:2]
+
+
+def test_later_runs_choose_the_same(rates, monkeypatch):
+    """From a file, by processor, threads and torch; one that makes no sense counts for nothing."""
+    rates[0]["onednn"] = 200.0
+    assert products.by_onednn("forward", 100, 1 << 20)
+    rates[0]["onednn"] = 10.0
+    products.chosen.clear()
+    assert products.by_onednn("forward", 100, 1 << 20)
+    assert not products.by_onednn("packed", 100, 1 << 20)  # not measured before
+    assert len(rates[1]) == 2
+    monkeypatch.setattr(products.torch, "get_num_threads", lambda: 999)
+    products.chosen.clear()
+    assert not products.by_onednn("forward", 100, 1 << 20)
+    assert len(json.loads(products.FILE.read_text())) == 2
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"MACHINE": 5}', '{"MACHINE": {"a": 1}}'])
+def test_a_broken_file_is_no_error(rates, monkeypatch, content):
+    """Nor one that cannot be written: then every run measures anew."""
+    products.FILE.parent.mkdir()
+    products.FILE.write_text(content.replace("MACHINE", products._machine()))
+    assert not products.by_onednn("forward", 100, 1 << 20) and len(rates[1]) == 1
+    monkeypatch.setattr(products, "FILE", products.FILE / "below a file")
+    products.chosen.clear()
+    assert not products.by_onednn("forward", 100, 1 << 20) and len(rates[1]) == 2
 
 
 def test_operators_that_fail_are_given_up(monkeypatch, capsys):

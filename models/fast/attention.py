@@ -28,6 +28,6 @@ def _dropping(q, k, v, dropout, causal):
     """Attention with dropout, without a mask."""
     scores = (q * q.shape[-1] ** -0.5) @ k.mT
     if causal:
-        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=q.dtype).triu(1)
+        scores = scores + q.new_full(scores.shape[-2:], -torch.inf).triu(1)
     weights = scores.softmax(-1)
     return (weights * drop(weights, dropout)) @ v

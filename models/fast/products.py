@@ -2,21 +2,25 @@
 
 Neither is the faster one everywhere: on an AMD EPYC of Zen 5, oneDNN's products are more than twice
 as fast as MKL's, on an Intel Xeon up to a quarter slower, except for few rows. So each class of
-shapes is timed at its first use, for up to a tenth of a second, and oneDNN gets those for which it
-is faster by more than timings vary. The two differ by rounding.
+shapes is timed at its first use on a machine, for up to a tenth of a second, and oneDNN gets those
+for which it is clearly faster. The two differ by rounding, and timings vary: choices are remembered
+in a file, so that later runs get the same bits.
 """
 
+import contextlib
 import itertools
+import json
 import os
 import time
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from util import dist, processor
 from util.dist import print0
-from util.files import first_line
+from util.files import first_line, replacing
 
 KINDS = "forward", "packed", "inputs", "weights"  # the last two are gradients
 MODES = "auto", "torch", "onednn"
@@ -24,8 +28,10 @@ SMALLEST = 128 * 128  # with fewer weights, calling oneDNN costs more than the p
 FEW, MANY = 8, 256  # rows of the products that are timed
 NARROW, WIDE = 256, 1024  # their inputs and outputs
 CLASSES = tuple(itertools.product(KINDS, (FEW, MANY), (NARROW, WIDE)))
-MARGIN = 0.9  # of torch's time is what oneDNN may take: closer ones would be left to chance
+MARGIN = 0.9  # of torch's time is what oneDNN may take
 ROUNDS = 8
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+FILE = CACHE / "mar-diffloss" / "products.json"  # processor, threads, torch -> class -> choice
 
 chosen = {}  # of CLASSES -> whether oneDNN computes it
 _available = torch.backends.mkldnn.is_available() and all(
@@ -69,13 +75,43 @@ def _choice(kind, rows, width, mode):
         return mode == "onednn"
     found = kind, rows, width
     if found not in chosen:
+        _recall()
+    if found not in chosen:
         try:
             rates = measure(kind, rows, width, width)
             chosen[found] = rates["torch"] < MARGIN * rates["onednn"]
+            _remember()
         except (RuntimeError, TypeError) as error:  # its operators are private and may change
             print0(f"NOTE: all products by torch, those of oneDNN fail here ({first_line(error)})")
             chosen.update(dict.fromkeys(CLASSES, False))
     return chosen[found]
+
+
+def _recall():
+    """Take over the choices of earlier runs, where none is made yet."""
+    known = _read().get(_machine(), {})
+    for each in CLASSES:
+        if isinstance(known, dict) and isinstance(known.get(_name(each)), bool):
+            chosen.setdefault(each, known[_name(each)])
+
+
+def _remember():
+    """Write all choices to FILE, if it can be written."""
+    own = {_name(each): choice for each, choice in chosen.items()}
+    with contextlib.suppress(OSError, ValueError), replacing(FILE) as path:
+        Path(path).write_text(json.dumps({**_read(), _machine(): own}, indent=1))
+
+
+def _read():
+    """The content of FILE; {} if there is none that makes sense."""
+    with contextlib.suppress(OSError, ValueError):
+        content = json.loads(FILE.read_text())
+        return content if isinstance(content, dict) else {}
+    return {}
+
+
+def _machine():
+    return ", ".join([*_here(), f"torch {torch.__version__}"])
 
 
 def settle(before=None):
