@@ -119,6 +119,7 @@ def main(argv=None):
     check(args, given)
 
     from models import checkpoint_config, compare_tokenizer
+    from models.fast import products
     from models.found import open_training_data
     from models.stored import digests_of
     from models.transfer import open_start
@@ -131,6 +132,7 @@ def main(argv=None):
     with nullcontext() if args.evaluate else hold_output(args):
         last_words.set_folder(args.output_dir, "evaluate" if args.evaluate else "main_mar")
         checkpoint, path = load_resumed(args, needed=args.evaluate)
+        products.adopt(products.stored(checkpoint))
         stored = checkpoint_config(checkpoint, path) if checkpoint else {}
         start = open_start(args, given, path)
         data = None if args.evaluate else open_training_data(args, given, stored)

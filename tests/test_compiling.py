@@ -45,8 +45,16 @@ def test_what_fits_only_if_compiled(monkeypatch, capsys):
     ("times", "batches", "end"),
     [
         ((10.0, 0.3, 0.2), 101, "which pays after 100 of the run's 101 batches"),
-        ((10.0, 0.3, 0.2), 99, "It pays after 100 batches, and this run has 99: leave out --com"),
-        ((10.0, 0.2, 0.2), 99, "It gains nothing, and this run has 99: leave out --compile"),
+        (
+            (10.0, 0.3, 0.2),
+            99,
+            "pays after 100 batches, and this run has 99 batches: leave out --comp",
+        ),
+        (
+            (10.0, 0.2, 0.2),
+            99,
+            "It gains nothing, and this run has 99 batches: leave out --co",
+        ),
     ],
 )
 def test_what_pays(times, batches, end):

@@ -85,6 +85,8 @@ def test_a_resumed_run_keeps_its_choices(rates, monkeypatch):
     products.chosen.clear()
     products.FILE.unlink()
     assert products.settle(found) == found and not rates[1]
+    products.chosen.update(dict.fromkeys(products.CLASSES, False))  # as by the file, or before
+    assert products.settle(found) == found
     for torn in (None, {}, {"record": None}, {"record": [1]}):
         assert products.stored(torn) is None
     assert products.stored({"record": {"products": found}}) is found

@@ -103,6 +103,16 @@ def file_sha256(path, progress=None):
 # ---- writing -------------------------------------------------------------------------------------
 
 
+def cache_folder():
+    """Where this user's programs keep what they can make again: MAR_CACHE, or as XDG says."""
+    if own := os.environ.get("MAR_CACHE"):
+        return Path(own)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mar-diffloss"
+    except RuntimeError:  # a user without a home
+        return Path(os.devnull) / "none"
+
+
 @contextmanager
 def replacing(path, needed=0, durable=False):
     """A temporary path beside `path` to write to; it replaces `path` if no error occurs.

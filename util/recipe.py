@@ -33,8 +33,8 @@ class Recipe(Settings):
     )
     compile: bool = setting(
         False,
-        "compile the blocks and the head with torch.compile: takes minutes at the start, saves "
-        "time per step",
+        "compile the blocks and the head with torch.compile: takes minutes at the start, may save "
+        "time per step; says which",
     )
     fsdp: bool = setting(
         False,

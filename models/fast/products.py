@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from util import dist, processor
 from util.dist import print0
-from util.files import first_line, replacing
+from util.files import cache_folder, first_line, replacing
 
 KINDS = "forward", "packed", "inputs", "weights"  # the last two are gradients
 MODES = "auto", "torch", "onednn"
@@ -30,8 +30,7 @@ NARROW, WIDE = 256, 1024  # their inputs and outputs
 CLASSES = tuple(itertools.product(KINDS, (FEW, MANY), (NARROW, WIDE)))
 MARGIN = 0.9  # of torch's time is what oneDNN may take
 ROUNDS = 8
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-FILE = CACHE / "mar-diffloss" / "products.json"  # processor, threads, torch -> class -> choice
+FILE = cache_folder() / "products.json"  # processor, threads, torch -> class -> choice
 
 chosen = {}  # of CLASSES -> whether oneDNN computes it
 _available = torch.backends.mkldnn.is_available() and all(
@@ -132,13 +131,12 @@ def stored(checkpoint):
 
 
 def adopt(found):
-    """Choose as the run did to which `settle` returned `found`, wherever no choice is made yet.
+    """Choose from now on as the run did to which `settle` returned `found`.
 
     Nothing happens for None, and for a run with another processor or number of threads.
     """
     if isinstance(found, list | tuple) and [*found[:2]] == _here():
-        for each in CLASSES:
-            chosen.setdefault(each, _name(each) in found)
+        chosen.update({each: _name(each) in found for each in CLASSES})
 
 
 def _choices():

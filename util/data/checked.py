@@ -26,23 +26,13 @@ import numpy as np
 
 from util.data.pictures import Probe, described, probe, sentences, warned
 from util.dist import all_gather, broadcast, is_main, print0, rank, world_size
-from util.files import first_few, replacing
+from util.files import cache_folder, first_few, replacing
 from util.logger import Progress
 from util.run.record import agree
 from util.sizes import shown, sides
 
 PLACES = 4  # folders of the same data whose times are remembered
 UNKNOWN = -1
-
-
-def cache_folder():
-    """Where this user's programs keep what they can make again: MAR_CACHE, or as XDG says."""
-    if own := os.environ.get("MAR_CACHE"):
-        return Path(own)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mar-diffloss"
-    except RuntimeError:  # a user without a home
-        return Path(os.devnull) / "none"
 
 
 # ---- what is remembered --------------------------------------------------------------------------

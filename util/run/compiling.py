@@ -38,7 +38,7 @@ def verdict(start, before, after, batches):
     enough = start / (before - after) if after < before else math.inf
     if enough > batches:
         known = f"pays after {enough:.0f} batches" if enough < math.inf else "gains nothing"
-        return f"NOTE: {line}. It {known}, and this run has {batches}: leave out --compile"
+        return f"NOTE: {line}. It {known}, and this run has {batches} batches: leave out --compile"
     return f"{line}, which pays after {enough:.0f} of the run's {batches} batches"
 
 
