@@ -16,6 +16,7 @@ THERE = products._available
 def undecided(monkeypatch, tmp_path):
     """No choice made yet, and none stays."""
     monkeypatch.setattr(products, "FILE", tmp_path / "cache" / "products.json")
+    monkeypatch.setattr(products, "_busy", lambda: False)
     monkeypatch.setattr(products, "chosen", {})
     monkeypatch.setattr(products, "mode", "auto")
     monkeypatch.setattr(products, "_available", True)
@@ -106,6 +107,10 @@ def test_later_runs_choose_the_same(rates, monkeypatch):
     assert not products.by_onednn("packed", 100, 1 << 20)  # not measured before
     assert len(rates[1]) == 2
     monkeypatch.setattr(products.torch, "get_num_threads", lambda: 999)
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "_busy", lambda: True)
+        assert not products.by_onednn("inputs", 100, 1 << 20)
+    assert len(json.loads(products.FILE.read_text())) == 1  # not what was timed on a busy machine
     products.chosen.clear()
     assert not products.by_onednn("forward", 100, 1 << 20)
     assert len(json.loads(products.FILE.read_text())) == 2

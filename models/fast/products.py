@@ -29,7 +29,7 @@ FEW, MANY = 8, 256  # rows of the products that are timed
 NARROW, WIDE = 256, 1024  # their inputs and outputs
 CLASSES = tuple(itertools.product(KINDS, (FEW, MANY), (NARROW, WIDE)))
 MARGIN = 0.9  # of torch's time is what oneDNN may take
-ROUNDS = 8
+LEAST, MOST, BUDGET = 4, 64, 0.05  # rounds of timing, and the seconds after which they end
 FILE = cache_folder() / "products.json"  # processor, threads, torch -> class -> choice
 
 chosen = {}  # of CLASSES -> whether oneDNN computes it
@@ -94,8 +94,15 @@ def _recall():
             chosen.setdefault(each, known[_name(each)])
 
 
+def _busy():
+    """Whether other programs use the processor, so that timings are not to be relied on."""
+    return hasattr(os, "getloadavg") and os.getloadavg()[0] > os.cpu_count()
+
+
 def _remember():
-    """Write all choices to FILE, if it can be written."""
+    """Write all choices to FILE, if it can be written, unless the machine is busy."""
+    if _busy():
+        return
     own = {_name(each): choice for each, choice in chosen.items()}
     with contextlib.suppress(OSError, ValueError), replacing(FILE) as path:
         Path(path).write_text(json.dumps({**_read(), _machine(): own}, indent=1))
@@ -174,8 +181,11 @@ def measure(kind, rows, inputs, outputs):
     """
     pair = dict(zip(MODES[1:], _products(kind, rows, inputs, outputs), strict=True))
     seconds = {name: [] for name in pair}
+    end = time.perf_counter() + BUDGET
     with torch.autocast("cpu", enabled=False):
-        for _ in range(1 + ROUNDS):
+        for turn in range(1 + MOST):
+            if turn > LEAST and time.perf_counter() > end:
+                break
             for name, product in pair.items():
                 begin = time.perf_counter()
                 product()
