@@ -421,8 +421,8 @@ def start_state(this, model, recipe, checkpoint, path, loader):
         listing = (args.cached_path, MANIFEST)
     more = {"cached": args.use_cached, "listing": Path(*listing), "precision": this.precision}
     state.record = describe(this.tokenizer, loader, recipe, state.optimizer, **more)
-    if this.device.type == "cpu":  # a run has one choice, also where it is resumed
-        state.record["products"] = products.settle(products.stored(checkpoint))
+    if this.device.type == "cpu":  # the same on every process; those of a checkpoint were adopted
+        state.record["products"] = products.settle()
     if not checkpoint:
         return state
     notes = compare_with(checkpoint, path, vars(args), this.config, state.record)

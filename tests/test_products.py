@@ -85,16 +85,19 @@ def test_a_resumed_run_keeps_its_choices(rates, monkeypatch):
     rates[1].clear()
     products.chosen.clear()
     products.FILE.unlink()
-    assert products.settle(found) == found and not rates[1]
+    products.adopt(found)
+    assert products.settle() == found and not rates[1]
     products.chosen.update(dict.fromkeys(products.CLASSES, False))  # as by the file, or before
-    assert products.settle(found) == found
+    products.adopt(found)
+    assert products.settle() == found
     for torn in (None, {}, {"record": None}, {"record": [1]}):
         assert products.stored(torn) is None
     assert products.stored({"record": {"products": found}}) is found
     for other in (["6502", *found[1:]], [found[0], "999 threads", *found[2:]], None, "torn", [1]):
         products.chosen.clear()
         products.FILE.unlink(missing_ok=True)
-        assert products.settle(other) == found[:2]
+        products.adopt(other)
+        assert products.settle() == found[:2]
 
 
 def test_later_runs_choose_the_same(rates, monkeypatch):

@@ -120,12 +120,11 @@ def _machine():
     return ", ".join([*_here(), f"torch {torch.__version__}"])
 
 
-def settle(before=None):
+def settle():
     """Make all choices, the same on every process; returns them as texts, for a checkpoint.
 
-    before: what this returned to the run that is resumed, see `stored`. A collective call.
+    A collective call.
     """
-    adopt(before)
     found = dist.broadcast(_choices() if dist.is_main() else None)
     adopt(found)
     return found
