@@ -433,7 +433,7 @@ def start_state(this, model, recipe, checkpoint, path, loader):
 def after_epoch(this, state, epochs, evaluator, page, logger, step):
     """Sample grids and evaluate when due. epochs: those of the run. step: optimizer steps done."""
     if state.epoch % this.args.eval_freq == 0 or state.epoch == epochs:
-        for name in ("ema", "raw"):
+        for name in state.networks():
             draw_grid(this, state, name, logger, step)
             if this.args.online_eval:
                 evaluate(this, state.network(name), name, evaluator, logger, step)

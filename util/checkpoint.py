@@ -168,8 +168,12 @@ class TrainState:
                     f"{source}: its {name} does not fit: {first_line(error)}"
                 ) from None
 
+    def networks(self):
+        """Names of the weights that `network` takes, the main ones first."""
+        return ["ema", "raw"]
+
     def network(self, weights):
-        """The model with these weights, "ema" or "raw", in evaluation mode. A collective call."""
+        """The model with the weights of this name, in evaluation mode. A collective call."""
         model = self.ema.module if weights == "ema" else self.model.eval()
         if is_sharded(model):
             from util.run import fsdp
