@@ -125,6 +125,12 @@ def test_states_of_others_are_refused(tmp_path):
             check_optimizer_fits({**own["optimizer"], **damaged}, muon.optimizer, "it")
 
 
+def test_sharded_matrices_are_refused():
+    """The orthogonalized matrix is of the whole one."""
+    with pytest.raises(ValueError, match="--fsdp: expected no --optimizer muon"):
+        started(fsdp=True)
+
+
 def test_an_old_timm_is_refused(monkeypatch):
     """Its AdamW ignores the schedule of the learning rate."""
     monkeypatch.setattr(timm.optim, "Muon", lambda params, lr, adamw_lr=None: None)

@@ -37,10 +37,12 @@ def muon(model, recipe):
 
     The step of a matrix (m, n) is 0.2·√max(m, n) times the learning rate, so that the mean square
     of its entries is about AdamW's and one rate serves both (Liu et al. 2025, section 2.2).
-    Raises ValueError if timm is too old.
+    Raises ValueError for --fsdp, with which the steps would not be the same, and if timm is too old.
     """
     import timm.optim
 
+    if recipe.fsdp:
+        raise ValueError("--fsdp: expected no --optimizer muon, whose steps need whole matrices")
     if "fallback_lr_scale" not in signature(timm.optim.Muon).parameters:
         raise ValueError(
             f"--optimizer muon: timm {timm.__version__} keeps AdamW's learning rate constant, "
