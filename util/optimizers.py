@@ -37,7 +37,7 @@ def muon(model, recipe):
 
     The step of a matrix (m, n) is 0.2·√max(m, n) times the learning rate, so that the mean square
     of its entries is about AdamW's and one rate serves both (Liu et al. 2025, section 2.2).
-    Raises ValueError for --fsdp, with which the steps would not be the same, and if timm is too old.
+    Raises ValueError for --fsdp, whose steps would be other ones, and if timm is too old.
     """
     import timm.optim
 
