@@ -20,8 +20,10 @@ from util.dist import print0, unwrap
 from util.ema import EMA
 from util.images import grid
 from util.logger import Progress, Stopwatch
+from util.optimizers import parameter_groups as parameter_groups  # a published name
 from util.outputs import Outputs, in_order, open_outputs
 from util.precision import autocast
+from util.recipe import OPTIMIZERS
 from util.rng import EpochDraws, image_generators
 from util.run import stop
 from util.run.loop import Work, run_epoch, unsynchronized
@@ -33,32 +35,23 @@ UNKNOWN_RANGE = 10.0  # latents have a std of about 1; used if training recorded
 # ---- training ------------------------------------------------------------------------------------
 
 
-def parameter_groups(model, weight_decay):
-    """AdamW's groups: no weight decay on biases, 1-D parameters and the head; then the rest.
-
-    In the published order, so that published optimizer states load.
-    """
-    none, some = [], []
-    head = f"{model.head_name}."
-    for name, parameter in model.named_parameters():
-        plain = parameter.ndim == 1 or name.endswith(".bias") or name.startswith(head)
-        (none if plain else some).append(parameter)
-    return [{"params": none, "weight_decay": 0.0}, {"params": some, "weight_decay": weight_decay}]
-
-
 def new_state(model, recipe, device, precision, batch_images):
-    """The TrainState of a model: its EMA, optimizer and scaler by a util.recipe.Recipe."""
-    ema = EMA(model, recipe.ema_rate)
+    """The TrainState of a model: its EMAs, optimizer and scaler by a util.recipe.Recipe.
+
+    batch_images: images in a batch of all processes.
+    """
+    rates = recipe.ema_rates(batch_images * recipe.accum_iter)
+    emas = {name: EMA(model, rate) for name, rate in rates.items()}
     if recipe.fsdp:
         from util.run import fsdp  # which takes time to load
 
-        fsdp.shard(model, ema.module)
-    groups = parameter_groups(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+        fsdp.shard(model, *(ema.module for ema in emas.values()))
+    optimizer = OPTIMIZERS[recipe.optimizer](model, recipe)
     if dist.is_sharded(model):
         fsdp.accept_whole(optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    return TrainState(model, ema, optimizer, scaler, batch_images=batch_images)
+    ema = emas.pop("ema")
+    return TrainState(model, ema, optimizer, scaler, batch_images=batch_images, emas=emas)
 
 
 def train_one_epoch(
@@ -87,7 +80,8 @@ def train_one_epoch(
 ):
     """Train on every batch of an epoch of `loader`; returns the largest |latent| seen, a float.
 
-    loader: as util.data.loader.Loader, its batches (x, labels). learning_rate: function of a
+    loader: as util.data.loader.Loader, its batches (x, labels). ema: a util.ema.EMA, or several as
+    EMAs. learning_rate: function of a
     fractional epoch. cached: x are moments, not images. accum_iter: batches per optimizer step.
     shared_mask_ratio: all processes mask the same number of tokens per step, so that none waits for
     another. All random draws depend on (seed, epoch, rank) only, so a run resumed at an epoch makes

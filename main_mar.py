@@ -11,6 +11,7 @@ from pathlib import Path
 
 from models import presets
 from models.settings import TOKENIZERS, Model, Sampling
+from util import averages
 from util.data import IMAGES_CHECKED, add_data_flags, check_data_set
 from util.data.classes import known_names
 from util.data.settings import Reading, plain_reading
@@ -159,6 +160,7 @@ def check(args, given):
         raise ValueError(f"--out {args.out[0]}: saves the images of --evaluate, which is not given")
     if args.init_from and args.evaluate:
         raise ValueError(f"--init_from {args.init_from}: begins training; --evaluate has --resume")
+    averages.check(args, given)
     measures = (args.evaluate or args.online_eval) and args.reference == "auto"
     if measures and "data_path" in given:
         check_data_set(args.data_path)
@@ -309,7 +311,7 @@ def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
 
 
 def evaluate(this, model, weights, evaluator, logger, step, outputs=None):
-    """Evaluate --num_images samples. weights: "ema" or "raw"."""
+    """Evaluate --num_images samples; returns the metrics, {} off rank 0. weights: their name."""
     import engine_mar as engine
 
     config, (labels, balance) = this.config["model"], this.labels()
@@ -317,7 +319,7 @@ def evaluate(this, model, weights, evaluator, logger, step, outputs=None):
     settings |= {"model": config["name"], "head": config.get("head")}
     settings |= {"max_timestep": config.get("max_timestep")}
     report = {"output_dir": this.args.output_dir, "logger": logger, "step": step}
-    engine.evaluate(
+    return engine.evaluate(
         model,
         this.tokenizer,
         labels,
@@ -380,7 +382,7 @@ def epoch_runner(this, model, state, recipe, batches):
         this.tokenizer,
         optimizer=state.optimizer,
         scaler=state.scaler,
-        ema=state.ema,
+        ema=state.emas,
         learning_rate=recipe.rate,
         device=this.device,
         precision=this.precision,
@@ -432,11 +434,18 @@ def start_state(this, model, recipe, checkpoint, path, loader):
 
 def after_epoch(this, state, epochs, evaluator, page, logger, step):
     """Sample grids and evaluate when due. epochs: those of the run. step: optimizer steps done."""
+    from util.dist import print0
+    from util.evaluation.metrics import ranking
+
     if state.epoch % this.args.eval_freq == 0 or state.epoch == epochs:
-        for name in ("ema", "raw"):
+        found = {}
+        for name in state.networks():
             draw_grid(this, state, name, logger, step)
             if this.args.online_eval:
-                evaluate(this, state.network(name), name, evaluator, logger, step)
+                network = state.network(name)
+                found[name] = evaluate(this, network, name, evaluator, logger, step)
+        for line in ranking(found):
+            print0(line)
         page.write()
 
 

@@ -359,7 +359,7 @@ def optimize(this, network, dataset):
     recipe = from_flags(Recipe, args).resolved(world_size())
     loader = get_loader(this, dataset, network, recipe.total_batch(world_size()))
     state, objective = start_state(this, network, recipe, loader)
-    for line in recipe.misfits(loader.steps // recipe.accum_iter):
+    for line in recipe.misfits(loader.steps // recipe.accum_iter, world_size()):
         print0(f"NOTE: {line}")
     how = {"device": this.device, "precision": this.precision, "seed": args.seed}
     changes = from_flags(Changes, args)

@@ -13,12 +13,21 @@ from models.like import (
 )
 from models.settings import Sampling
 from util import hub
+from util.averages import expect_weights
 from util.data import check_data_set
 from util.data.classes import find_labels, known_names
 from util.data.settings import Reading, plain_reading
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
-from util.flags import Parser, add_latent_flags, add_machine_flags, machine, positive_int, run
+from util.flags import (
+    Parser,
+    add_latent_flags,
+    add_machine_flags,
+    checked,
+    machine,
+    positive_int,
+    run,
+)
 from util.labels import LABELS, cycle_labels
 from util.run import last_words, stop
 from util.settings import add_flags, from_flags, said_flags
@@ -46,7 +55,11 @@ def add_checkpoint_flags(group, otherwise=None):
         f"on the Hugging Face hub, user/name{default}",
     )
     group.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="EMA or raw weights"
+        "--weights",
+        type=checked(expect_weights),
+        default="ema",
+        metavar="NAME",
+        help="ema, raw, or ema_N: a further average of a run with --ema_images",
     )
 
 

@@ -52,20 +52,22 @@ def load_model(path, weights="ema", **overrides):
     """(model in evaluation mode, configuration) from one of our checkpoints or a published one.
 
     path: a file, a folder that holds one or was written by `save_pretrained`, or the name of a
-    repository of the Hugging Face hub. weights: "ema" or "raw". overrides: arguments of the model
-    to replace, e.g. num_sampling_steps; those that are settings of sampling replace the stored
-    ones, too. The model's attribute `config` is the configuration. Raises ValueError for any other
-    weights, and for a file that is no such checkpoint.
+    repository of the Hugging Face hub. weights: "ema", "raw", or the name of a further average, see
+    util/averages.py. overrides: arguments of the model to replace, e.g. num_sampling_steps; those
+    that are settings of sampling replace the stored ones, too. The model's attribute `config` is
+    the configuration. Raises ValueError for weights that are not there, and for a file that is no
+    such checkpoint.
     """
     from models.fast import products
     from models.stored import facts_of
-    from util.checkpoint import find_weights, load_checkpoint
+    from util.checkpoint import find_weights, load_checkpoint, weights_in
     from util.weights import load_strictly
 
-    if weights not in ("ema", "raw"):
-        raise ValueError(f"weights {weights!r}: expected 'ema' or 'raw'")
     path = find_weights(path)
     checkpoint = load_checkpoint(path)
+    held = weights_in(checkpoint)
+    if weights not in held:
+        raise ValueError(f"weights {weights!r}: expected {' or '.join(map(repr, held))}")
     products.adopt(products.stored(checkpoint))
     config = checkpoint_config(checkpoint, path)
     own = {name: value for name, value in overrides.items() if value is not None}
@@ -73,7 +75,7 @@ def load_model(path, weights="ema", **overrides):
     model = build_model(**arguments)
     if weights == "raw" and checkpoint["model"] is checkpoint["model_ema"]:
         raise ValueError(f"{path}: holds one set of weights only, expected --weights ema")
-    load_strictly(model, checkpoint["model_ema" if weights == "ema" else "model"], path)
+    load_strictly(model, held[weights], path)
     sampling = config["sampling"] | {k: v for k, v in own.items() if k in Sampling.names()}
     config = {**config, "model": arguments, "sampling": sampling}
     model.config = {**config, **facts_of(checkpoint, config, weights)}

@@ -25,7 +25,7 @@ from util.rng import image_generators
 from util.sizes import sides
 from util.weights import digest, unwrapped, write_safetensors
 
-GRID = re.compile(r"epoch(\d+)_(ema|raw)\.png")  # of main_mar.py
+GRID = re.compile(r"epoch(\d+)_(raw|ema(?:_\d+)?)\.png")  # of main_mar.py
 COLUMNS = 10  # classes of a grid that is drawn, two images of each
 
 
@@ -198,8 +198,10 @@ def _newest_grid(run, config):
     raw, and not of later ones, or the picture in a folder that these weights were passed on in;
     None without any."""
     training = config.get("training", {})
-    kind = "raw" if training and "ema_rate" not in training else "ema"
-    named = ((GRID.fullmatch(path.name), path) for path in Path(run, "samples").glob("*.png"))
+    kind = "raw" if training and not training.keys() & {"ema_rate", "ema_images"} else "ema"
+    named = [(GRID.fullmatch(path.name), path) for path in Path(run, "samples").glob("*.png")]
+    further = f"ema_{training.get('ema_images')}"  # unless these are the main average
+    kind = further if any(found and found[2] == further for found, _ in named) else kind
     grids = {int(found[1]): path for found, path in named if found and found[2] == kind}
     if done := [epoch for epoch in grids if epoch <= training.get("epochs", math.inf)]:
         return grids[max(done)]

@@ -28,16 +28,26 @@ def facts_of(checkpoint, config, weights):
     """What a checkpoint says besides its configuration: further entries of it, name -> value.
 
     tokenizer_sha256, encoder_sha256: of the weights of the tokenizer of the training, and of those
-    that its latents depend on; training: numbers by name, with the rate of the EMA if these are the
-    weights, and `flags`, those that are not the defaults. weights: "ema" or "raw".
+    that its latents depend on; training: numbers by name, with the rate or half-life of the EMA if
+    these are the weights, and `flags`, those that are not the defaults. weights: their name.
     """
     record = checkpoint.get("record") or {}
     facts = digests_of(checkpoint)
     if checkpoint["args"]:
         facts["training"] = _training(checkpoint, record, config["model"])
-        if weights == "ema" and is_number(rate := checkpoint["args"].get("ema_rate")):
-            facts["training"]["ema_rate"] = rate
+        facts["training"] |= _average(checkpoint["args"], weights)
     return facts
+
+
+def _average(args, weights):
+    """The half-life in images, or the rate, of averaged weights by the flags of their run."""
+    if weights == "raw":
+        return {}
+    if weights != "ema":
+        return {"ema_images": int(weights.removeprefix("ema_"))}
+    images = args.get("ema_images")
+    said = {"ema_images": images[0]} if images else {"ema_rate": args.get("ema_rate")}
+    return {name: value for name, value in said.items() if is_number(value)}
 
 
 def digests_of(checkpoint):
@@ -69,6 +79,8 @@ def _flags(args, model):
     values = args | {destination(field): model.get(field.name) for field in fields}
     for field in [*fields, *Recipe.fields()]:
         value = values.get(destination(field))
+        if field.metadata.get("nargs") == "+" and isinstance(value, list):
+            value = " ".join(map(str, value))
         if value not in (None, field.default) and type(value) in (bool, int, float, str):
             flag = f"--{field.metadata['flag'] or field.name}"
             yield flag if isinstance(value, bool) else f"{flag} {value}"

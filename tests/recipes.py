@@ -232,6 +232,25 @@ def quadratic(length, k, num_iter):
     source.add_row(SETTINGS, "TOKEN_SCHEDULES", '"quadratic": "models.order:quadratic",')
 
 
+def optimizer(source):
+    """Gradient descent with momentum, which is all that its state holds."""
+    source.write(
+        "util/descent.py",
+        """
+import torch
+
+from util.optimizers import parameter_groups
+
+
+def descent(model, recipe):
+    groups = parameter_groups(model, recipe.weight_decay)
+    groups = [{**group, "holds": "momentum_buffer"} for group in groups]
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
+""",
+    )
+    source.add_row("util/recipe.py", "OPTIMIZERS", '"descent": "util.descent:descent",')
+
+
 STRIPES = """
 import torch
 from torch.utils.data import TensorDataset
@@ -319,6 +338,7 @@ COST = {
     solver: ({"diffusion/solvers.py": 2}, []),
     order: ({SETTINGS: 1}, ["models/columns.py"]),
     token_schedule: ({SETTINGS: 1, "models/order.py": 1}, []),
+    optimizer: ({"util/recipe.py": 1}, ["util/descent.py"]),
     data_set: ({DATA: 1}, ["util/data/stripes.py"]),
     stream: ({DATA: 1}, ["util/data/stream.py"]),
 }

@@ -1,8 +1,8 @@
 """The recipes of CONTRIBUTING.md, followed. Run: python -m pytest tests/test_extend.py
 
 tests/recipes.py adds a head, an option of the blocks, a tokenizer, metrics, a solver, an order, a
-schedule and data sets to a copy of the source, and counts what each costs. Then the real scripts
-train, sample, evaluate and resume with them, all in one process.
+schedule, an optimizer and data sets to a copy of the source, and counts what each costs. Then the
+real scripts train, sample, evaluate and resume with them, all in one process.
 """
 
 import json
@@ -54,6 +54,7 @@ ASKED = {
     "solver": ("--solver mean --num_iter 2", "--num_iter 2"),
     "order": ("--model ar_tiny --order columns", ""),
     "token_schedule": ("--token_schedule quadratic --num_iter 3", "--num_iter 3"),
+    "optimizer": ("--optimizer descent --num_iter 2", "--optimizer descent --num_iter 2"),
     "data_set": (STRIPED_FLAGS, STRIPED_FLAGS),
     "stream": (STREAMED, STREAMED),
 }
@@ -108,6 +109,7 @@ WRONG = [
         "metrics nearest: need",
     ),
     (f"{TINY} --solver means", "argument --solver: .*'means'"),
+    (f"{TINY} --resume optimizer", r"optimizer AdamW \(was SGD\)"),
     ("sample --ckpt order --device cpu --order raster", "learned the columns order only"),
     (f"{TINY} --model ar_tiny --order confidence", "expected .* or columns for a causal model"),
     (f"{TINY} --data_path stripes --img_size 16", "the stripes are 8×8, expected 8"),
@@ -174,7 +176,7 @@ def records(found, name):
 def test_flags_know_them(found):
     """Each is a choice, and each option a flag, wherever its kind is chosen from."""
     helps = {s: " ".join(found[2][f"help {s}"][1].split()) for s in SCRIPTS}
-    for text in ("gauss,", "--gauss_std X", "--qk_norm", "haar,", "mean,", "columns,"):
+    for text in ("gauss,", "--gauss_std X", "--qk_norm", "haar,", "mean,", "columns,", "descent,"):
         assert text in helps["main_mar"], text
     for text in ("mean,", "columns,", "quadratic,", "nearest, brightness,"):
         assert text in helps["sample"], text

@@ -33,6 +33,7 @@ from util.evaluation.metrics import METRICS, SPLITS
 from util.flags import PRECISIONS
 from util.labels import LABELS
 from util.lr_sched import SCHEDULES
+from util.recipe import OPTIMIZERS
 from util.run.tracker import TRACKERS
 
 FROZEN = ROOT / "tests" / "flags.txt"
@@ -210,13 +211,14 @@ TABLES = {
     "labels": LABELS,
     "fill": FILL_ORDERS,
     "lr_schedule": SCHEDULES,
+    "optimizer": OPTIMIZERS,
     "precision": ("auto", *PRECISIONS),
     "tracker": TRACKERS,
     "codebook": CODEBOOKS,
     "what": (*reproduce.TABLES, "figures"),
 }
 # choose between a few of the script's own
-PLAIN = {"check_data", "layout", "weights", "orientation", "channels"}
+PLAIN = {"check_data", "layout", "orientation", "channels"}
 CHOICES = [
     pytest.param(action, id=f"{name}-{action.dest}")
     for name, script in PARSERS.items()

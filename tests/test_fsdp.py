@@ -16,7 +16,7 @@ from test_train import FAST, torchrun
 from two_fsdp import CASES
 
 import main_mar
-from util.checkpoint import LAST, load_checkpoint
+from util.checkpoint import LAST, load_checkpoint, weights_in
 from util.run import fsdp
 
 QUICK = ("accumulated", "fp16")
@@ -75,8 +75,8 @@ def check_case(folder, case):
     assert len(plain[1]["lines"]) == len(sharded[1]["lines"]) == steps
     for one, other in zip(plain[1]["lines"], sharded[1]["lines"], strict=True):
         assert one == pytest.approx(other, rel=1e-5, nan_ok=True) and "grad_norm" in one
-    for name, entry in (("ema", "model_ema"), ("raw", "model")):
-        check_same(dict(sharded[1][name]), dict(sharded[0][entry]))
+    for name, held in weights_in(sharded[0]).items():
+        check_same(dict(sharded[1][name]), dict(held))
     return sharded
 
 

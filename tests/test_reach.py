@@ -158,7 +158,7 @@ def trained(flags, folder, monkeypatch):
         found["learning_rate"] = [learning_rate(x / 2) for x in range(1000)]
         found["batch_size"] = loader.batches.batch_size
         found["decay"] = [group["weight_decay"] for group in optimizer.param_groups]
-        found["ema_rate"] = ema.rate
+        found["ema_rates"] = {name: average.rate for name, average in ema.items()}
         found["how"] = {
             k: v for k, v in how.items() if k not in ("logger", "progress", "after_step")
         }

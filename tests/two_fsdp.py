@@ -66,7 +66,7 @@ def start(name, options, precision, fsdp):
     model = MODELS[name](**options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    recipe = Recipe(lr=1e-3, ema_rate=0.9, fsdp=fsdp)
+    recipe = Recipe(lr=1e-3, ema_images=(7, 13), fsdp=fsdp)
     state = engine_mar.new_state(model, recipe, CPU, precision, 1)
     state.scaler._init_scale = 2.0**21  # the first steps overflow, and are skipped
     return state
@@ -82,7 +82,7 @@ def train(state, **how):
             Batches(6),
             state.optimizer,
             state.scaler,
-            state.ema,
+            state.emas,
             epoch,
             learning_rate=lambda epoch: 1e-3,
             device=CPU,
@@ -102,7 +102,7 @@ def compare(folder, names):
             state = start(name, options, how.get("precision"), fsdp)
             lines = train(state, **how)
             state.save(folder / f"{case}-{fsdp}.pth", None, {})
-            networks = {name: state.network(name).state_dict() for name in ("ema", "raw")}
+            networks = {name: state.network(name).state_dict() for name in state.networks()}
             if dist.is_main():
                 torch.save({"lines": lines, **networks}, folder / f"{case}-{fsdp}-rest.pth")
 

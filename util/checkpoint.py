@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from util import hub
+from util import averages, hub
 from util.dist import (
     all_gather,
     barrier,
@@ -30,6 +30,7 @@ from util.dist import (
     rank,
     world_size,
 )
+from util.ema import EMAs
 from util.files import first_few, first_line, replacing
 from util.plain import is_count
 from util.stored import check_checkpoint, check_optimizer_fits, expect
@@ -69,13 +70,18 @@ class TrainState:
     `batch_images`: images in a batch of all processes. `draws`: within an epoch that was resumed,
     the state of this process's EpochDraws, or None. `record`: see util/run/record.py, or None.
     parts: what else a training has, such as a discriminator, name -> object with `state_dict` and
-    `load_state_dict`.
+    `load_state_dict`. emas: averages besides the main one, `ema`, by name (see util/averages.py);
+    in a file they are `parts`, too. Attribute `emas`: all of them.
     """
 
-    def __init__(self, model, ema, optimizer, scaler, epoch=0, batch_images=1, parts=None):
+    def __init__(
+        self, model, ema, optimizer, scaler, epoch=0, batch_images=1, parts=None, emas=None
+    ):
         self.model, self.ema, self.optimizer, self.scaler = model, ema, optimizer, scaler
         self.epoch, self.batch, self.draws = epoch, 0, None
-        self.batch_images, self.record, self.parts = batch_images, None, parts or {}
+        self.batch_images, self.record = batch_images, None
+        self.emas = EMAs({"ema": ema, **(emas or {})})
+        self.parts = {**(parts or {}), **(emas or {})}
 
     def save(self, path, config, args, before=None):
         """Write the state to `path` atomically: after a crash, the old file is still there.
@@ -134,7 +140,8 @@ class TrainState:
         not finite.
         """
         load_strictly(self.model, checkpoint["model"], source)
-        load_strictly(self.ema.module, checkpoint["model_ema"], source)
+        for ema in self.emas.values():  # one that the file does not have begins as the main one
+            load_strictly(ema.module, checkpoint["model_ema"], source)
         if "optimizer" not in checkpoint:
             return
         check_optimizer_fits(checkpoint["optimizer"], self.optimizer, source)
@@ -142,8 +149,9 @@ class TrainState:
             raise ValueError(
                 f"{source}: not finite: {first_few(bad)}; it is damaged, or of a run that diverged"
             )
+        names = ("weight_decay", "betas", "fused", "foreach")
         own = [
-            {name: group[name] for name in ("weight_decay", "betas", "fused", "foreach")}
+            {name: group[name] for name in names if name in group}
             for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -168,9 +176,13 @@ class TrainState:
                     f"{source}: its {name} does not fit: {first_line(error)}"
                 ) from None
 
+    def networks(self):
+        """Names of the weights that `network` takes, the main ones first."""
+        return [*self.emas, "raw"]
+
     def network(self, weights):
-        """The model with these weights, "ema" or "raw", in evaluation mode. A collective call."""
-        model = self.ema.module if weights == "ema" else self.model.eval()
+        """The model with the weights of this name, in evaluation mode. A collective call."""
+        model = self.model.eval() if weights == "raw" else self.emas[weights].module
         if is_sharded(model):
             from util.run import fsdp
 
@@ -318,8 +330,16 @@ def keep_others(folder, resumed):
 
 def steps_done(checkpoint):
     """Number of optimizer steps of a loaded checkpoint; its epoch if they are not recorded."""
-    states = checkpoint.get("optimizer", {}).get("state", {})
-    return int(next(iter(states.values()))["step"]) if states else checkpoint.get("epoch", 0)
+    states = checkpoint.get("optimizer", {}).get("state", {}).values()
+    steps = [state["step"] for state in states if "step" in state]  # Muon's have none
+    return int(steps[0]) if steps else checkpoint.get("epoch", 0)
+
+
+def weights_in(checkpoint):
+    """Name -> state dict of all weights in a loaded checkpoint: ema, ema_N, …, raw."""
+    parts = checkpoint.get("parts", {})
+    further = {name: parts[name] for name in filter(averages.FURTHER.fullmatch, parts)}
+    return {"ema": checkpoint["model_ema"], **further, "raw": checkpoint["model"]}
 
 
 def load_checkpoint(path, of_tokenizer=False):

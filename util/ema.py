@@ -1,8 +1,10 @@
-"""Exponential moving average of a model's weights."""
+"""Exponential moving averages of a model's weights."""
 
 import copy
 
 import torch
+
+from util.weights import load_strictly
 
 
 class EMA:
@@ -27,3 +29,16 @@ class EMA:
 
     def state_dict(self):
         return self.module.state_dict()
+
+    def load_state_dict(self, state):
+        """Raises ValueError for weights that do not fit or are not finite."""
+        load_strictly(self.module, state, "the average")
+
+
+class EMAs(dict):
+    """Several averages of one model: name -> EMA, the main one first. See util/averages.py."""
+
+    def update(self, model):
+        """Move each average one step towards the weights of `model`."""
+        for ema in self.values():
+            ema.update(model)

@@ -155,6 +155,7 @@ def _training(config):
         "rate": "peak learning rate {:.2e}",
         "precision": "precision {}",
         "ema_rate": "averaged weights (EMA, decay {})",
+        "ema_images": "averaged weights (EMA, half-life {:,} images)",
     }
     known = [text.format(training[k]) for k, text in words.items() if k in training]
     yield f"{', '.join(known)}." if known else "Not known: the file has weights only."

@@ -13,6 +13,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+from util.averages import FURTHER
 from util.files import first_line
 from util.flags import PRECISIONS
 from util.plain import is_count, is_number
@@ -48,7 +49,7 @@ def describe(
 
     Args:
         ckpt: path of the checkpoint.
-        weights: "ema" or "raw".
+        weights: "ema", "raw", or the name of a further average.
         weights_sha256, tokenizer_sha256: util.weights.digest of the two state dicts.
         tokenizer: arguments of models.build_tokenizer, with its name.
         labels: class indices of all images of the batch (of the grid), or None each: the same bits
@@ -170,6 +171,10 @@ def _are_numbers(value):
     return isinstance(value, list) and len(value) <= LONGEST_NAME and all(map(is_number, value))
 
 
+def _are_weights(value):
+    return value in ("ema", "raw") or (_is_name(value) and bool(FURTHER.fullmatch(value)))
+
+
 def _or_none(fits):
     return lambda value: value is None or fits(value)
 
@@ -182,7 +187,7 @@ def _is_tokenizer(value):
 _ENTRIES = {
     "format": (lambda value: is_count(value, 1, FORMAT), f"{FORMAT}"),
     "ckpt": (_is_name, "a path"),
-    "weights": (lambda value: value in ("ema", "raw"), "ema or raw"),
+    "weights": (_are_weights, "ema, raw or ema_N"),
     "weights_sha256": (_is_digest, "a sha256"),
     "tokenizer": (_is_tokenizer, "settings with a name"),
     "tokenizer_sha256": (_is_digest, "a sha256"),

@@ -2,9 +2,20 @@
 
 from dataclasses import dataclass
 
+from util import averages
 from util.flags import fraction, nonnegative, nonnegative_int, positive, positive_int
 from util.lr_sched import SCHEDULES, learning_rate
 from util.settings import Settings, setting
+from util.table import Table
+
+# name -> function (model, recipe) that gives the optimizer
+OPTIMIZERS = Table(
+    "optimizer",
+    {
+        "adamw": "util.optimizers:adamw",
+        "muon": "util.optimizers:muon",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -25,7 +36,21 @@ class Recipe(Settings):
         0.02, "weight decay, except of biases, 1-D parameters and the head", type=nonnegative
     )
     grad_clip: float = setting(3.0, "maximum gradient norm; 0 is no limit", type=nonnegative)
+    optimizer: str = setting(
+        "adamw",
+        "optimizer; muon: of the matrices of hidden layers, with AdamW for all else",
+        choices=OPTIMIZERS,
+    )
     ema_rate: float = setting(0.9999, "decay rate of the averaged weights", type=fraction)
+    ema_images: tuple = setting(
+        None,
+        "half-lives of averaged weights, in images, in place of --ema_rate; the first is that of "
+        "the main average, each other one is kept, sampled and evaluated beside it",
+        type=positive_int,
+        nargs="+",
+        metavar="N",
+        otherwise="one average, by --ema_rate",
+    )
     mask_ratio_per_rank: bool = setting(
         False,
         "each process draws its own mask ratio, as in the published code; processes then wait for "
@@ -63,6 +88,13 @@ class Recipe(Settings):
             schedule=self.lr_schedule,
         )
 
+    def ema_rates(self, images):
+        """Name -> decay rate of each average, the main one first. images: those of a step."""
+        if not self.ema_images:
+            return {"ema": self.ema_rate}
+        half_lives = averages.names_of(self.ema_images)
+        return {name: averages.rate_of(each, images) for name, each in half_lives.items()}
+
     def check_steps(self, loader, class_num, processes):
         """Optimizer steps per epoch; prints them and any misfits. Raises ValueError for none."""
         from util.dist import print0
@@ -74,11 +106,11 @@ class Recipe(Settings):
             f"{loader.images} images of {class_num} classes, {steps} steps of {total} per epoch, "
             f"lr {self.lr:.2e}"
         )
-        for line in self.misfits(steps):
+        for line in self.misfits(steps, processes):
             print0(f"NOTE: {line}")
         return steps
 
-    def misfits(self, steps):
+    def misfits(self, steps, processes):
         """Sentences on settings that do not fit a run with `steps` per epoch, and what would."""
         if self.warmup_epochs >= self.epochs:
             fitting = max(1, self.epochs // 20) if self.epochs > 1 else 0
@@ -86,8 +118,11 @@ class Recipe(Settings):
                 f"the warm-up of {self.warmup_epochs:g} epochs is not over in {self.epochs} "
                 f"epochs; --warmup_epochs {fitting} would fit"
             )
-        # an average holds 5% of the initial weights after 3 horizons, and 37% after one
         total = steps * self.epochs
+        if self.ema_images:
+            yield from averages.misfits(self.ema_images, total * self.total_batch(processes))
+            return
+        # an average holds 5% of the initial weights after 3 horizons, and 37% after one
         horizon = 1 / (1 - self.ema_rate) if self.ema_rate < 1 else float("inf")
         if self.ema_rate and 3 * horizon > total:
             fitting = max(0.0, 1 - 10 / total)

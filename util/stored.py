@@ -6,11 +6,13 @@ and the entry.
 
 import torch
 
+from util.averages import FURTHER
 from util.plain import is_count, is_number
 
 KINDS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool, torch.uint8}
 KINDS |= {torch.int8, torch.int16, torch.int32, torch.int64}
 OWN = ("params", "fused", "foreach")  # of an optimizer's group, which have checks or no effect
+MOMENTS = "step exp_avg exp_avg_sq"  # AdamW's state of a parameter
 SLACK = 2**26  # bytes that a tensor may claim beyond its storage, as one that repeats a row does
 
 
@@ -67,7 +69,10 @@ def check_checkpoint(content, path):
     expect(fits, path, "scaler", scaler, "numbers by name")
     parts = content.get("parts", {})
     fits = isinstance(parts, dict) and all(isinstance(part, dict) for part in parts.values())
+    fits = fits and all(isinstance(name, str) for name in parts)
     expect(fits, path, "parts", parts, "states by name")
+    for name in filter(FURTHER.fullmatch, parts):
+        _check_weights(parts[name], path, name)
     if "place" in content:
         _check_place(content["place"], path)
 
@@ -100,7 +105,7 @@ def _check_optimizer(state, path):
         entry = f"optimizer's state {number!s:.20}"
         expect(is_count(number) and isinstance(values, dict), path, entry, values, "of a parameter")
         for name, value in values.items():
-            fits = isinstance(value, torch.Tensor) or is_number(value)
+            fits = isinstance(value, torch.Tensor | bool) or is_number(value)
             expect(fits, path, f"{entry} {name!s:.20}", value, "a tensor")
     for group in state["param_groups"]:
         expect(isinstance(group, dict), path, "optimizer's group", group, "a dict")
@@ -121,13 +126,16 @@ def check_optimizer_fits(state, optimizer, path):
             entry = f"optimizer's {name}"
             expect(fits, path, entry, group.get(name), f"a value such as {value}")
         for parameter, number in zip(ours["params"], group["params"], strict=True):
-            _check_moments(state["state"].get(number), parameter, number, path)
+            _check_moments(state["state"].get(number), ours, parameter, number, path)
 
 
-def _check_moments(values, parameter, number, path):
+def _check_moments(values, group, parameter, number, path):
     if values is None:
         return
-    for name in ("step", "exp_avg", "exp_avg_sq"):
+    for name in (name for name, value in values.items() if isinstance(value, bool)):
+        entry, own = f"optimizer's {name} of parameter {number}", group.get(name)
+        expect(values[name] is own, path, entry, values[name], f"{own}, as its group has")
+    for name in group.get("holds", MOMENTS).split():
         value, shape = values.get(name), () if name == "step" else tuple(parameter.shape)
         found = tuple(value.shape) if isinstance(value, torch.Tensor) else None
         fits = found == shape or (name == "step" and is_number(value))

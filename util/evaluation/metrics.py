@@ -133,6 +133,7 @@ class Metric:
     extractor: str | None = None  # whose features it uses; None: the main extractor's
     fits: Callable = lambda extractor: True  # whether it fits the main extractor
     least: int = 2  # images
+    distance: bool = False  # whether it is one number, and lower is better
 
     def __post_init__(self):
         assert set(self.needs) <= set(NEEDS), f"needs {self.needs}, expected some of {[*NEEDS]}"
@@ -181,10 +182,16 @@ def _knows_labels(extractor):
 METRICS = Table(
     "metric",
     {
-        "fid": Metric("FID", _distance, ("reference",), fits=_is_inception),
-        "frechet_distance": Metric("Fréchet distance", _distance, ("reference",), fits=_is_other),
+        "fid": Metric("FID", _distance, ("reference",), fits=_is_inception, distance=True),
+        "frechet_distance": Metric(
+            "Fréchet distance", _distance, ("reference",), fits=_is_other, distance=True
+        ),
         "pixel_distance": Metric(
-            "Fréchet distance, pixels", _distance, ("reference",), extractor="grey-pixels"
+            "Fréchet distance, pixels",
+            _distance,
+            ("reference",),
+            extractor="grey-pixels",
+            distance=True,
         ),
         "inception_score": Metric(
             {"inception_score": "IS", "inception_score_std": None}, _inception_score, ("logits",)
@@ -206,6 +213,18 @@ def labels():
     for name, row in METRICS.rows():
         found |= row.labels(name)
     return {name: label for name, label in found.items() if label}
+
+
+def ranking(found):
+    """For each distance, a line with its values for several weights, the best first.
+
+    found: name of the weights -> metrics, name -> number.
+    """
+    for metric, row in METRICS.rows():
+        values = {name: each[metric] for name, each in found.items() if metric in each}
+        if row.distance and len(values) > 1:
+            best, *others = (f"{n} {values[n]:.4f}" for n in sorted(values, key=values.get))
+            yield f"{metric}: best is {best}, then {', '.join(others)}"
 
 
 def pick_metrics(names, extractor):

@@ -15,9 +15,10 @@ from urllib.parse import quote
 
 from util import jsonl
 from util.dist import is_main, local_world_size, print0, world_size
+from util.evaluation.metrics import METRICS
 from util.files import first_line, replacing
 from util.plain import is_number
-from util.run.charts import chart
+from util.run.charts import chart, short
 from util.run.stop import Stopped
 
 FILE = "index.html"
@@ -184,8 +185,18 @@ def evaluations(records, results):
     for metric, curves in series.items():
         line = ("real images", real[metric]) if is_number(real.get(metric)) else None
         if any(curves.values()):
-            charts.append(chart(metric.replace("_", " "), curves, line=line))
+            title = metric.replace("_", " ") + _lowest(metric, curves)
+            charts.append(chart(title, curves, line=line))
     return _row(charts)
+
+
+def _lowest(metric, curves):
+    """Words on the lowest point of the curves, name -> points, of a distance; "" for others."""
+    row = METRICS.get(metric)
+    if not row or not row.distance:
+        return ""
+    value, name, step = min((y, name, x) for name, each in curves.items() for x, y, _ in each)
+    return f" (lowest: {name}, step {step}, {short(value)})"
 
 
 def _row(charts):
