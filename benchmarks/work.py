@@ -9,7 +9,8 @@ def transformer_flops(model, known):
     buffer, width = model.buffer_size, model.fake_latent.shape[1]
 
     def stack(blocks, tokens):
-        return len(blocks) * (24 * tokens * width**2 + 4 * tokens**2 * width)
+        weights = sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
+        return 2 * tokens * weights + len(blocks) * 4 * tokens**2 * width
 
     return stack(model.encoder_blocks, buffer + known) + stack(
         model.decoder_blocks, buffer + model.seq_len

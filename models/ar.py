@@ -49,6 +49,8 @@ class AR(Autoregressive):
         order="raster",
         grad_checkpointing=False,
         token_norm=False,
+        rope=False,
+        known_noise=0.0,
         **options,
     ):
         super().__init__(
@@ -61,6 +63,7 @@ class AR(Autoregressive):
             embed_dim,
             num_codes,
             token_norm,
+            known_noise=known_noise,
         )
         if not ORDERS[order].learned:
             others = [name for name, row in ORDERS.rows() if row.learned]
@@ -80,6 +83,7 @@ class AR(Autoregressive):
             embed_dim,
             num_heads,
             True,  # causal
+            rope=self.grid if rope else None,
             norm_layer=norm_layer,
             mlp_ratio=mlp_ratio,
             attn_dropout=attn_dropout,
@@ -93,7 +97,8 @@ class AR(Autoregressive):
     def training_targets(self, tokens, orders, classes, generator=None, step_generator=None):
         """Every token in the order of generation, (N, L, C·p²), and z (N, L, D)."""
         tokens, positions = tokens.flip(1), orders.flip(1)
-        return tokens, self.run(tokens[:, :-1], positions[:, :-1], positions, classes)
+        known = self.with_noise(tokens, generator)[:, :-1]
+        return tokens, self.run(known, positions[:, :-1], positions, classes)
 
     def predict(self, tokens, orders, to_predict, classes, cache=None):
         """z (S·N, 1, D) of the one token to predict; see `Autoregressive.predict`."""
@@ -125,7 +130,8 @@ class AR(Autoregressive):
         seen = cache.length if cache else 0
         new = slice(max(0, seen - 1), None)
         first, others = self.pos_embed_learned[0].split([1, self.seq_len])
-        x = embed_tokens(self.z_proj, tokens[:, new]) + F.embedding(positions[:, new], others)
+        positions = positions[:, new]
+        x = embed_tokens(self.z_proj, tokens[:, new]) + F.embedding(positions, others)
         x = x.repeat(repeats, 1, 1)  # (S·N, V, D)
         if not seen:
             start = (classes + first).unsqueeze(1)
@@ -133,7 +139,7 @@ class AR(Autoregressive):
         if self.varies:
             following = F.embedding(targets[:, seen:], self.target_pos_embed_learned[0])
             x = x + following.repeat(repeats, 1, 1)
-        return self.norm(self.blocks(self.z_proj_ln(x), cache=cache))
+        return self.norm(self.blocks(self.z_proj_ln(x), positions=positions, cache=cache))
 
     def position_tables(self):
         """Name of each table of positions -> its rows before those of tokens; see LatentModel."""

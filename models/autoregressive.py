@@ -16,6 +16,7 @@ from models.layers import Attention, Block
 from models.options import check_options, named_by
 from models.sampling import check_sampling, sample_steps
 from models.settings import HEADS, ORDERS, Sampling
+from util.rng import rand, randn
 
 # the published constructor's defaults for the options of Diffusion Loss
 HEAD_DEFAULTS = {"diffloss_d": 3, "diffloss_w": 1024, "diffusion_batch_mul": 4}
@@ -31,6 +32,14 @@ class Autoregressive(LatentModel):
     one_at_a_time = False
     order = "random"
     compiled = False
+
+    def __init__(self, *args, known_noise=0.0):
+        super().__init__(*args)
+        if not 0 <= known_noise <= 1:
+            raise ValueError(f"known_noise {known_noise}: expected a number from 0 to 1")
+        if known_noise and self.num_codes:
+            raise ValueError(f"known_noise {known_noise}: expected 0 for code indices")
+        self.known_noise = known_noise
 
     def forward(self, latents, labels, generator=None, step_generator=None):
         """The training loss, a scalar: latents (N, C, h, w), labels (N,).
@@ -103,6 +112,19 @@ class Autoregressive(LatentModel):
     def sample_orders(self, bsz, generator=None):
         """Orders (bsz, L) to train in."""
         return ORDERS[self.order]().start(bsz, self.grid, generator, self.fake_latent.device)
+
+    def with_noise(self, tokens, generator=None):
+        """Tokens (N, n, C·p²) as those that are known stand in the input, in training with noise.
+
+        (1 − t)x + tε with ε ~ N(0, I) and t ~ U(0, known_noise) per image, as in flow matching: the
+        noisy context of xAR (Ren et al. 2025, arXiv 2502.20388), whose t goes up to 1, differs
+        within an image, and is known to the network. A sampled token is not quite one of the data.
+        """
+        if not (self.known_noise and self.training):
+            return tokens
+        t = self.known_noise * rand((len(tokens), 1, 1), generator, tokens.device)
+        noise = randn(tokens.shape, generator, tokens.device)
+        return self.project((1 - t) * tokens + t * noise)
 
     def statistics(self, reduce=None):
         """Name -> number to log, since the last call; see Head."""

@@ -4,8 +4,10 @@ A new option of the blocks is a keyword argument of Block or Attention, and a fi
 models.settings.Model with the same name.
 """
 
+from functools import partial
+
 import torch
-from timm.layers import Mlp
+from timm.layers import Mlp, SwiGLUPacked
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +15,7 @@ from models.fast.attention import attention
 from models.fast.dropout import Dropout
 from models.fast.linear import linear
 from models.options import named_by
+from models.rope import rotate, rotations
 
 
 class KVCache:
@@ -50,9 +53,13 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Self-attention. causal: a token attends to itself and to those before it."""
+    """Self-attention. causal: a token attends to itself and to those before it.
 
-    def __init__(self, width, heads, causal, attn_dropout=0.0, proj_dropout=0.0):
+    qk_norm: whether queries and keys pass a LayerNorm without bias, one for all heads, before they
+    are compared (ViT-22B, Dehghani et al. 2023, arXiv 2302.05442).
+    """
+
+    def __init__(self, width, heads, causal, attn_dropout=0.0, proj_dropout=0.0, qk_norm=False):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width}: expected a multiple of the {heads} heads")
@@ -60,14 +67,21 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.proj_drop = Dropout(proj_dropout)
+        norm = partial(nn.LayerNorm, width // heads, eps=1e-6, bias=False)
+        self.q_norm, self.k_norm = (norm(), norm()) if qk_norm else (nn.Identity(), nn.Identity())
 
-    def forward(self, x, rows=None, mask=None, block=0, cache=None):
+    def forward(self, x, rows=None, mask=None, block=0, cache=None, rotation=None):
         """x (N, n, D) to (N, n, D); if the slice `rows` is given, only those queries.
 
         mask: mask of the keys, 1 = hidden, broadcast to (N, heads, n, n). cache: holds keys and
-        values of other tokens, under the number `block` (see KVCache).
+        values of other tokens, under the number `block` (see KVCache). rotation: of models/rope.py,
+        (N, 1, n, 2·D / heads), of the tokens in x; keys are cached as rotated.
         """
         q, k, v = self.project(x, rows)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rotation is not None:
+            q = rotate(q, rotation if rows is None else rotation[:, :, rows])
+            k = rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(block, k, v)
         new, seen = q.shape[2], k.shape[2]
@@ -99,18 +113,28 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm block: x + attention(LN(x)), then x + MLP(LN(x)). Parameters are named as timm's.
 
-    options: arguments of Attention. Raises TypeError for any other.
+    swiglu: whether the MLP is gated, see `gated_mlp`. mlp_dropout: dropout rate in the MLP; None
+    for proj_dropout. options: arguments of Attention. Raises TypeError for any other.
     """
 
     def __init__(
-        self, width, heads, norm_layer=nn.LayerNorm, mlp_ratio=4.0, proj_dropout=0.0, **options
+        self,
+        width,
+        heads,
+        norm_layer=nn.LayerNorm,
+        mlp_ratio=4.0,
+        proj_dropout=0.0,
+        swiglu=False,
+        mlp_dropout=None,
+        **options,
     ):
         super().__init__()
         self.norm1 = norm_layer(width)
         self.attn = Attention(width, heads, proj_dropout=proj_dropout, **options)
         self.norm2 = norm_layer(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
-        self.mlp.drop1, self.mlp.drop2 = Dropout(proj_dropout), Dropout(proj_dropout)
+        hidden, rate = int(width * mlp_ratio), proj_dropout if mlp_dropout is None else mlp_dropout
+        self.mlp = gated_mlp(width, hidden) if swiglu else Mlp(width, hidden)
+        self.mlp.drop1, self.mlp.drop2 = Dropout(rate), Dropout(rate)
 
     def forward(self, x, rows=None, **context):
         """x (N, n, D) to (N, n, D); if `rows` is given, only those tokens.
@@ -122,22 +146,41 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def gated_mlp(width, hidden):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): (SiLU(xW) ⊙ xV)U, biases aside.
+
+    It has three matrices instead of two, so as there its hidden layer has 2/3 of the width
+    `hidden`, rounded to a multiple of 8, for as many parameters.
+    """
+    return SwiGLUPacked(width, 2 * 8 * max(1, round(hidden / 12)))
+
+
 class Blocks(nn.ModuleList):
     """A sequence of blocks, called in the same way in training and in sampling.
 
-    The positional arguments are set by the backbone; options are those of Block and Attention.
+    The positional arguments are set by the backbone, and so is rope: (height, width) of the grid on
+    which tokens have rotary positions, or None. options are those of Block and Attention.
     """
 
-    def __init__(self, depth, width, heads, causal=False, /, grad_checkpointing=False, **options):
+    def __init__(
+        self, depth, width, heads, causal=False, /, rope=None, grad_checkpointing=False, **options
+    ):
         options = named_by(options, Block, Attention)
         super().__init__(Block(width, heads, causal=causal, **options) for _ in range(depth))
         self.grad_checkpointing = grad_checkpointing
+        self.rope, self.head_width = rope, width // heads
+        if rope and self.head_width % 4:
+            raise ValueError(f"rope: heads of {self.head_width} numbers, expected a multiple of 4")
 
-    def forward(self, x, rows=None, first=0, last=None, **context):
+    def forward(self, x, rows=None, first=0, last=None, positions=None, **context):
         """x (N, n, D) through blocks first to last − 1 (None: all), the final one for `rows`.
 
+        positions: (N, m) or fewer rows that repeat, positions of the last m tokens on the grid.
         context: arguments of `Attention.forward`, such as mask and cache.
         """
+        if self.rope:
+            places = positions.repeat(len(x) // len(positions), 1)
+            context["rotation"] = rotations(places, x.shape[1], self.rope, self.head_width)
         for i in range(first, len(self) if last is None else last):
             wanted = rows if i == len(self) - 1 else None
             x = run_block(self[i], self.grad_checkpointing, x, wanted, block=i, **context)

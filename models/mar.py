@@ -27,9 +27,11 @@ class MAR(Autoregressive):
     of tokens between mask_ratio_min and 1 is masked, and a fraction label_drop_prob of the labels
     is dropped. head: a row of models.settings.HEADS; if not given, Diffusion Loss for continuous
     latents and cross-entropy for num_codes codes. token_norm: whether sampled latents have the norm
-    √C, as those of the tokenizer then have. options: those of the head (diffloss_d=3,
+    √C, as those of the tokenizer then have. rope: whether blocks rotate queries and keys by the
+    positions of their tokens (models/rope.py), beside the learned tables; class tokens are not
+    rotated. known_noise: see `with_noise`. options: those of the head (diffloss_d=3,
     diffloss_w=1024, num_sampling_steps="100", diffusion_batch_mul=4, …, see `DiffLoss`) and of the
-    blocks (mlp_ratio=4.0, norm_layer=nn.LayerNorm, attn_dropout=0.1, proj_dropout=0.1, see
+    blocks (mlp_ratio=4.0, norm_layer=nn.LayerNorm, attn_dropout=0.1, proj_dropout=0.1, …, see
     `Block`).
     """
 
@@ -57,6 +59,8 @@ class MAR(Autoregressive):
         num_codes=None,
         grad_checkpointing=False,
         token_norm=False,
+        rope=False,
+        known_noise=0.0,
         **options,
     ):
         super().__init__(
@@ -69,6 +73,7 @@ class MAR(Autoregressive):
             encoder_embed_dim,
             num_codes,
             token_norm,
+            known_noise=known_noise,
         )
         if not 0 < mask_ratio_min < 1:
             raise ValueError(f"mask_ratio_min {mask_ratio_min}: expected between 0 and 1")
@@ -78,6 +83,7 @@ class MAR(Autoregressive):
         options["grad_checkpointing"] = grad_checkpointing
         blocks = partial(
             Blocks,
+            rope=self.grid if rope else None,
             norm_layer=norm_layer,
             mlp_ratio=mlp_ratio,
             attn_dropout=attn_dropout,
@@ -110,7 +116,8 @@ class MAR(Autoregressive):
         ratio = self.sample_mask_ratio(step_generator or generator)
         masked = slice(0, math.ceil(ratio * self.seq_len))
         predict = self._predict_in_buckets if self.compiled else self.predict
-        return tokens[:, masked], predict(tokens, orders, masked, classes)
+        known = self.with_noise(tokens, generator)
+        return tokens[:, masked], predict(known, orders, masked, classes)
 
     def sample_mask_ratio(self, generator=None):
         """A draw from N(1, 0.25²) truncated to [mask_ratio_min, 1] (paper, appendix B)."""
@@ -136,12 +143,13 @@ class MAR(Autoregressive):
         buffer = classes.unsqueeze(1) + of_buffer
         x = embed_tokens(self.z_proj, tokens) + F.embedding(positions, of_tokens)
         x = self.z_proj_ln(torch.cat([buffer, x.repeat(repeats, 1, 1)], dim=1))
-        return self.encoder_norm(self.encoder_blocks(x, mask=mask))
+        return self.encoder_norm(self.encoder_blocks(x, mask=mask, positions=positions))
 
     def decode(self, x, orders, to_predict):
         """z (S·N, n, D) at orders[:, to_predict], from the encoder's output for known tokens."""
         x = self.decoder_input(x, orders, to_predict.stop)  # (S·N, B + L, D)
-        x = self.decoder_blocks(x, self.decoder_rows(to_predict))  # (S·N, n, D)
+        rows = self.decoder_rows(to_predict)
+        x = self.decoder_blocks(x, rows, positions=orders)  # (S·N, n, D)
         return self.decoder_output(x, orders, to_predict)
 
     def decoder_input(self, x, orders, unknown):
@@ -191,7 +199,8 @@ class MAR(Autoregressive):
         x = self.encode(tokens[:, given], orders[:, given], classes, hidden.view(1, 1, 1, -1))
         x = torch.cat([x[:, :buffer], x[:, buffer + padding :]], 1)
         # all rows through the last block too: it would be compiled again for each number of them
-        x = self.decoder_blocks(self.decoder_input(x, orders, masked.stop))
+        x = self.decoder_input(x, orders, masked.stop)
+        x = self.decoder_blocks(x, positions=orders)
         return self.decoder_output(x[:, self.decoder_rows(masked)], orders, masked)
 
     def start_cache(self, sampling):

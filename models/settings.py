@@ -142,6 +142,20 @@ class Model(Settings):
     order: str = setting(None, "order that a causal model learns", "", fixed=True)
     attn_dropout: float = setting(0.1, "dropout rate of the attention weights", type=fraction)
     proj_dropout: float = setting(0.1, "dropout rate of projections and MLPs", type=fraction)
+    mlp_dropout: float = setting(
+        None, "dropout rate of MLPs", type=fraction, otherwise="--proj_dropout"
+    )
+    qk_norm: bool = setting(False, "normalize queries and keys in attention", fixed=True)
+    rope: bool = setting(
+        False, "rotary positions in attention, beside the learned ones", fixed=True
+    )
+    swiglu: bool = setting(False, "gated MLPs (SwiGLU), of about as many parameters", fixed=True)
+    known_noise: float = setting(
+        0.0,
+        "noise on the known tokens in training: they are mixed with up to this fraction of "
+        "Gaussian noise",
+        type=fraction,
+    )
     mask_ratio_min: float = setting(
         0.7, "smallest fraction of tokens masked in training", type=fraction
     )

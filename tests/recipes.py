@@ -109,17 +109,19 @@ class Gauss(LinearHead):
 
 
 def block(source):
-    """Queries and keys normalized before they are compared (Dehghani et al. 2023)."""
-    old = "causal, attn_dropout=0.0, proj_dropout=0.0):"
-    source.edit(LAYERS, old, f"{old[:-2]}, qk_norm=False):")
-    modules = "        self.q_norm, self.k_norm = (nn.LayerNorm(width // heads), nn.LayerNorm"
-    modules += "(width // heads)) if qk_norm else (nn.Identity(), nn.Identity())\n"
+    """A learned scale of the scores of each head."""
+    old = "proj_dropout=0.0, qk_norm=False):"
+    source.edit(LAYERS, old, f"{old[:-2]}, head_scale=False):")
     old = "        self.proj_drop = Dropout(proj_dropout)\n"
-    source.edit(LAYERS, old, old + modules)
+    scale = "nn.Parameter(torch.ones(heads, 1, 1)) if head_scale else None"
+    source.edit(LAYERS, old, f"{old}        self.head_scale = {scale}\n")
     old = "        q, k, v = self.project(x, rows)\n"
-    source.edit(LAYERS, old, f"{old}        q, k = self.q_norm(q), self.k_norm(k)\n")
-    field = 'setting(False, "normalize queries and keys", fixed=True)'
-    source.add_field(SETTINGS, "Model", f"qk_norm: bool = {field}")
+    use = (
+        "        if self.head_scale is not None:\n            q = q * self.head_scale.to(q.dtype)\n"
+    )
+    source.edit(LAYERS, old, old + use)
+    field = 'setting(False, "learn a scale of the scores of each head", fixed=True)'
+    source.add_field(SETTINGS, "Model", f"head_scale: bool = {field}")
 
 
 def tokenizer(source):

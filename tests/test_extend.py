@@ -49,7 +49,7 @@ STREAMED = "--data_path striped-stream --num_iter 2"
 # name -> flags that ask for it; those that a resumed run names again, as they are not the model's
 ASKED = {
     "head": ("--head gauss --gauss_std 0.25 --num_iter 2", "--num_iter 2"),
-    "block": ("--qk_norm --num_iter 2", "--num_iter 2"),
+    "block": ("--head_scale --num_iter 2", "--num_iter 2"),
     "tokenizer": ("--tokenizer haar --num_iter 2", "--num_iter 2"),
     "solver": ("--solver mean --num_iter 2", "--num_iter 2"),
     "order": ("--model ar_tiny --order columns", ""),
@@ -96,10 +96,13 @@ WRONG = [
     (f"{TINY} --head gauss --resume head --gauss_std 0.5", "--gauss_std 0.5: .* holds 0.25"),
     (f"{TINY} --head gauss --solver mean", "solver 'mean': Gauss has no diffusion"),
     (
-        "main_mar --preset digits --device cpu --model dit_tiny --qk_norm",
-        "--qk_norm True: dit_tiny has no such argument",
+        "main_mar --preset digits --device cpu --model dit_tiny --head_scale",
+        "--head_scale True: dit_tiny has no such argument",
     ),
-    (f"{TINY} --resume order --qk_norm", "--qk_norm True: .* holds False; leave the flag out"),
+    (
+        f"{TINY} --resume order --head_scale",
+        "--head_scale True: .* holds False; leave the flag out",
+    ),
     (f"{TINY} --resume tokenizer --tokenizer pixels", "--tokenizer pixels: .* trained with haar"),
     ("sample --ckpt tokenizer --device cpu --vae_path x", "tokenizer haar has no weights"),
     (f"{TINY} --tokenizer haar --vae_stride 1", "--vae_stride 1: the tokenizer has 2"),
@@ -176,7 +179,7 @@ def records(found, name):
 def test_flags_know_them(found):
     """Each is a choice, and each option a flag, wherever its kind is chosen from."""
     helps = {s: " ".join(found[2][f"help {s}"][1].split()) for s in SCRIPTS}
-    for text in ("gauss,", "--gauss_std X", "--qk_norm", "haar,", "mean,", "columns,", "descent,"):
+    for text in ("gauss,", "--gauss_std X", "--head_scale", "haar,", "mean,", "columns,", "descent,"):
         assert text in helps["main_mar"], text
     for text in ("mean,", "columns,", "quadratic,", "nearest, brightness,"):
         assert text in helps["sample"], text
@@ -191,8 +194,8 @@ def test_the_model_has_them(found):
     model = {name: config["model"] for name, config in configs.items()}
     assert (model["head"]["head"], model["head"]["gauss_std"]) == ("gauss", 0.25)
     assert "gauss_std" not in model["block"] and "diffloss_w" not in model["head"]
-    assert model["block"]["qk_norm"] is True and model["data_set"]["qk_norm"] is False
-    assert "encoder_blocks.0.attn.q_norm.weight" in checkpoint(found, "block")["model"]
+    assert model["block"]["head_scale"] is True and model["data_set"]["head_scale"] is False
+    assert "encoder_blocks.0.attn.head_scale" in checkpoint(found, "block")["model"]
     assert configs["tokenizer"]["tokenizer"]["name"] == "haar"
     assert (model["tokenizer"]["vae_embed_dim"], model["tokenizer"]["patch_size"]) == (4, 1)
     assert (model["order"]["name"], model["order"]["order"]) == ("ar_tiny", "columns")

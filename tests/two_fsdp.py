@@ -39,6 +39,7 @@ CASES = {
     "ar": ("ar", {}, {}),
     "dit": ("dit", {}, {}),
     "l2": ("l2", {}, {}),
+    "options": ("mar", {"qk_norm": True, "rope": True, "swiglu": True, "known_noise": 0.5}, {}),
 }
 ADAMW = torch.optim.AdamW
 

@@ -41,7 +41,7 @@ class Lazy:
         x = model.encode(tokens[:, known], orders[:, known], classes)
         x = model.decoder_input(x, orders, to_predict.stop)
         first = max(1, round(FIRST * len(model.decoder_blocks)))
-        x = model.decoder_blocks(x, last=first)
+        x = model.decoder_blocks(x, last=first, positions=orders)
         if full:
             unknown = slice(0, to_predict.stop)
             z = self._all(model, x, first, orders, unknown)
@@ -61,7 +61,8 @@ class Lazy:
     def _all(self, model, x, first, orders, unknown):
         """z of all unknown tokens; stores the features of the conditional half."""
         self.features, self.chosen, self.held = x[: len(orders)], None, {}
-        x = model.decoder_blocks(x, model.decoder_rows(unknown), cache=self, first=first)
+        rows = model.decoder_rows(unknown)
+        x = model.decoder_blocks(x, rows, cache=self, first=first, positions=orders)
         return model.decoder_output(x, orders, unknown)
 
     def _changed(self, model, x, first, orders, to_predict):
@@ -75,7 +76,8 @@ class Lazy:
         index = self.chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1])
         x = x.gather(1, index)
         self.features = self.features.scatter(1, index, x)
-        x = model.decoder_blocks(x, cache=self, first=first)
+        positions = F.pad(orders, (model.buffer_size, 0)).gather(1, self.chosen)
+        x = model.decoder_blocks(x, cache=self, first=first, positions=positions)
         # the rows to predict are consecutive among the chosen, which are sorted
         begin = (self.chosen < rows.start).sum(1, keepdim=True)
         places = begin + torch.arange(wanted, device=x.device)
