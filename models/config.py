@@ -72,9 +72,8 @@ def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
         raise ValueError(f"{requested.name}: expected a continuous tokenizer, this one has codes")
     found = {**requested.asdict(), **_from_tokenizer(requested, given, tokenizer), "head": head}
     found["diffloss_w"] = requested.diffloss_w or default_of(requested.name, "diffloss_w")
-    steps = "num_sampling_steps"
-    found[steps] = requested.num_sampling_steps or HEADS[head].usual[steps]
     found = {name: value for name, value in found.items() if name in used or name == "name"}
+    found |= {k: v for k, v in usual_of(found).items() if k in found and found[k] is None}
     return _keep_stored(found | extra, stored, given, extra, source) if stored else found | extra
 
 
