@@ -180,7 +180,7 @@ class Model(Settings):
     )
     loss_weight: str = setting(
         "none",
-        "weights of the loss by timestep; min-snr: at most that of a signal-to-noise ratio of 5",
+        "weights of the loss by timestep; min-snr: min(SNR, 5) / SNR, less where noise is little",
         choices=LOSS_WEIGHTS,
     )
     energy_beta: float = setting(
