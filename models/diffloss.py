@@ -40,10 +40,8 @@ class Diffused:
         timesteps: row of TIMESTEPS, from which training draws. loss_weight: row of LOSS_WEIGHTS.
         """
         self.train_diffusion = create_diffusion()
-        self.timesteps, self.loss_weight = (
-            TIMESTEPS[timesteps or "uniform"],
-            LOSS_WEIGHTS[loss_weight],
-        )
+        self.timesteps = TIMESTEPS[timesteps or "uniform"]
+        self.loss_weight = LOSS_WEIGHTS[loss_weight]
         self.vlb = vlb
         self.max_timestep, self.spacing = max_timestep, num_sampling_steps
         self.gen_diffusion = create_diffusion(num_sampling_steps)
