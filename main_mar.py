@@ -71,7 +71,6 @@ def get_parser():
         parser.add_argument_group("sampling"),
         Sampling,
         Sampling.names(approximates=None),
-        num_sampling_steps="100",
     )
     add_flags(
         parser.add_argument_group("faster sampling that approximates", "Off unless given."),

@@ -14,7 +14,7 @@ from PIL import Image
 
 import engine_mar as engine
 import models
-from models.settings import Sampling
+from models.settings import USUAL, Sampling
 from util.checkpoint import find_checkpoint
 from util.data.classes import are_none, find_labels, known_names, spoken
 from util.data.crop import center_crop_arr
@@ -299,7 +299,7 @@ def summary(path):
     """What the picture at `path` was made by, without the settings that are the usual ones."""
     made = read_provenance(path)
     parts = [f"picture {made['index'] + 1} of {len(made['labels'])}", f"seed {made['seed']}"]
-    plain = Sampling().asdict()
+    plain = {**Sampling().asdict(), "solver": USUAL["solver"]}
     changed = {k: v for k, v in made["sampling"].items() if v != plain.get(k)}
     parts += [f"{name} {value}" for name, value in changed.items()]
     return " · ".join(parts)

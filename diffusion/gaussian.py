@@ -86,23 +86,28 @@ class GaussianDiffusion:
         alpha = self._at("alphas_cumprod", t, x_start)
         return alpha.sqrt() * x_start + (1 - alpha).sqrt() * noise
 
-    def training_losses(self, network, x_start, t, noise, vlb=True):
+    def training_losses(self, network, x_start, t, noise, vlb=True, weights=None):
         """Loss of each row: x_start and noise (..., C), t (...) give a dict of tensors (...).
 
         `mse` is the mean over channels of (ε − ε_θ)² (paper, eq. 1), `vb` the variational term in
-        bits, `loss` their sum. The gradient of `vb` reaches v alone, the predicted noise being
-        detached there (Nichol and Dhariwal 2021, section 3.1). With vlb=False there is no `vb`
-        and v is left untrained: at its initial 0, log σ² is midway between its two bounds.
+        bits, `loss` their sum, of which `mse` counts `weights` (...) times if these are given. The
+        gradient of `vb` reaches v alone, the predicted noise being detached there (Nichol and
+        Dhariwal 2021, section 3.1). With vlb=False there is no `vb` and v is left untrained: at its
+        initial 0, log σ² is midway between its two bounds.
         """
         x_start, noise = x_start.float(), noise.float()
         x = self.q_sample(x_start, t, noise)
         predicted, v = network(x, self._on("timesteps", t.device)[t]).float().chunk(2, dim=-1)
         losses = {"mse": (noise - predicted).square().mean(-1)}
-        losses["loss"] = losses["mse"]
+        losses["loss"] = losses["mse"] if weights is None else weights * losses["mse"]
         if vlb:
             losses["vb"] = self._variational_bound(x_start, t, predicted.detach() - noise, v)
-            losses["loss"] = losses["mse"] + losses["vb"]
+            losses["loss"] = losses["loss"] + losses["vb"]
         return losses
+
+    def log_snr(self, device=None):
+        """log(ᾱ/(1 − ᾱ)) of each step: (num_steps,), float32."""
+        return self._on("alphas_cumprod", device or "cpu").logit()
 
     def sample(self, network, x, noise=None, temperature=1.0, max_timestep=None, solver="ddpm"):
         """The whole reverse process from x (..., C), standard normal, to x_0.

@@ -30,7 +30,7 @@ class ReverseStep:
     is the index of its draw δ.
     """
 
-    timestep: int
+    timestep: float
     index: int
     from_x: float
     from_noise: float

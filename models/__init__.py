@@ -141,8 +141,10 @@ def sampling_of(model, config, **given):
     A number of steps that is not given is at most the number of tokens. Raises ValueError.
     """
     own = {name: config["model"].get(name) for name in ("num_sampling_steps", "max_timestep")}
-    stored = {name: value for name, value in config["sampling"].items() if value is not None}
-    sampling = Sampling.of(**{**own, **stored, **given})
+    known = dict(model.usual)
+    for values in (own, config["sampling"]):
+        known |= {name: value for name, value in values.items() if value is not None}
+    sampling = Sampling.of(**{**known, **given})
     if "num_iter" in given:
         return sampling
     return sampling.but(num_iter=min(sampling.num_iter, model.seq_len))

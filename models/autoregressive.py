@@ -104,6 +104,11 @@ class Autoregressive(LatentModel):
         return self.get_submodule(self.head_name)
 
     @property
+    def usual(self):
+        """Field of models.settings.Sampling -> its value where none is given; see Head."""
+        return self.head.usual
+
+    @property
     def without_effect(self):
         """Names of the fields of models.settings.Sampling that this model does not use."""
         fixed = ("num_iter", "token_schedule", "refresh_every") if self.one_at_a_time else ()

@@ -8,7 +8,7 @@ from models import arguments_of_tokenizer, presets
 from models.autoregressive import HEAD_DEFAULTS
 from models.fitting import Facts, patch_for
 from models.options import options_of
-from models.settings import HEADS, MODELS, Model, Sampling
+from models.settings import HEADS, MODELS, USUAL, Model, Sampling
 from util.data import kind_or_folder, match_channels
 from util.data.classes import are_none
 from util.dist import print0, world_size
@@ -25,7 +25,8 @@ def as_flags(config):
     own = config["tokenizer"]
     values = {"tokenizer": own["name"], "vae_path": own.get("vae_path")}
     values |= {"vae_scale": own.get("scale"), "vae_shift": own.get("shift")}
-    values |= {**Sampling().asdict(), **config["sampling"]}  # of newer fields, the default
+    plain = {**Sampling().asdict(), **usual_of(config["model"])}
+    values |= {**plain, **config["sampling"]}  # of newer fields, the default
     model = {destination(f) or f.name: config["model"].get(f.name) for f in Model.fields()}
     return {k: v for k, v in (values | model).items() if v is not None}
 
@@ -72,6 +73,7 @@ def resolve_model(requested, given, extra, tokenizer, stored=None, source=None):
     found = {**requested.asdict(), **_from_tokenizer(requested, given, tokenizer), "head": head}
     found["diffloss_w"] = requested.diffloss_w or default_of(requested.name, "diffloss_w")
     found = {name: value for name, value in found.items() if name in used or name == "name"}
+    found |= {k: v for k, v in usual_of(found).items() if k in found and found[k] is None}
     return _keep_stored(found | extra, stored, given, extra, source) if stored else found | extra
 
 
@@ -111,6 +113,11 @@ def takes(name, head):
 def default_of(name, argument):
     """The default of a head's argument in a model of this name."""
     return {**HEAD_DEFAULTS, **MODELS[name].keywords}.get(argument)
+
+
+def usual_of(model):
+    """Field of Sampling -> its value where none is given. model: its name and arguments."""
+    return HEADS[model["head"]].usual if model.get("head") else USUAL
 
 
 def _from_tokenizer(requested, given, tokenizer):
@@ -208,10 +215,13 @@ def check_same_latents(name, stored, source):
 
 
 def fit_steps(sampling, model, given):
-    """The Sampling with a num_iter that the model can take. Raises ValueError.
+    """The Sampling with a num_iter that the model can take, and its usual settings where none are
+    given. Raises ValueError.
 
     model: name and arguments of the model. given: whether the user set num_iter.
     """
+    usual = usual_of(model).items()
+    sampling = sampling.but(**{k: v for k, v in usual if getattr(sampling, k) is None})
     length = math.prod(sides(model["img_size"], model["vae_stride"] * model["patch_size"]))
     one_at_a_time = MODELS[model["name"]].func.one_at_a_time
     num_iter = sampling.num_iter

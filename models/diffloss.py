@@ -15,23 +15,33 @@ from models.fast.denoiser import FastSampler
 from models.fast.linear import speed_up
 from models.fast.timesteps import of_distinct
 from models.heads import Head, masked_mean
-from models.settings import Sampling
-from util.rng import rand, randn
+from models.settings import LOSS_WEIGHTS, TIMESTEPS, USUAL, Sampling
+from util.rng import randn
 
 QUARTERS = 4
 
 
 class Diffused:
-    """Diffusion training and sampling, shared by DiffLoss and DiT."""
+    """Diffusion training and sampling, shared by DiffLoss and DiT.
 
-    def start_diffusion(self, num_sampling_steps, vlb, max_timestep):
+    usual: see Head. solvers: table of the rows that a Sampling's `solver` can name.
+    """
+
+    usual, solvers = USUAL, SOLVERS
+
+    def start_diffusion(
+        self, num_sampling_steps, vlb, max_timestep, timesteps=None, loss_weight="none"
+    ):
         """Set up both processes.
 
         num_sampling_steps: steps of the reverse process, as in
         `diffusion.schedule.spaced_timesteps`. vlb: whether the loss has the variational term.
         max_timestep: default first timestep of sampling; None is the very end of the process.
+        timesteps: row of TIMESTEPS, from which training draws. loss_weight: row of LOSS_WEIGHTS.
         """
         self.train_diffusion = create_diffusion()
+        self.timesteps = TIMESTEPS[timesteps or "uniform"]
+        self.loss_weight = LOSS_WEIGHTS[loss_weight]
         self.vlb = vlb
         self.max_timestep, self.spacing = max_timestep, num_sampling_steps
         self.gen_diffusion = create_diffusion(num_sampling_steps)
@@ -41,15 +51,21 @@ class Diffused:
     def losses(self, network, target, t, generator=None):
         """The loss of each row (...): target (..., C), broadcast to timesteps t (...); eq. 1."""
         noise = randn((*t.shape, target.shape[-1]), generator, target.device)
-        losses = self.train_diffusion.training_losses(network, target, t, noise, self.vlb)["loss"]
+        losses = self.denoising_losses(network, target, t, noise)["loss"]
         if self.training:
             self._count_quarters(losses.detach(), t)
         return losses
 
+    def denoising_losses(self, network, target, t, noise):
+        """See `GaussianDiffusion.training_losses`; unweighted in evaluation mode."""
+        weights = self.loss_weight(self.train_diffusion, t) if self.training else None
+        return self.train_diffusion.training_losses(network, target, t, noise, self.vlb, weights)
+
     def draw_timesteps(self, shape, generator, device):
-        """Uniform timesteps of this shape."""
-        steps = self.train_diffusion.num_steps
-        return (rand(shape, generator, device) * steps).long().clamp(max=steps - 1)
+        """Timesteps of this shape. In evaluation mode they are uniform, so that losses of models
+        that were trained with other ones are comparable."""
+        draw = self.timesteps if self.training else TIMESTEPS["uniform"]
+        return draw(self.train_diffusion, shape, generator, device)
 
     def plan(self, sampling):
         """The reverse process for a Sampling: (steps_at, draws).
@@ -62,24 +78,29 @@ class Diffused:
             raise ValueError(f"temperature {sampling.temperature}: expected 0 or more")
         start = self.max_timestep if sampling.max_timestep is None else sampling.max_timestep
         spacing = sampling.num_sampling_steps or self.spacing
-        solver, count = SOLVERS[sampling.solver], annealing(sampling.anneal)
+        (name, solver), count = self.solver(sampling), annealing(sampling.anneal)
         if solver.start is None and not count:
             own = spacing == self.spacing
             diffusion = self.gen_diffusion if own else create_diffusion(spacing)
-            named = _key(sampling.solver, diffusion.steps(start, sampling.solver))
+            named = key_of(name, diffusion.steps(start, name))
             return (lambda done: named), diffusion.num_steps
         highest = BELOW_SINGULARITY if start is None else start
 
         @cache
         def named_steps(spacing):
             diffusion = create_diffusion(spacing, highest=highest, log_snr=solver.log_snr)
-            return _key(sampling.solver, diffusion.steps(solver=sampling.solver))
+            return key_of(name, diffusion.steps(solver=name))
 
         steps_at = (
             (lambda done: named_steps(count(done))) if count else lambda done: named_steps(spacing)
         )
         most = len(steps_at(0.0)[1])  # raises now for settings that do not fit
         return steps_at, most if solver.draws_noise else 0
+
+    def solver(self, sampling):
+        """(name, row of `solvers`) of a Sampling's solver. Raises ValueError for another."""
+        name = sampling.solver or self.usual["solver"]
+        return name, self.solvers[name]
 
     def draw_noise(self, shape, generator, device, draws):
         """The start of the reverse process and the noise of each step, for rows (N, ..., C):
@@ -88,13 +109,13 @@ class Diffused:
 
     def scale_start(self, noise, sampling):
         """The noise, its start scaled by the temperature if the solver draws no further noise."""
-        if SOLVERS[sampling.solver].draws_noise:
+        if self.solver(sampling)[1].draws_noise:
             return noise
         return torch.cat([noise[:1] * sampling.temperature, noise[1:]])
 
     def advice(self, sampling):
         """A sentence on what to try if samples diverge."""
-        known = (sampling.max_timestep, self.max_timestep, SOLVERS[sampling.solver].start)
+        known = (sampling.max_timestep, self.max_timestep, self.solver(sampling)[1].start)
         start = next((t for t in known if t is not None), None)
         if start is None and annealing(sampling.anneal):
             start = BELOW_SINGULARITY
@@ -126,7 +147,8 @@ class Diffused:
         self.quarters[1].index_add_(0, quarter, torch.ones_like(losses).flatten())
 
 
-def _key(solver, steps):
+def key_of(solver, steps):
+    """(key, ReverseSteps) as of `Diffused.plan`. solver: its name."""
     return (solver, tuple(step.timestep for step in steps)), steps
 
 
@@ -135,7 +157,7 @@ class DiffLoss(Diffused, Head):
 
     target_channels: channels of a token. z_channels: width of z. depth, width: size of the
     denoising MLP. diffusion_batch_mul: timesteps drawn per token in training (4 in the paper).
-    num_sampling_steps, vlb, max_timestep: see `Diffused.start_diffusion`.
+    num_sampling_steps, vlb, max_timestep, timesteps, loss_weight: see `Diffused.start_diffusion`.
     """
 
     aliases = {"diffloss_d": "depth", "diffloss_w": "width"}
@@ -151,12 +173,14 @@ class DiffLoss(Diffused, Head):
         diffusion_batch_mul=1,
         vlb=True,
         max_timestep=None,
+        timesteps=None,
+        loss_weight="none",
     ):
         super().__init__()
         self.in_channels = target_channels
         self.net = DenoisingMLP(target_channels, width, z_channels, depth, grad_checkpointing)
         self.diffusion_batch_mul = diffusion_batch_mul
-        self.start_diffusion(num_sampling_steps, vlb, max_timestep)
+        self.start_diffusion(num_sampling_steps, vlb, max_timestep, timesteps, loss_weight)
         self.fast = FastSampler()
 
     def forward(self, target, z, mask=None, generator=None):
@@ -217,17 +241,24 @@ class DiffLoss(Diffused, Head):
 
 
 class DenoisingMLP(nn.Module):
-    """ε_θ(x | t, z) and the variance interpolation v: residual MLP blocks conditioned by AdaLN."""
+    """ε_θ(x | t, z) and the variance interpolation v: residual MLP blocks conditioned by AdaLN.
 
-    def __init__(self, in_channels, width, z_channels, depth, grad_checkpointing=False):
+    out_channels: those of the output, if they are not 2C.
+    """
+
+    def __init__(
+        self, in_channels, width, z_channels, depth, grad_checkpointing=False, out_channels=None
+    ):
         super().__init__()
         self.grad_checkpointing = grad_checkpointing
         self.time_embed = TimestepEmbedder(width)
         self.cond_embed = nn.Linear(z_channels, width)
         self.input_proj = nn.Linear(in_channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
-        self.final_layer = FinalLayer(width, 2 * in_channels)
-        self._initialize()
+        self.final_layer = FinalLayer(width, out_channels or 2 * in_channels)
+        initialize_mlp(self)
+        for i in (0, 2):
+            nn.init.normal_(self.time_embed.mlp[i].weight, std=0.02)
         speed_up(self)
 
     def forward(self, x, t, z):
@@ -242,17 +273,16 @@ class DenoisingMLP(nn.Module):
                 x = block(x, y)
         return self.final_layer(x, y)
 
-    def _initialize(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for i in (0, 2):
-            nn.init.normal_(self.time_embed.mlp[i].weight, std=0.02)
-        # every block starts as the identity, and the network predicts zero
-        for layer in (*self.res_blocks, self.final_layer):
-            nn.init.zeros_(layer.adaLN_modulation[1].weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+
+def initialize_mlp(net):
+    """Xavier-uniform weights; every block starts as the identity, and the network gives zero."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    for layer in (*net.res_blocks, net.final_layer):
+        nn.init.zeros_(layer.adaLN_modulation[1].weight)
+    nn.init.zeros_(net.final_layer.linear.weight)
 
 
 class TimestepEmbedder(nn.Module):

@@ -52,6 +52,8 @@ class DiT(Diffused, LatentModel):
         grad_checkpointing=False,
         vlb=True,
         max_timestep=None,
+        timesteps=None,
+        loss_weight="none",
         **options,
     ):
         super().__init__(
@@ -71,7 +73,7 @@ class DiT(Diffused, LatentModel):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-        self.start_diffusion(num_sampling_steps, vlb, max_timestep)
+        self.start_diffusion(num_sampling_steps, vlb, max_timestep, timesteps, loss_weight)
 
     @classmethod
     def parts(cls, head):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from models.fast.linear import speed_up
+from models.settings import USUAL
 from util.rng import rand
 
 
@@ -22,6 +23,7 @@ class Head(nn.Module):
     discrete = False  # whether tokens are code indices, floats (..., 1)
     without_effect = ()  # fields of models.settings.Sampling that the head does not use
     aliases = {}  # field of models.settings.Model -> argument, where their names differ
+    usual = USUAL  # field of models.settings.Sampling -> its value where none is given
     confidence = None  # method (tokens, z, cfg, z_uncond) -> log p (...), if the head has one
 
     def forward(self, target, z, mask=None, generator=None):
@@ -72,12 +74,7 @@ class LinearHead(Head):
 
     def sampler(self, sampling):
         """See Head. Raises ValueError for settings of a diffusion process."""
-        if sampling.temperature < 0:
-            raise ValueError(f"temperature {sampling.temperature}: expected 0 or more")
-        unsupported = {"solver": sampling.solver, "anneal": sampling.anneal}
-        for name, value in unsupported.items():
-            if value not in ("ddpm", "none", None):
-                raise ValueError(f"{name} {value!r}: {type(self).__name__} has no diffusion")
+        check_no_diffusion(self, sampling)
 
         def draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0):
             return self.sample(z, sampling.temperature, cfg, z_uncond, generator)
@@ -145,6 +142,16 @@ class L2(LinearHead):
     def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
         """The predicted mean of each token (..., C) for z (..., D)."""
         return self.guided(z, cfg, z_uncond)
+
+
+def check_no_diffusion(head, sampling):
+    """Raises ValueError for settings of a diffusion process, and for a negative temperature."""
+    if sampling.temperature < 0:
+        raise ValueError(f"temperature {sampling.temperature}: expected 0 or more")
+    for name, usual in (("solver", head.usual["solver"]), ("anneal", "none")):
+        value = getattr(sampling, name)
+        if value not in (usual, None):
+            raise ValueError(f"{name} {value!r}: {type(head).__name__} has no diffusion")
 
 
 def masked_mean(losses, mask=None):

@@ -5,6 +5,7 @@ from torch import nn
 
 from models.fast.linear import speed_up
 from models.pretrained import Pretrained
+from models.settings import USUAL
 from models.token_norm import project
 from util.rng import rand
 from util.sizes import shown, sides
@@ -18,6 +19,8 @@ class LatentModel(Pretrained, nn.Module):
     latents. token_norm: whether latents have norm √C at each position, see models/token_norm.py.
     Raises ValueError for sizes that do not fit.
     """
+
+    usual = USUAL  # see models.heads.Head
 
     def __init__(
         self,

@@ -6,9 +6,10 @@ imported when it is looked up.
 
 from dataclasses import dataclass
 
+from diffusion.flow import FLOW_SOLVERS
 from diffusion.schedule import TRAIN_STEPS, annealing, spaced_timesteps
 from diffusion.solvers import BELOW_SINGULARITY, SOLVERS
-from util.flags import checked, finite, fraction, integer, nonnegative, positive_int
+from util.flags import checked, finite, fraction, integer, nonnegative, positive, positive_int
 from util.settings import Settings, setting
 from util.table import Table
 
@@ -29,6 +30,8 @@ HEADS = Table(
         "diffloss": "models.diffloss:DiffLoss",
         "ce": "models.heads:CrossEntropy",
         "l2": "models.heads:L2",
+        "flow": "models.flow:Flow",
+        "energy": "models.energy:Energy",
     },
 )
 TOKENIZERS = Table(
@@ -69,6 +72,20 @@ TOKEN_SCHEDULES = Table(
 CFG_SCHEDULES = Table(
     "cfg_schedule", {"linear": "models.sampling:linear", "constant": "models.sampling:constant"}
 )
+TIMESTEPS = Table(
+    "timesteps",
+    {
+        "uniform": "diffusion.training:uniform",
+        "logit-normal": "diffusion.training:logit_normal",
+        "log-snr": "diffusion.training:log_snr",
+    },
+)
+LOSS_WEIGHTS = Table(
+    "loss_weight",
+    {"none": "diffusion.training:unweighted", "min-snr": "diffusion.training:min_snr"},
+)
+# field of Sampling -> its value where none is given, unless the head has others: Diffusion Loss's
+USUAL = {"solver": "ddpm", "num_sampling_steps": "100"}
 
 FILL_ORDERS = Table(
     "fill", {"random": "models.editing:given_order", "border": "models.editing:border_first"}
@@ -126,7 +143,8 @@ class Model(Settings):
     )
     head: str = setting(
         None,
-        "model of a token: Diffusion Loss, cross-entropy over codes, or L2",
+        "model of a token: Diffusion Loss, cross-entropy over codes, L2, a rectified flow, or an "
+        "energy score",
         choices=HEADS,
         otherwise="the one that fits the tokenizer, diffloss or ce",
         fixed=True,
@@ -163,7 +181,24 @@ class Model(Settings):
         0.1, "fraction of labels dropped in training, for guidance", type=fraction
     )
     diffusion_batch_mul: int = setting(
-        1, "timesteps drawn per token (the paper's models: 4)", type=positive_int
+        1,
+        "timesteps drawn per token (the paper's models: 4); with --head energy samples, at least 2",
+        type=positive_int,
+    )
+    timesteps: str = setting(
+        None,
+        "distribution of the timesteps drawn in training; log-snr: evenly in the log "
+        "signal-to-noise ratio",
+        choices=TIMESTEPS,
+        otherwise="uniform; with --head flow logit-normal",
+    )
+    loss_weight: str = setting(
+        "none",
+        "weights of the loss by timestep; min-snr: min(SNR, 5) / SNR, less where noise is little",
+        choices=LOSS_WEIGHTS,
+    )
+    energy_beta: float = setting(
+        1.0, "power of distances in the energy score, below 2", type=positive
     )
     vlb: bool = setting(True, "omit the variational term from the loss", "no_vlb")
     grad_checkpointing: bool = setting(
@@ -188,7 +223,7 @@ class Sampling(Settings):
         "diffusion steps per token: a count, counts of sections (10,10,20) or ddimN",
         type=checked(spaced_timesteps),
         metavar="S",
-        otherwise="the model's",
+        otherwise="100; with --head flow 25",
     )
     cfg: float = setting(1.0, "guidance scale; 1 is no guidance", type=finite, metavar="W")
     cfg_schedule: str = setting(
@@ -222,10 +257,12 @@ class Sampling(Settings):
         otherwise=f"the model's, else {TRAIN_STEPS - 1}",
     )
     solver: str = setting(
-        "ddpm",
+        None,
         f"solver of the reverse process: ddim and dpm++ draw no noise, need fewer "
-        f"--num_sampling_steps, and start at {BELOW_SINGULARITY}",
-        choices=SOLVERS,
+        f"--num_sampling_steps, and start at {BELOW_SINGULARITY}; of --head flow: euler, or heun, "
+        "of second order with two evaluations a step",
+        choices=[*SOLVERS, *FLOW_SOLVERS],
+        otherwise="ddpm; with --head flow euler",
         approximates=True,
     )
     anneal: str = setting(

@@ -16,6 +16,7 @@ import main_mar
 import main_tokenizer
 import reproduce
 import sample
+from diffusion.flow import FLOW_SOLVERS
 from diffusion.solvers import SOLVERS
 from models import presets
 from models.autoencoder_settings import CODEBOOKS
@@ -24,10 +25,13 @@ from models.settings import (
     CFG_SCHEDULES,
     FILL_ORDERS,
     HEADS,
+    LOSS_WEIGHTS,
     MODELS,
     ORDERS,
+    TIMESTEPS,
     TOKEN_SCHEDULES,
     TOKENIZERS,
+    USUAL,
 )
 from util.evaluation.metrics import METRICS, SPLITS
 from util.flags import PRECISIONS
@@ -111,7 +115,6 @@ def test_published_defaults():
         "proj_dropout": 0.1,
         "buffer_size": 64,
         "diffloss_d": 3,
-        "num_sampling_steps": "100",
         "diffusion_batch_mul": 1,
         "temperature": 1.0,
         "data_path": "./data/imagenet",
@@ -129,6 +132,8 @@ def test_published_defaults():
     }
     args = vars(main_mar.get_parser().parse_args([]))
     assert {name: args[name] for name in expected} == expected
+    # left to the head, and what all but a flow then have
+    assert args["num_sampling_steps"] is None and USUAL["num_sampling_steps"] == "100"
     # the published default, 1024, but of our small models
     assert args["diffloss_w"] is None
     assert [default_of(f"mar_{size}", "diffloss_w") for size in ("base", "large", "huge")] == [
@@ -201,7 +206,9 @@ TABLES = {
     "model": MODELS,
     "head": HEADS,
     "order": ORDERS,
-    "solver": SOLVERS,
+    "solver": (*SOLVERS, *FLOW_SOLVERS),
+    "timesteps": TIMESTEPS,
+    "loss_weight": LOSS_WEIGHTS,
     "cfg_schedule": CFG_SCHEDULES,
     "token_schedule": TOKEN_SCHEDULES,
     "tokenizer": TOKENIZERS,
@@ -247,7 +254,17 @@ def test_every_table_has_its_flag():
     """And the tables' rows can all be looked up."""
     assert {parameter.values[0].dest for parameter in CHOICES} == set(TABLES)
     orders = ORDERS, FILL_ORDERS, TOKEN_SCHEDULES
-    for table in (MODELS, HEADS, *orders, CFG_SCHEDULES, TOKENIZERS, SOLVERS):
+    trained = TIMESTEPS, LOSS_WEIGHTS
+    for table in (
+        MODELS,
+        HEADS,
+        *orders,
+        CFG_SCHEDULES,
+        TOKENIZERS,
+        SOLVERS,
+        FLOW_SOLVERS,
+        *trained,
+    ):
         assert all(row and not isinstance(row, str) for _, row in table.rows())
 
 

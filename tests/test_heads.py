@@ -1,11 +1,15 @@
 """Heads: cross-entropy and L2, and the contract. Run: python -m pytest tests/test_heads.py"""
 
 import math
+import re
 
 import pytest
 import torch
 from rule import by_rule
 
+from diffusion.flow import FLOW_SOLVERS
+from diffusion.solvers import SOLVERS
+from models.ar import ar_tiny
 from models.autoregressive import HEAD_DEFAULTS
 from models.diffloss import Diffused
 from models.heads import L2, CrossEntropy, Head
@@ -237,7 +241,7 @@ def test_options_of_a_head_are_fields(head):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"solver": "euler"}, "solver 'euler'"),
+        ({"solver": "rk4"}, "solver 'rk4'"),
         ({"anneal": "slowly"}, "anneal 'slowly'"),
         ({"temperature": -1.0}, r"temperature -1\.0: expected 0 or more"),
     ],
@@ -248,14 +252,51 @@ def test_settings_that_no_head_knows(head, settings, message):
         head.sampler(Sampling(**settings))
 
 
-@pytest.mark.parametrize("settings", [{"solver": "ddim"}, {"anneal": "linear"}])
-def test_settings_of_a_diffusion(head, settings):
-    """Heads without one refuse them, naming themselves."""
+@pytest.mark.parametrize("solver", [*SOLVERS, *FLOW_SOLVERS])
+def test_solvers(head, solver):
+    """A head with a process has those of its table, and names them if asked for another; of the
+    others, which have none, each lets pass what stands in older checkpoints."""
+    known = getattr(head, "solvers", ["ddpm"])
+    if solver in known:
+        assert callable(head.sampler(Sampling(solver=solver)))
+        return
+    message = "has no diffusion" if known == ["ddpm"] else f"expected one of {', '.join(known)}"
+    with pytest.raises(ValueError, match=f"solver '{re.escape(solver)}': .*{re.escape(message)}"):
+        head.sampler(Sampling(solver=solver))
+
+
+def test_annealing(head):
+    """Heads without a diffusion refuse it, naming themselves."""
     if isinstance(head, Diffused):
-        assert callable(head.sampler(Sampling(**settings)))
+        assert callable(head.sampler(Sampling(anneal="linear")))
     else:
         with pytest.raises(ValueError, match=f"{type(head).__name__} has no diffusion"):
-            head.sampler(Sampling(**settings))
+            head.sampler(Sampling(anneal="linear"))
+
+
+def test_usual_settings(head):
+    """What is used where no setting is given, so that naming them changes nothing."""
+    assert head.usual.keys() == {"solver", "num_sampling_steps"}
+    z, plain = torch.randn(1, 5, WIDTH), Sampling(max_timestep=950)
+    named = plain.but(solver=head.usual["solver"])
+    drawn = (head.sampler(sampling)(z, generator=seeded()) for sampling in (plain, named))
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("name", ["flow", "energy"])
+def test_in_both_backbones(name):
+    """MAR samples, also with few features computed anew and around known tokens, and so does AR."""
+    options = {"img_size": 64, "class_num": 10, "head": name, "diffloss_w": 32}
+    mar, labels = by_rule(mar_tiny(**options)), torch.tensor([1, 2])
+    latents, mask = torch.randn(2, 16, 4, 4), torch.ones(2, 4, 4)
+    mask[:, :2] = 0
+    for more in ({}, {"refresh_every": 2}, {"latents": latents, "mask": mask}):
+        drawn = mar.sample_tokens(2, num_iter=4, cfg=2.0, labels=labels, **more)
+        assert drawn.isfinite().all() and drawn.std() > 0.01
+    assert torch.equal(drawn[:, :, :2], latents[:, :, :2])
+    ar = by_rule(ar_tiny(**options))
+    drawn = ar.sample_tokens(2, num_iter=16, cfg=2.0, labels=labels)
+    assert drawn.isfinite().all() and drawn.std() > 0.01
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -30,7 +30,7 @@ FLAGS = [
     *("--class_num", "2", "--buffer_size", "4", "--diffloss_d", "1", "--diffloss_w", "32"),
     *("--epochs", "30", "--device", "cpu"),
 ]
-SAME = (*FLAGS, "diffloss", "fp32")  # values that the run has without a flag
+SAME = (*FLAGS, "diffloss", "fp32", "ddpm", "uniform")  # values that the run has without a flag
 NAMES = ["cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"]
 
 

@@ -149,7 +149,7 @@ def test_small_errors_are_seen(capsys, monkeypatch, wrong):
         "temperature": (Denoiser, "run", cold),
         "variance": (Denoiser, "_network", fixed),
         "last noise": (denoiser, "reverse", quiet),
-        "guidance": (denoiser, "guided", lambda both, cfg: guided(both, 0.999 * cfg)),
+        "guidance": (denoiser, "guided", lambda both, cfg, *c: guided(both, 0.999 * cfg, *c)),
     }[wrong]
     monkeypatch.setattr(place, name, function)
     with pytest.raises(SystemExit, match="1"):

@@ -21,14 +21,22 @@ ROWS_AT_ONCE = (
 )
 
 
-def guided(both, cfg):
+def split(output, channels=None):
+    """Noise and v from outputs (..., 2C), or a velocity and an empty v from (..., C).
+
+    channels: C; half of the outputs if not given.
+    """
+    channels = channels or output.shape[-1] // 2
+    return output[..., :channels], output[..., channels:]
+
+
+def guided(both, cfg, channels=None):
     """Noise and v, each (N, ..., C), from outputs (2N, ..., 2C), the conditional ones first.
 
     The guided noise is ε_u + ω(ε_c − ε_u) (paper, appendix B); v is the conditional one.
     """
     cond, uncond = both.float().chunk(2)
-    noise, v = cond.chunk(2, dim=-1)
-    noise_uncond = uncond.chunk(2, dim=-1)[0]
+    (noise, v), (noise_uncond, _) = split(cond, channels), split(uncond, channels)
     return noise_uncond + cfg * (noise - noise_uncond), v
 
 
@@ -149,13 +157,14 @@ class Denoiser:
         full = self.dtype == self.net.input_proj.weight.dtype
         careful = not (full and torch.get_float32_matmul_precision() == "highest")
         modulations = self._modulations(times[1:] if careful else times, z)
+        channels = noise.shape[-1]
 
         def predict(x, step):
             if careful and step is steps[0]:  # it amplifies the network's error several hundredfold
                 output = self._first(step, x, z)
             else:
                 output = self._network(x, next(modulations), repeat=len(z) // len(x))
-            return output.float().chunk(2, dim=-1) if cfg is None else guided(output, cfg)
+            return split(output.float(), channels) if cfg is None else guided(output, cfg, channels)
 
         return reverse(steps, predict, noise[0], noise[1:], temperature)
 
@@ -167,7 +176,7 @@ class Denoiser:
             yield from packed_linear(y, self.joined_weight, self.joined_bias)
 
     def _network(self, x, modulation, repeat):
-        """Noise and v (repeat·R, 2C) for x (R, C) and a step's modulations."""
+        """Noise and v (repeat·R, 2C), or a velocity (repeat·R, C), for x (R, C)."""
         modulations = modulation.split(self.sizes, dim=-1)
         x = packed_linear(x.to(self.dtype), *self.input).repeat(repeat, 1)
         width = x.shape[-1]
