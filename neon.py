@@ -14,7 +14,7 @@ from util.data.classes import known_names
 from util.files import make_folder
 from util.flags import Parser, add_machine_flags, finite, machine, positive, positive_int, run
 from util.labels import balanced_labels
-from util.run import last_words, lock
+from util.run import last_words
 from util.settings import to_flags
 
 SAMPLES, TUNED = "samples", "tuned"  # folders in --output_dir
@@ -77,6 +77,7 @@ def main(argv=None):
     from util import dist
     from util.dist import print0
     from util.precision import pick_precision
+    from util.run import lock
 
     device = dist.init(**machine(args))
     folder = Path(args.output_dir)
