@@ -200,6 +200,7 @@ def generate_images(
     known=None,
     first=0,
     fit=True,
+    guide=None,
 ):
     """Sample an image per label, yielding batches (indices, images uint8 (n, H, W, 3)).
 
@@ -209,7 +210,7 @@ def generate_images(
     |latent| of the data; samples far outside this range are counted and reported. progress: name of
     the progress bar. known: function of the indices of a batch that returns its images if they were
     sampled before, else None. fit: see `fitting_batch`; False leaves the batches as they are, for
-    the same rounding with any number of processes.
+    the same rounding with any number of processes. guide: see `Autoregressive.sample_steps`.
     Raises ValueError for a tokenizer that does not fit the model, and Stopped between batches.
     """
     if tokenizer.channels != model.vae_embed_dim:
@@ -230,7 +231,8 @@ def generate_images(
         if images is None:
             chosen = [labels[i] for i in indices]
             generators = image_generators(seed, [first + i for i in indices])
-            latents = sample_latents(model, chosen, sampling, generators, device, precision)
+            how = generators, device, precision, guide
+            latents = sample_latents(model, chosen, sampling, *how)
             images = decode(tokenizer, latents, generators)
             extremes.append(latents.abs().flatten(1).amax(1))
         bar.update()
@@ -248,13 +250,15 @@ def fitting_batch(labels, batch_size):
 
 
 @torch.no_grad()
-def sample_latents(model, labels, sampling, generators, device, precision):
-    """Latents (n, C, h, w) for n labels, drawn with one generator each."""
+def sample_latents(model, labels, sampling, generators, device, precision, guide=None):
+    """Latents (n, C, h, w) for n labels, drawn with one generator each. guide: see
+    `Autoregressive.sample_steps`."""
     with autocast(device, precision):
         return model.sample_tokens(
             len(labels),
             labels=None if labels[0] is None else torch.tensor(labels, device=device),
             generator=generators,
+            guide=guide,
             **sampling.asdict(),
         )
 
@@ -317,7 +321,7 @@ def evaluate(
         measurement.add(indices, images, shown)
     settings = {
         **seconds_per_image(clock, outputs, len(labels), kwargs["device"]),
-        **identify(model, tokenizer, labels, kwargs["batch_size"]),
+        **identify(model, tokenizer, labels, kwargs["batch_size"], kwargs.get("guide")),
         **sampling.asdict(),
         **settings,
     }
@@ -334,7 +338,7 @@ def seconds_per_image(clock, outputs, count, device):
     return {"seconds_per_image": slowest / sampled} if sampled else {}
 
 
-def identify(model, tokenizer, labels, batch_size):
+def identify(model, tokenizer, labels, batch_size, guide=None):
     """All that samples and their speed depend on besides the Sampling: name -> value."""
     return {
         "weights_sha256": digest(model.state_dict()),
@@ -344,6 +348,7 @@ def identify(model, tokenizer, labels, batch_size):
         "labels_sha256": hashlib.sha256(repr(list(labels)).encode()).hexdigest(),
         "batch_size": batch_size,
         "processes": dist.world_size(),
+        **({"guide_sha256": digest(guide.state_dict())} if guide else {}),
     }
 
 
@@ -401,10 +406,11 @@ def origin(
     precision="fp32",
     first=0,
     fit=True,
+    guide=None,
     **rest,
 ):
     """All that images of `generate_images` with these arguments depend on: name -> value."""
-    identity = identify(model, tokenizer, labels, batch_size)
+    identity = identify(model, tokenizer, labels, batch_size, guide)
     del identity["processes"]  # each samples whole batches
     identity |= {"first": first} if first else {}
     return {

@@ -79,6 +79,13 @@ def add_image_flags(group):
     """Flags for the images to sample and the files to write."""
     add_checkpoint_flags(group, "the one that --like names")
     group.add_argument(
+        "--guide",
+        metavar="PATH",
+        help="the scale --cfg leads away from this checkpoint (its EMA weights), a weaker one of "
+        "the same tokens such as an earlier one of the run, in place of the model without the "
+        "class: autoguidance (default: none)",
+    )
+    group.add_argument(
         "--like",
         metavar="FILE.png",
         help="make this picture again, one image or a grid, by what it says it was made by; other "
@@ -147,6 +154,7 @@ def main(argv=None):
     like = read_like(args, given) if args.like else None
 
     import engine_mar as engine
+    from models.guide import facts_of, open_guide
     from util import dist
     from util.dist import print0
     from util.evaluation.sweep import parse_grid
@@ -155,10 +163,11 @@ def main(argv=None):
     points = parse_grid(args.sweep, Sampling)
     device = dist.init(**machine(args))
     asked = args.ckpt
-    model, tokenizer, config = open_checkpoint(args, like)
+    guide = open_guide(args.guide) if args.guide else None
+    model, tokenizer, config = open_checkpoint(args, like, guide)
     args.output_dir = folder_of_results(args, asked)
     last_words.set_folder(args.output_dir, "sample")
-    sampling = pick_sampling(args, config, model, points, like)
+    sampling = pick_sampling(args, config, model, points, like, guide)
     labels, balance = pick_labels(args, config, like)
     precision = pick_precision(args.precision, device)  # also used for the features
     generation = {
@@ -173,6 +182,9 @@ def main(argv=None):
     how = {"weights": args.weights, "columns": args.per_class if args.per_class != 1 else None}
     made_by = asked if hub.is_name(asked) else args.ckpt  # not the place of the hub's files
     how["source"] = engine.source_of(made_by, config["tokenizer"], tokenizer)
+    if guide:
+        generation["guide"] = guide.to(device)
+        how["source"]["guide"] = facts_of(guide, args.guide)
     if is_again(args):
         generation |= {"first": like["first"], "fit": False}
         how |= {"columns": like["columns"], "only": like["index"]}
@@ -227,12 +239,14 @@ def check(args):
             raise ValueError(f"--out {path}: the picture of --like, expected another name")
 
 
-def open_checkpoint(args, like=None):
+def open_checkpoint(args, like=None, guide=None):
     """(model, tokenizer, configuration) of --ckpt; a folder is replaced by its checkpoint file.
 
-    like: see `read_like`, or None. The configuration has the tokenizer's arguments as used.
+    like: see `read_like`, or None. guide: the model of --guide, whose latents must be the same. The
+    configuration has the tokenizer's arguments as used.
     """
     import models
+    from models.guide import check_latents
     from util.checkpoint import find_weights
 
     own = {"vae_path": args.vae_path, "scale": args.vae_scale, "shift": args.vae_shift}
@@ -241,8 +255,10 @@ def open_checkpoint(args, like=None):
     if like:
         own = {**find_tokenizer(args, like), **own}
     model, tokenizer, config = models.load(args.ckpt, args.weights, **own)
+    if guide:
+        check_latents(guide, config, args.guide)
     if like:
-        compare_digests(args, like, model, tokenizer)
+        compare_digests(args, like, model, tokenizer, guide)
     return model, tokenizer, {**config, "tokenizer": {**config["tokenizer"], **own}}
 
 
@@ -256,19 +272,21 @@ def folder_of_results(args, asked):
     return args.output_dir or ("." if passed_on else folder)
 
 
-def pick_sampling(args, config, model, points, like=None):
+def pick_sampling(args, config, model, points, like=None, guide=None):
     """The checkpoint's Sampling, or that of --like, overridden by flags; checked at all points of a
-    sweep."""
+    sweep. guide: the model of --guide."""
     given = {k: v for k, v in said_flags(Sampling, args).items() if v is not None}
     own = {k: v for k, v in (like["sampling"] if like else {}).items() if v is not None}
     sampling = sampling_of(model, config, **{**own, **given})
     for point in points:
-        model.check(sampling.but(**point))
+        model.check(sampling.but(**point), guide)
         num_iter = point.get("num_iter", 1)
         if not 1 <= num_iter <= model.seq_len:
             raise ValueError(
                 f"--sweep num_iter={num_iter}: expected 1 to {model.seq_len}, the number of tokens"
             )
+    if guide and all(sampling.but(**point).cfg == 1.0 for point in points):
+        raise ValueError(f"--guide {args.guide}: expected --cfg, the scale; at 1 nothing is guided")
     return sampling
 
 
@@ -321,7 +339,9 @@ def measure(args, points, drawn, sampling, evaluator, outputs, generation, balan
     from util.evaluation.sweep import find_result, write_sweep
 
     folder = Path(args.output_dir)
-    identity = evaluator.stated(len(drawn[2])) | engine.identify(*drawn, args.batch_size)
+    identity = evaluator.stated(len(drawn[2]))
+    identity |= {"guide_sha256": None}  # absent without a guide, and from older results
+    identity |= engine.identify(*drawn, args.batch_size, generation.get("guide"))
     identity |= {"seed": args.seed, "dtype": generation["precision"]}
     del identity["reference"]  # the content of a file matters, not its path
 
@@ -332,6 +352,7 @@ def measure(args, points, drawn, sampling, evaluator, outputs, generation, balan
 
     settings = {"checkpoint": args.ckpt, "weights": args.weights, **balance}
     settings |= {"per_class": args.per_class} if args.per_class else {}
+    settings |= {"guide": args.guide} if args.guide else {}
     settings |= {"seed": args.seed, "dtype": generation["precision"]}
 
     def evaluate(point):

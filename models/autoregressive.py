@@ -157,9 +157,9 @@ class Autoregressive(LatentModel):
         blocks = [module for module in self.modules() if isinstance(module, Block)]
         return [*blocks, *self.head.to_shard(), self.head]
 
-    def check(self, sampling):
+    def check(self, sampling, guide=None):
         """Raises ValueError for a Sampling that `sample_steps` would refuse, before any work."""
-        check_sampling(self, sampling)
+        check_sampling(self, sampling, guide)
 
     def sample_tokens(
         self,
@@ -190,6 +190,7 @@ class Autoregressive(LatentModel):
         orders=None,
         latents=None,
         mask=None,
+        guide=None,
         **settings,
     ):
         """Sample step by step, yielding latents (bsz, C, h, w) and the mask (bsz, L) after each.
@@ -198,7 +199,9 @@ class Autoregressive(LatentModel):
         generator: as in util.rng; a sequence holds one per image. orders: (bsz, L), drawn if not
         given. latents, mask: for inpainting; tokens are preserved where the mask, of bsz·L entries,
         is 0, any number in each image. An image with fewer than num_iter unknown tokens takes a
-        step for each, and stays as it is in the steps of the others. settings: the other fields of
+        step for each, and stays as it is in the steps of the others. guide: a weaker model of the
+        same tokens, in evaluation mode, from which guidance leads away, in place of this model
+        without the class (autoguidance, Karras et al. 2024). settings: the other fields of
         models.settings.Sampling. Raises ValueError for arguments that do not fit.
         """
         sampling = Sampling.of(
@@ -208,7 +211,7 @@ class Autoregressive(LatentModel):
             temperature=temperature,
             **settings,
         )
-        return sample_steps(self, bsz, sampling, labels, generator, orders, latents, mask)
+        return sample_steps(self, bsz, sampling, labels, generator, orders, latents, mask, guide)
 
     def _token_embedding(self, width):
         """The embedding of tokens (…, C) as (…, width): a table for code indices, else linear."""

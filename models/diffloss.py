@@ -190,10 +190,10 @@ class DiffLoss(Diffused, Head):
         losses = self.losses(lambda x, t: self.net(x, t, z), target, t, generator).mean(0)
         return masked_mean(losses, mask)
 
-    def sampler(self, sampling):
+    def sampler(self, sampling, guide=None):
         """See Head. draw also takes noise (steps + 1, ..., C): the start and a draw per step."""
         steps_at, draws = self.plan(sampling)
-        denoise = self.fast.start(self.net)
+        denoise = self.fast.start(self.net, guide and guide.net)
 
         @torch.no_grad()
         def draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0, noise=None):

@@ -104,8 +104,11 @@ class DiT(Diffused, LatentModel):
         """Modules whose weights --fsdp gathers one after the other."""
         return list(self.blocks)
 
-    def check(self, sampling):
-        """Raises ValueError for settings of autoregressive sampling, which DiT does not do."""
+    def check(self, sampling, guide=None):
+        """Raises ValueError for settings of autoregressive sampling, which DiT does not do, and for
+        another model that guides it."""
+        if guide:
+            raise ValueError("guide: DiT is guided by itself without the class only")
         plain = Sampling()
         for name in ("anneal", "cfg_interval", "refresh_every"):
             value, known = (s.asdict()[name] for s in (sampling, plain))
@@ -130,17 +133,19 @@ class DiT(Diffused, LatentModel):
         generator=None,
         latents=None,
         mask=None,
+        guide=None,
         **settings,
     ):
         """Sampled latents (bsz, C, h, w), with constant guidance `cfg`. See `Autoregressive`.
 
-        Raises ValueError for latents and mask (inpainting), which DiT does not support.
+        Raises ValueError for latents and mask (inpainting) and for a guide, which DiT does not
+        support.
         """
         for name, value in (("latents", latents), ("mask", mask)):
             if value is not None:
                 raise ValueError(f"{name}: DiT generates all tokens at once and cannot keep any")
         sampling = Sampling.of(cfg=cfg, temperature=temperature, **settings)
-        self.check(sampling)
+        self.check(sampling, guide)
         steps_at, draws = self.plan(sampling)
         _, steps = steps_at(0.0)
         shape = (bsz, self.seq_len, self.token_embed_dim)

@@ -24,19 +24,21 @@ class Head(nn.Module):
     without_effect = ()  # fields of models.settings.Sampling that the head does not use
     aliases = {}  # field of models.settings.Model -> argument, where their names differ
     usual = USUAL  # field of models.settings.Sampling -> its value where none is given
-    confidence = None  # method (tokens, z, cfg, z_uncond) -> log p (...), if the head has one
+    confidence = None  # method (tokens, z, cfg, z_uncond, guide) -> log p (...), if there is one
 
     def forward(self, target, z, mask=None, generator=None):
         """The training loss, a scalar: target (..., C), z (..., D), mask (...), 1 = included."""
         raise NotImplementedError
 
-    def sampler(self, sampling):
+    def sampler(self, sampling, guide=None):
         """A function that draws tokens with the settings `sampling`, a models.settings.Sampling.
 
         Returns draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0) -> tokens (..., C), for z
         and z_uncond (..., D), the conditional and unconditional vectors of guidance; generator as
-        in util.rng; done, the fraction of autoregressive steps before this one. Raises ValueError
-        for settings that this head does not support.
+        in util.rng; done, the fraction of autoregressive steps before this one. guide: the head of
+        another model, whose z is then z_uncond (autoguidance); a head whose sampler does not name
+        this argument is refused there. Raises ValueError for settings that this head does not
+        support.
         """
         raise NotImplementedError
 
@@ -61,7 +63,10 @@ class Head(nn.Module):
 
 
 class LinearHead(Head):
-    """One linear layer on z and no diffusion: the baselines of Diffusion Loss."""
+    """One linear layer on z and no diffusion: the baselines of Diffusion Loss.
+
+    A subclass has `pick`, and `forward` as any head.
+    """
 
     without_effect = ("num_sampling_steps", "max_timestep", "solver", "anneal")
 
@@ -72,21 +77,33 @@ class LinearHead(Head):
         nn.init.zeros_(self.linear.bias)
         speed_up(self)
 
-    def sampler(self, sampling):
+    def sampler(self, sampling, guide=None):
         """See Head. Raises ValueError for settings of a diffusion process."""
         check_no_diffusion(self, sampling)
 
         def draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0):
-            return self.sample(z, sampling.temperature, cfg, z_uncond, generator)
+            return self.sample(z, sampling.temperature, cfg, z_uncond, generator, guide)
 
         return draw
 
-    def guided(self, z, cfg=1.0, z_uncond=None):
-        """The outputs o (..., K) for z (..., D), in float32: o_u + ω(o_c − o_u) under guidance."""
+    @torch.no_grad()
+    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None, guide=None):
+        """Tokens (..., C) for z (..., D), by `pick`. guide: see `Head.sampler`."""
+        return self.pick(self.guided(z, cfg, z_uncond, guide), temperature, generator)
+
+    def pick(self, outputs, temperature, generator):
+        """Tokens (..., C) for the outputs (..., K) of the layer; see `Head.sampler`."""
+        raise NotImplementedError
+
+    def guided(self, z, cfg=1.0, z_uncond=None, guide=None):
+        """The outputs o (..., K) for z (..., D), in float32: o_u + ω(o_c − o_u) under guidance.
+
+        guide: the head of z_uncond, if it is another.
+        """
         outputs = self.linear(z).float()
         if cfg == 1.0:
             return outputs
-        uncond = self.linear(z_uncond).float()
+        uncond = (guide or self).linear(z_uncond).float()
         return uncond + cfg * (outputs - uncond)
 
 
@@ -106,23 +123,21 @@ class CrossEntropy(LinearHead):
         ).view(z.shape[:-1])
         return masked_mean(losses, mask)
 
-    @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
-        """Code indices (..., 1) drawn from softmax(logits / τ) for z (..., D); the argmax at τ = 0.
+    def pick(self, logits, temperature, generator):
+        """Code indices (..., 1) drawn from softmax(logits / τ), logits (..., K); argmax at τ = 0.
 
         One uniform number per token is drawn and looked up in the cumulative probabilities.
         """
-        logits = self.guided(z, cfg, z_uncond)
         if temperature == 0:
             return logits.argmax(-1, keepdim=True).float()
         cumulated = (logits / temperature).softmax(-1).cumsum(-1)
-        u = rand((*z.shape[:-1], 1), generator, z.device) * cumulated[..., -1:]
+        u = rand((*logits.shape[:-1], 1), generator, logits.device) * cumulated[..., -1:]
         indices = torch.searchsorted(cumulated, u, right=True)
         return indices.clamp(max=logits.shape[-1] - 1).float()
 
-    def confidence(self, indices, z, cfg=1.0, z_uncond=None):
+    def confidence(self, indices, z, cfg=1.0, z_uncond=None, guide=None):
         """log p of code indices (..., 1) given z (..., D), at temperature 1: (...)."""
-        logits = self.guided(z, cfg, z_uncond)
+        logits = self.guided(z, cfg, z_uncond, guide)
         return logits.log_softmax(-1).gather(-1, indices.long()).squeeze(-1)
 
 
@@ -138,10 +153,9 @@ class L2(LinearHead):
         """The mean squared error: target (..., C), z (..., D), mask (...), 1 = included."""
         return masked_mean((self.linear(z).float() - target).square().mean(-1), mask)
 
-    @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
-        """The predicted mean of each token (..., C) for z (..., D)."""
-        return self.guided(z, cfg, z_uncond)
+    def pick(self, means, temperature, generator):
+        """The predicted mean of each token (..., C)."""
+        return means
 
 
 def check_no_diffusion(head, sampling):

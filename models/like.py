@@ -28,6 +28,13 @@ def read_like(args, given):
     for name in ("ckpt", "weights", "seed", "precision"):
         if name not in given:
             setattr(args, name, made[name])
+    if made["guide"] and "guide" not in given:
+        args.guide = made["guide"]["ckpt"]
+        if not (os.path.exists(args.guide) or hub.is_name(args.guide)):
+            raise ValueError(
+                f"{args.like}: guided by {args.guide}, which is not there: --guide takes its new "
+                "place"
+            )
     if is_again(args):
         return one_batch(args, made, "batch_size" in given)
     return made | {"labels": shown_labels(made)}
@@ -87,13 +94,16 @@ def find_tokenizer(args, made):
     return {**own, "vae_path": path}
 
 
-def compare_digests(args, made, model, tokenizer):
+def compare_digests(args, made, model, tokenizer, guide=None):
     """Say it if weights are not those that the picture of --like was made with."""
     from util.dist import print0
     from util.weights import digest
 
     parts = {"weights": model, "tokenizer": tokenizer}
-    others = [name for name in parts if digest(parts[name].state_dict()) != made[f"{name}_sha256"]]
+    before = {name: made[f"{name}_sha256"] for name in parts}
+    if made["guide"]:
+        parts["guide"], before["guide"] = guide, made["guide"]["sha256"]
+    others = [name for name in parts if digest(parts[name].state_dict()) != before[name]]
     if others:
         print0(
             f"NOTE: {args.ckpt}: not the {' and '.join(others)} that {args.like} was made with: "

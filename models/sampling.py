@@ -1,6 +1,7 @@
 """The loop over autoregressive steps, and the schedules of guidance (paper, sections 3.4 and 4)."""
 
-from itertools import islice
+from inspect import signature
+from itertools import islice, pairwise
 
 import torch
 
@@ -8,6 +9,10 @@ from models.latents import columns, take
 from models.order import RandomOrder
 from models.settings import CFG_SCHEDULES, ORDERS, TOKEN_SCHEDULES
 from util.rng import generator_of
+
+# attributes that a model and its guide have in common: kind and layout of tokens, and the classes
+SHARED = ("num_codes", "vae_embed_dim", "patch_size", "grid", "class_num", "head_name")
+SHARED = (*SHARED, "one_at_a_time")
 
 
 def constant(cfg, remaining, length):
@@ -25,7 +30,15 @@ def linear(cfg, remaining, length):
 
 @torch.no_grad()
 def sample_steps(
-    model, bsz, sampling, labels=None, generator=None, orders=None, latents=None, mask=None
+    model,
+    bsz,
+    sampling,
+    labels=None,
+    generator=None,
+    orders=None,
+    latents=None,
+    mask=None,
+    guide=None,
 ):
     """See `Autoregressive.sample_steps`. sampling: a models.settings.Sampling.
 
@@ -34,23 +47,27 @@ def sample_steps(
     """
     policy = _pick_order(model, sampling)
     _guidance_interval(sampling)
+    check_guide(model, guide)
     _check_batch(model, bsz, orders)
     staged = policy if orders is None else RandomOrder()  # orders that are given have one stage
     orders, tokens, mask = _start(model, bsz, policy, orders, generator, latents, mask)
-    model.check_orders(orders, f"order {sampling.order or 'as given'}")
+    for each in (model, *([guide] if guide else [])):
+        each.check_orders(orders, f"order {sampling.order or 'as given'}")
     sizes = staged.sizes(mask.view(bsz, *model.grid))
     _check_steps(model, sampling.num_iter, max(map(sum, sizes)))
-    both = torch.stack([model.embed_labels(labels, bsz), model.embed_labels(None, bsz)])
-    draw, schedule = model.head.sampler(sampling), TOKEN_SCHEDULES[sampling.token_schedule]
-    groups = []
+    classes = model.embed_labels(labels, bsz)
+    uncond = guide.embed_labels(labels, bsz) if guide else model.embed_labels(None, bsz)
+    draw = _sampler(model, sampling, guide)
+    schedule, groups = TOKEN_SCHEDULES[sampling.token_schedule], []
     for size in sorted(own for own in {*sizes} if sum(own)):
         rows = [i for i, own in enumerate(sizes) if own == size]
         own = sampling.but(num_iter=min(sampling.num_iter, sum(size)))
-        counts = staged.counts(schedule, size, own.num_iter)
-        own = own, generator_of(generator, rows, bsz)
+        counts = [sum(size), *staged.counts(schedule, size, own.num_iter)]
+        random = generator_of(generator, rows, bsz)
         rows = torch.tensor(rows, device=orders.device)
-        batch = both[:, rows].flatten(0, 1), orders[rows], tokens[rows]
-        groups.append((rows, _sample_group(model, policy, draw, *own, *batch, sum(size), counts)))
+        predictor = _Predictor(model, guide, own, classes[rows], uncond[rows])
+        steps = _sample_group(predictor, policy, draw, random, orders[rows], tokens[rows], counts)
+        groups.append((rows, steps))
 
     still, in_place = mask.float(), _in_place(orders, tokens)
     for _ in range(sampling.num_iter if groups else 1):
@@ -61,40 +78,74 @@ def sample_steps(
         yield model.unpatchify(in_place), still
 
 
-def _sample_group(model, policy, draw, sampling, generator, both, orders, tokens, unknown, counts):
+def _sample_group(predictor, policy, draw, generator, orders, tokens, counts):
     """Yields tokens (N, L, C·p²), in raster order, and the mask (N, L) after each step.
 
-    draw: see Head.sampler. both: class embeddings (2N, D), see `Autoregressive.predict`. tokens:
-    in the order of orders (N, L), whose first `unknown` are to be generated. counts: the number
-    that is still unknown after each step.
+    predictor: a _Predictor. draw: see Head.sampler. tokens: in the order of orders (N, L). counts:
+    the number of tokens that are unknown, first in orders, at the start and after each step.
     """
-    guidance, interval = CFG_SCHEDULES[sampling.cfg_schedule], _guidance_interval(sampling)
-    cache, bsz = model.start_cache(sampling), len(orders)
-    for step, remaining in enumerate(counts):
-        done = step / sampling.num_iter
+    model, num_iter = predictor.model, predictor.sampling.num_iter
+    for step, (unknown, remaining) in enumerate(pairwise(counts)):
+        done = step / num_iter
         to_predict = slice(policy.first_to_predict(remaining), unknown)
-        acts = interval[0] <= done < interval[1]
-        cfg = guidance(sampling.cfg, remaining, model.seq_len) if acts else 1.0
-        guided = model.needs_unconditional(done, interval)
-        if cache and not guided:
-            cache.keep(bsz)
-        z = model.predict(tokens, orders, to_predict, both if guided else both[:bsz], cache)
-        z, z_uncond = z.chunk(2) if guided else (z, None)  # (N, n, D) each
+        cfg = predictor.cfg(done, remaining)
+        z, z_uncond = predictor(tokens, orders, to_predict, done)
         sampled = draw(z, cfg, z_uncond, generator, done).to(tokens.dtype)  # (N, n, C·p²)
-        sampled = model.project(sampled)
         orders, sampled = policy.commit(
             orders,
-            sampled,
+            model.project(sampled),
             unknown,
             remaining,
-            lambda tokens: model.head.confidence(tokens, z, cfg, z_uncond),  # noqa: B023 (not stored)
-            (step + 1) / sampling.num_iter,
+            lambda tokens: predictor.confidence(tokens, z, cfg, z_uncond),  # noqa: B023 (not stored)
+            (step + 1) / num_iter,
             generator,
         )
         tokens[:, remaining:unknown] = sampled
-        unknown = remaining
-        still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :unknown], 1.0)
+        still = torch.zeros_like(tokens[..., 0]).scatter(1, orders[:, :remaining], 1.0)
         yield _in_place(orders, tokens), still
+
+
+class _Predictor:
+    """z of the tokens to predict, and z of what guidance leads away from.
+
+    That is the model without the class or, if there is a guide, this other model with the class,
+    with a cache of its own. classes, uncond: the class embeddings of each (N, D).
+    """
+
+    def __init__(self, model, guide, sampling, classes, uncond):
+        self.model, self.guide, self.sampling = model, guide, sampling
+        self.classes, self.uncond = classes, uncond
+        self.interval = _guidance_interval(sampling)
+        self.cache = model.start_cache(sampling)
+        self.guide_cache = guide and guide.start_cache(sampling)
+
+    def cfg(self, done, remaining):
+        """The guidance scale once the fraction `done` of the steps is done.
+
+        remaining: the number of tokens unknown after the next.
+        """
+        begin, end = self.interval
+        if not begin <= done < end:
+            return 1.0
+        guidance = CFG_SCHEDULES[self.sampling.cfg_schedule]
+        return guidance(self.sampling.cfg, remaining, self.model.seq_len)
+
+    def __call__(self, tokens, orders, to_predict, done):
+        """(z, z_uncond) (N, n, D) each, see `Autoregressive.predict`; None if it is not needed."""
+        given = tokens, orders, to_predict
+        guided = (self.guide or self.model).needs_unconditional(done, self.interval)
+        if guided and not self.guide:
+            both = torch.cat([self.classes, self.uncond])
+            return self.model.predict(*given, both, self.cache).chunk(2)
+        if self.cache:
+            self.cache.keep(len(orders))
+        z = self.model.predict(*given, self.classes, self.cache)
+        return z, self.guide.predict(*given, self.uncond, self.guide_cache) if guided else None
+
+    def confidence(self, tokens, z, cfg, z_uncond):
+        """log p of tokens (N, n, 1), see `Head.confidence`."""
+        other = {"guide": self.guide.head} if self.guide else {}
+        return self.model.head.confidence(tokens, z, cfg, z_uncond, **other)
 
 
 def _in_place(orders, tokens):
@@ -102,20 +153,42 @@ def _in_place(orders, tokens):
     return torch.zeros_like(tokens).scatter(1, columns(orders, tokens), tokens)
 
 
-def check_sampling(model, sampling):
-    """Raises ValueError for settings that the model does not support."""
+def _sampler(model, sampling, guide):
+    """See Head.sampler, which is told of the guide only if there is one."""
+    return model.head.sampler(sampling, **({"guide": guide.head} if guide else {}))
+
+
+def check_guide(model, guide):
+    """Raises ValueError unless a model, None for none, can guide another (autoguidance)."""
+    if guide is None:
+        return
+    if "guide" not in signature(model.head.sampler).parameters:
+        raise ValueError(f"guide: the head {model.head_name!r} cannot be guided by another model")
+    for name in SHARED:
+        own, other = getattr(model, name), getattr(guide, name)
+        if own != other:
+            raise ValueError(f"guide: its {name} is {other}, expected the model's, {own}")
+
+
+def check_sampling(model, sampling, guide=None):
+    """Raises ValueError for settings that the model does not support.
+
+    guide: another model that guides it, see `Autoregressive.sample_steps`.
+    """
+    check_guide(model, guide)
     orders = _pick_order(model, sampling).start(1, model.grid, torch.Generator())
-    model.check_orders(orders, f"order {sampling.order or 'as given'}")
+    for each in (model, *([guide] if guide else [])):
+        each.check_orders(orders, f"order {sampling.order or 'as given'}")
+        each.start_cache(sampling)
     _guidance_interval(sampling)
-    if sampling.cfg != 1.0 and not model.label_drop_prob:
+    if sampling.cfg != 1.0 and not model.label_drop_prob and not guide:
         raise ValueError(
             f"cfg {sampling.cfg}: the model was trained with --label_drop_prob 0, so it has no "
             "unconditional mode; expected 1"
         )
     for table in (CFG_SCHEDULES, TOKEN_SCHEDULES):
         table[getattr(sampling, table.kind)]
-    model.start_cache(sampling)
-    model.head.sampler(sampling)
+    _sampler(model, sampling, guide)
 
 
 def _pick_order(model, sampling):

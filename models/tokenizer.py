@@ -19,7 +19,7 @@ from torch import nn
 from models.consistency import load_consistency_decoder
 from models.pca import PatchPCA
 from models.scale import check_fixed, check_numbers, scale_and_shift
-from models.vae import AutoencoderKL, DiagonalGaussian, check_images
+from models.vae import LEAST, AutoencoderKL, DiagonalGaussian, check_images
 from models.vq import VQModel
 from util.dist import all_gather, print0
 from util.images import to_uint8
@@ -93,6 +93,11 @@ class Tokenizer(nn.Module):
     def mode(self, moments):
         """Moments (N, M, h, w) to their most likely latents (N, C, h, w): no random draw."""
         return self.to_latents(DiagonalGaussian(moments).mode() if self.gaussian else moments)
+
+    def moments_of(self, latents):
+        """Moments (N, M, h, w) that stand for latents (N, C, h, w) alone: the inverse of `mode`."""
+        raw = latents if self.num_codes else self.to_raw(latents)
+        return torch.cat([raw, torch.full_like(raw, LEAST)], 1) if self.gaussian else raw
 
     def decode(self, latents, generator=None):
         """Latents (N, C, h, w) to images (N, I, H, W), about [-1, 1], unclipped.

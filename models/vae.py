@@ -30,6 +30,8 @@ from util.files import first_line
 from util.rng import randn
 from util.weights import check_fits, load_strictly
 
+LEAST = -30  # log-variance
+
 
 class DiagonalGaussian:
     """A diagonal Gaussian over latents.
@@ -46,7 +48,7 @@ class DiagonalGaussian:
             raise ValueError(f"moments must be (N, 2C, h, w), got {tuple(moments.shape)}")
         self.moments = moments
         self.mean, logvar = moments.chunk(2, dim=1)
-        self.logvar = logvar.clamp(-30, 20)
+        self.logvar = logvar.clamp(LEAST, 20)
         self.std = torch.exp(self.logvar / 2)
 
     @property

@@ -80,8 +80,6 @@ def head(source):
     source.write(
         "models/gauss.py",
         """
-import torch
-
 from models.heads import LinearHead, masked_mean
 from util.rng import randn
 
@@ -97,10 +95,8 @@ class Gauss(LinearHead):
         errors = (target - self.linear(z).float()) / self.std
         return masked_mean(errors.square().mean(-1) / 2, mask)
 
-    @torch.no_grad()
-    def sample(self, z, temperature=1.0, cfg=1.0, z_uncond=None, generator=None):
-        mean = self.guided(z, cfg, z_uncond)
-        return mean + temperature * self.std * randn(mean.shape, generator, z.device)
+    def pick(self, mean, temperature, generator):
+        return mean + temperature * self.std * randn(mean.shape, generator, mean.device)
 """,
     )
     source.add_row(SETTINGS, "HEADS", '"gauss": "models.gauss:Gauss",')

@@ -83,9 +83,8 @@ def test_commands_parse(text, module, flags, parse_only, monkeypatch):
 def test_there_are_commands():
     """Of every script, in the README and elsewhere."""
     assert {"README.md"} < {text for text, _, _ in COMMANDS}
-    assert {"main_mar", "main_cache", "main_tokenizer", "sample", "edit", "reproduce"} <= {
-        module for _, module, _ in COMMANDS
-    }
+    scripts = {"main_mar", "main_cache", "main_tokenizer", "sample", "edit", "neon", "reproduce"}
+    assert scripts <= {module for _, module, _ in COMMANDS}
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=[path.name for path in TEXTS])

@@ -14,6 +14,7 @@ import edit
 import main_cache
 import main_mar
 import main_tokenizer
+import neon
 import reproduce
 import sample
 from diffusion.flow import FLOW_SOLVERS
@@ -48,6 +49,7 @@ PARSERS = {
     "reproduce": reproduce,
     "sample": sample,
     "edit": edit,
+    "neon": neon,
 }
 
 # The published training command, but for paths and the launcher.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("main_mar", "main_cache", "main_tokenizer", "sample", "edit", "reproduce")
+SCRIPTS = ("main_mar", "main_cache", "main_tokenizer", "sample", "edit", "neon", "reproduce")
 ALLOWED = {
     "util": {"util"},
     "diffusion": {"diffusion", "util"},

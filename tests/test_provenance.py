@@ -180,13 +180,15 @@ BAD = {
     "batch_size": [0],
     "columns": [0, "8"],
     "edited": [{}, "a\nb"],
+    "guide": [{}, "a.pth", {"ckpt": "a.pth", "sha256": "0"}],
 }
 
 
 def test_nothing_but_its_form_is_believed(tmp_path):
     """Each entry of a wrong type or out of range, and each that is missing: one line that names
     it."""
-    assert read(write(tmp_path / "a.png")) == MADE and set(BAD) == set(MADE)
+    plain = MADE | {"guide": None}
+    assert read(write(tmp_path / "a.png")) == plain and set(BAD) == set(plain)
     for name, values in BAD.items():
         for value in values:
             with pytest.raises(ValueError, match=name) as error:
@@ -207,7 +209,7 @@ def test_other_files(tmp_path):
     cases["is damaged"] = lambda: save_image(path, GREY, {KEY: "[" * 10**5})
     many = {"labels": [1] * 4097}
     cases["one of a batch of 4097 images"] = lambda: write(path, **many)
-    cases["format 2, expected 1"] = lambda: write(path, format=2)
+    cases["format 3, expected 2"] = lambda: write(path, format=3)
     for words, prepare in cases.items():
         prepare()
         with pytest.raises(ValueError, match=words):

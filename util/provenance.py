@@ -19,7 +19,7 @@ from util.flags import PRECISIONS
 from util.plain import is_count, is_number
 
 KEY = "mar"  # keyword of the text chunk
-FORMAT = 1
+FORMAT = 2  # 1: without a guide
 MOST_LABELS = 2**16  # images of a grid
 LARGEST_BATCH = 2**12  # images of the batch of one
 LONGEST = 2**20  # characters of the whole text
@@ -44,6 +44,7 @@ def describe(
     batch_size=None,
     columns=None,
     edited=None,
+    guide=None,
 ):
     """What a picture was made by, as plain data.
 
@@ -64,8 +65,13 @@ def describe(
         columns: columns of a grid; None if it is nearly square.
         edited: if the picture was edited, a few words that say how: it cannot be made again from
             this alone.
+        guide: `ckpt` and `sha256`, path and digest of the EMA weights of the model that guided it
+            (autoguidance).
     """
     made = {"format": FORMAT, **locals()}
+    if guide is None:  # as before there were guides, which an earlier version would ignore
+        made["format"] = 1
+        del made["guide"]
     made["labels"], made["tokenizer"], made["sampling"] = list(labels), {**tokenizer}, {**sampling}
     return json.loads(json.dumps(made))  # tuples are lists, as in the file
 
@@ -94,7 +100,7 @@ def read(path):
     if not isinstance(made, dict):
         raise ValueError(f"{path}: what it was made by cannot be read: it is damaged")
     _check(made, path)
-    return made
+    return {"guide": None, **made}
 
 
 def _text_in(path):
@@ -179,6 +185,11 @@ def _or_none(fits):
     return lambda value: value is None or fits(value)
 
 
+def _is_guide(value):
+    own = value if isinstance(value, dict) else {}
+    return _is_name(own.get("ckpt")) and _is_digest(own.get("sha256"))
+
+
 def _is_tokenizer(value):
     return _are_settings(value) and _is_name(value.get("name"))
 
@@ -200,4 +211,5 @@ _ENTRIES = {
     "batch_size": (_or_none(lambda value: is_count(value, 1, MOST_LABELS)), "at least 1"),
     "columns": (_or_none(lambda value: is_count(value, 1, MOST_LABELS)), "at least 1"),
     "edited": (_or_none(_is_name), "a few words"),
+    "guide": (_or_none(_is_guide), "a path and a sha256"),
 }

@@ -113,3 +113,15 @@ def said_flags(cls, args):
 def from_flags(cls, args, **values):
     """The settings according to parsed flags; `values` override them."""
     return cls.of(**{**said_flags(cls, args), **values})
+
+
+def to_flags(cls, values):
+    """Yields the command line that says `values`, name -> value, but None and the defaults."""
+    for field in cls.fields():
+        flag, value = field.metadata["flag"], values.get(field.name)
+        name = field.name if flag is None else flag
+        value = tuple(value) if isinstance(value, list) else value
+        if name and value not in (None, field.default):
+            yield f"--{name}"
+            if not isinstance(value, bool):
+                yield from map(str, value if isinstance(value, tuple) else [value])

@@ -46,11 +46,12 @@ class FastSampler:
     def __init__(self):
         self.graphs, self.arranged = Graphs(), None
 
-    def start(self, net):
+    def start(self, net, guide=None):
         """denoise(key, steps, z, z_uncond, noise, cfg, temperature), with the current weights.
 
         It returns tokens (R, C) for z and z_uncond (R, D) and noise (S + 1, R, C), the start and a
-        draw per step. key: identifies the steps. It computes in the dtype of an enabled autocast.
+        draw per step. key: identifies the steps. guide: the DenoisingMLP for z_uncond, if it is
+        another than `net`. It computes in the dtype of an enabled autocast.
         """
         weight = net.input_proj.weight
         kind = weight.device.type
@@ -58,10 +59,13 @@ class FastSampler:
         dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             denoiser = self._arrange(net, dtype)
+            other = guide and Denoiser(guide, dtype)
         times = {}
 
         def denoise(key, steps, z, z_uncond, noise, cfg, temperature):
             with torch.autocast(kind, enabled=False):
+                if guide and cfg != 1.0:
+                    return run_two((denoiser, other), steps, (z, z_uncond), noise, cfg, temperature)
                 if key not in times:
                     times[key] = denoiser.embed_times(steps)
                 run = partial(denoiser.run, steps, temperature=temperature)
@@ -95,6 +99,21 @@ class FastSampler:
         else:
             self.arranged, self.graphs = (places, fresh), Graphs()
         return self.arranged[1]
+
+
+def run_two(denoisers, steps, zs, noise, cfg, temperature):
+    """Tokens (R, C) of one Denoiser guided by another, for the z (R, D) of each: autoguidance.
+
+    See `Denoiser.run` for the rest. A plain loop on any device.
+    """
+    pairs = zip(denoisers, zs, strict=True)
+    networks = [each.follow(steps, each.embed_times(steps), z) for each, z in pairs]
+
+    def predict(x, step):
+        outputs = torch.cat([network(x, step) for network in networks])
+        return guided(outputs, cfg, noise.shape[-1])
+
+    return reverse(steps, predict, noise[0], noise[1:], temperature)
 
 
 class Denoiser:
@@ -154,19 +173,27 @@ class Denoiser:
         times: result of `embed_times`. cfg: the guidance scale, with the conditional z in the first
         half; None without guidance.
         """
-        full = self.dtype == self.net.input_proj.weight.dtype
-        careful = not (full and torch.get_float32_matmul_precision() == "highest")
-        modulations = self._modulations(times[1:] if careful else times, z)
-        channels = noise.shape[-1]
+        network, channels = self.follow(steps, times, z), noise.shape[-1]
 
         def predict(x, step):
-            if careful and step is steps[0]:  # it amplifies the network's error several hundredfold
-                output = self._first(step, x, z)
-            else:
-                output = self._network(x, next(modulations), repeat=len(z) // len(x))
+            output = network(x, step)
             return split(output.float(), channels) if cfg is None else guided(output, cfg, channels)
 
         return reverse(steps, predict, noise[0], noise[1:], temperature)
+
+    def follow(self, steps, times, z):
+        """Noise and v (len(z), 2C), or a velocity (len(z), C), as a function of x (R, C) and of each
+        of the steps in turn."""
+        full = self.dtype == self.net.input_proj.weight.dtype
+        careful = not (full and torch.get_float32_matmul_precision() == "highest")
+        modulations = self._modulations(times[1:] if careful else times, z)
+
+        def network(x, step):
+            if careful and step is steps[0]:  # it amplifies the network's error several hundredfold
+                return self._first(step, x, z)
+            return self._network(x, next(modulations), repeat=len(z) // len(x))
+
+        return network
 
     def _modulations(self, times, z):
         """For each step, shifts, scales and gates of all layers (len(z), (3·depth + 2)·W)."""
