@@ -179,7 +179,8 @@ def records(found, name):
 def test_flags_know_them(found):
     """Each is a choice, and each option a flag, wherever its kind is chosen from."""
     helps = {s: " ".join(found[2][f"help {s}"][1].split()) for s in SCRIPTS}
-    for text in ("gauss,", "--gauss_std X", "--head_scale", "haar,", "mean,", "columns,", "descent,"):
+    heads = "gauss,", "--gauss_std X", "--head_scale"
+    for text in (*heads, "haar,", "mean,", "columns,", "descent,"):
         assert text in helps["main_mar"], text
     for text in ("mean,", "columns,", "quadratic,", "nearest, brightness,"):
         assert text in helps["sample"], text

@@ -182,7 +182,7 @@ class Denoiser:
         return reverse(steps, predict, noise[0], noise[1:], temperature)
 
     def follow(self, steps, times, z):
-        """Noise and v (len(z), 2C), or a velocity (len(z), C), as a function of x (R, C) and of each
+        """Noise and v (len(z), 2C), or a velocity (len(z), C): a function of x (R, C) and each
         of the steps in turn."""
         full = self.dtype == self.net.input_proj.weight.dtype
         careful = not (full and torch.get_float32_matmul_precision() == "highest")
