@@ -15,7 +15,7 @@ from util.files import make_folder
 from util.flags import Parser, add_machine_flags, finite, machine, positive, positive_int, run
 from util.labels import balanced_labels
 from util.run import last_words
-from util.settings import to_flags
+from util.settings import add_flags, to_flags
 
 SAMPLES, TUNED = "samples", "tuned"  # folders in --output_dir
 MACHINE = ("device", "precision", "seed", "num_workers", "dist_url", "dist_timeout")
@@ -32,7 +32,6 @@ def get_parser():
         help="the base, whose EMA weights are taken: a checkpoint, its export as safetensors, a "
         "folder with one, or the name of a model on the Hugging Face hub",
     )
-    parser.set_defaults(weights="ema")
     group.add_argument(
         "--output_dir",
         required=True,
@@ -64,8 +63,11 @@ def get_parser():
         type=positive,
         help="learning rate (default: a tenth of that in the base's training)",
     )
-    sample.add_model_flags(parser)
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--vae_path", metavar="PATH", help="tokenizer (default: as in training)")
+    add_flags(group, Sampling, unset="the checkpoint's")
     add_machine_flags(parser, num_workers=0)
+    parser.set_defaults(weights="ema", vae_scale=None, vae_shift=None)  # of sample.open_checkpoint
     return parser
 
 

@@ -70,13 +70,17 @@ class Energy(Head):
         i, j = torch.triu_indices(len(samples), len(samples), 1, device=samples.device)
         return self.distances(samples[i] - samples[j]).mean(0)
 
-    def sampler(self, sampling):
-        """See Head. Temperature scales the noise. Guidance is that of z, z_u + ω(z_c − z_u)."""
+    def sampler(self, sampling, guide=None):
+        """See Head. Temperature scales the noise. Guidance is that of z, z_u + ω(z_c − z_u); by
+        a guide, whose z is another, that of the tokens which both draw from the same noise."""
         check_no_diffusion(self, sampling)
 
         @torch.no_grad()
         def draw(z, cfg=1.0, z_uncond=None, generator=None, done=0.0):
             noise = self.draw_noise(z.shape[:-1], generator, z.device) * sampling.temperature
+            if guide and cfg != 1.0:
+                weak = guide.net(noise, z_uncond).float()
+                return weak + cfg * (self.net(noise, z).float() - weak)
             if cfg != 1.0:
                 z = z_uncond.float() + cfg * (z.float() - z_uncond.float())
             return self.net(noise, z).float()

@@ -15,6 +15,7 @@ import torch
 from util.data import shard_writer
 from util.data.manifest import read_manifest
 from util.data.sources import UNKNOWN, Pictures
+from util.files import first_few
 from util.sizes import sides
 from util.weights import digest, write_safetensors
 
@@ -27,9 +28,8 @@ def cache_samples(folder, draw, labels, config, tokenizer, sampled, batch_size):
     numbers of samples (written, skipped) by all processes. Raises ValueError if the folder holds
     others; Stopped as util.run.stop says, with what was sampled kept.
     """
-    before = read_manifest(folder)
-    if before and before.get("sampled") != sampled:
-        raise ValueError(f"{folder}: holds other samples; expected another --output_dir")
+    if before := read_manifest(folder):
+        _compare(folder, sampled, before.get("sampled", {}))
     classes, size = config["data"]["classes"], config["model"]["img_size"]
     facts = {
         "tokenizer": digest(tokenizer.state_dict()),
@@ -52,6 +52,20 @@ def cache_samples(folder, draw, labels, config, tokenizer, sampled, batch_size):
 
     names = [f"{classes[label]}/{i:06d}" for i, label in enumerate(labels)]
     return shard_writer.write(folder, facts, names, labels, read, batch_size, Pictures(None))
+
+
+def _compare(folder, sampled, before):
+    """Raises ValueError if the samples in a folder depend on other settings."""
+    changed = [
+        f"{name} {str(sampled.get(name))[:40]} (was {str(before.get(name))[:40]})"
+        for name in {**sampled, **before}
+        if sampled.get(name) != before.get(name)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder}: holds samples of other settings: {first_few(changed)}; expected those, or "
+            "another --output_dir"
+        )
 
 
 @torch.no_grad()

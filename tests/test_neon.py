@@ -68,6 +68,7 @@ def test_the_script(ckpt, tmp_path, capsys):
     what is new; with other settings, it says what is in the way."""
     flags = ["--ckpt", ckpt, "--output_dir", tmp_path / "neon", "--device", "cpu"]
     flags += ["--num_images", 20, "--batch_size", 10, "--num_iter", 1, "--cfg", 2]
+    flags += ["--num_sampling_steps", 2]
     flags = [str(each) for each in flags]
     neon.main([*flags, "--weight", "0", "1"])
     said = capsys.readouterr().out
@@ -88,6 +89,6 @@ def test_the_script(ckpt, tmp_path, capsys):
     assert "nothing to train" in capsys.readouterr().out
     assert (tmp_path / "neon" / "neon-2.safetensors").exists()
     message = complain(capsys, neon.main, *flags, "--cfg", 3)
-    assert message.endswith("holds other samples; expected another --output_dir")
+    assert "holds samples of other settings: cfg 3.0 (was 2.0)" in message
     message = complain(capsys, neon.main, *flags, "--lr", 0.1)
     assert "--lr 0.1: the training in" in message and message.endswith("or another --output_dir")
