@@ -8,8 +8,9 @@ import torch
 from test_metrics import folder, pictures
 
 from util.evaluation import __main__ as door
-from util.evaluation.features import SMALLEST, Extractor, pick_weights
-from util.evaluation.metrics import pick_metrics
+from util.evaluation import features
+from util.evaluation.features import SMALLEST, Extractor, open_extractors
+from util.evaluation.metrics import INCEPTION, pick_metrics
 from util.evaluation.settings import Evaluation
 from util.flags import run
 
@@ -107,6 +108,13 @@ def test_accuracy_is_left_out():
             ["--extractor", "grey-pixels", "--extractor_weights", "FILE"],
             "--extractor_weights FILE: the extractor grey-pixels has none",
         ),
+        (
+            ["--extractor", NAME, "--extractor_weights", "FILE", f"{NAME}=b"],
+            f"--extractor_weights FILE b: two files of {NAME}, expected NAME=FILE for those of",
+        ),
+        (["--extractor", "none"], "--extractor none: nothing can be measured; it is for the"),
+        (["--extractor", "none", NAME], f"--extractor none {NAME}: expected different extractors"),
+        (["--extractor", NAME, NAME], f"--extractor {NAME} {NAME}: expected different extractors"),
     ],
 )
 def test_wrong_flags(tmp_path, file, capsys, flags, expected):
@@ -119,8 +127,21 @@ def test_wrong_flags(tmp_path, file, capsys, flags, expected):
     assert capsys.readouterr().err.startswith("error: " + expected.replace("FILE", file))
 
 
-def test_weights_of_the_extractor_win():
-    """Over Inception's, which may be given as well."""
-    settings = Evaluation(extractor_weights="a", inception_weights="b")
-    assert pick_weights(NAME, settings) == "a"
-    assert pick_weights(NAME, settings.but(extractor_weights=None)) == "b"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a", ["a", None, "i"]),
+        (None, [None, None, "i"]),
+        (("a", "timm:two=b"), ["a", "b", "i"]),
+        (("timm:two=b", f"{NAME}=a", f"{INCEPTION}=c"), ["a", "b", "c"]),
+        ("timm:three=b", ["timm:three=b", None, "i"]),
+    ],
+)
+def test_which_file_is_whose(monkeypatch, given, expected):
+    """The file without a name is the main extractor's; Inception's flag is for it alone."""
+    opened = []
+    monkeypatch.setattr(features, "Extractor", lambda *given: opened.append(given[:2]))
+    settings = Evaluation(extractor_weights=given, inception_weights="i")
+    names = NAME, "timm:two", INCEPTION
+    open_extractors(names, settings)
+    assert opened == list(zip(names, expected, strict=True))
