@@ -7,17 +7,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from test_metrics import data_set, folder, open_tiny, pictures
+from test_metrics import data_set, folder, npz, open_tiny, pictures
 
 import main_tokenizer
 from util import model_card
 from util.evaluation import __main__ as door
-from util.evaluation import fitted, metrics
+from util.evaluation import accumulator, features, fitted, metrics
 from util.evaluation.evaluator import open_evaluator
 from util.evaluation.features import Extractor
 from util.evaluation.fitted import Labelled, Network
 from util.evaluation.image_sets import RealImages
-from util.evaluation.metrics import kernel_distance, memorization, pick_metrics
+from util.evaluation.metrics import INCEPTION, kernel_distance, memorization, pick_metrics
 from util.evaluation.settings import Evaluation
 from util.evaluation.sweep import find_result, write_sweep
 
@@ -32,8 +32,11 @@ def data(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Few steps of the fit."""
+    """Few steps of the fit; loaders without processes."""
     monkeypatch.setattr(fitted, "STEPS", 3)
+    for module in (accumulator, fitted):
+        loader = module.plain_loader
+        monkeypatch.setattr(module, "plain_loader", lambda *given, of=loader: of(*given[:2], 0))
 
 
 def measured(opened, images):
@@ -96,6 +99,56 @@ def test_further_numbers_are_in_every_report(tmp_path, data, capsys):
     assert metrics.labels(record)[name] == "Fréchet distance, grey-pixels"
     assert f"| {name} |" in model_card.metrics_table([record], ["cfg"])
     assert find_result(tmp_path / "results.jsonl", {"images": 20}, [name])
+
+
+# ---- the sFID --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def spatial(monkeypatch):
+    """A network in Inception's place, with the layer of the sFID."""
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.Mixed_6d = torch.nn.Module()
+            self.Mixed_6d.branch1x1 = torch.nn.AdaptiveAvgPool2d(2)
+
+        def forward(self, images):
+            return (self.Mixed_6d.branch1x1(images.double().repeat(1, 3, 1, 1)).mean((2, 3)),)
+
+    published = features._published
+    monkeypatch.setattr(
+        features,
+        "_published",
+        lambda name, *more: Network() if name == INCEPTION else published(name, *more),
+    )
+
+
+def test_spatial_features(spatial):
+    """Seven channels of each place, in ADM's order."""
+    images = pictures(3, 1)
+    found, logits = Extractor("inception-v3-spatial")(images)
+    assert found.shape == (3, 2 * 2 * 7) and logits is None
+    corner = images[:, :12, 12:].mean((1, 2))  # the second place of the first row
+    expected = torch.from_numpy(np.concatenate([corner, corner, corner[:, :1]], 1)).float()
+    torch.testing.assert_close(found[:, 7:14], expected)
+
+
+def test_the_sfid(tmp_path, data, spatial):
+    """Beside another extractor, by name; of a file of ADM's from its own statistics."""
+    images = pictures(40, 1)
+    names = {"metrics": ("frechet_distance", "sfid")}
+    found = measured(open_tiny(data, tmp_path, **names), images)
+    assert found["sfid"] > 0
+    given = Extractor("inception-v3-spatial")(images)[0].double()
+    arrays = {"mu_s": given.mean(0), "sigma_s": given.T.cov(), "mu": np.ones(12)}
+    file = npz(tmp_path, **arrays, sigma=np.eye(12), sha256=Extractor("tiny").sha256)
+    opened = open_tiny(data, tmp_path, reference=str(file), **names)
+    assert abs(measured(opened, images)["sfid"]) < 1e-4 * found["sfid"]
+    file = npz(tmp_path, mu=np.ones(12), sigma=np.eye(12))
+    with pytest.raises(ValueError, match="expected images for inception-v3-spatial"):
+        open_tiny(data, tmp_path, reference=str(file), **names)
 
 
 # ---- none ------------------------------------------------------------------------------------

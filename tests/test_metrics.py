@@ -31,6 +31,7 @@ from util.evaluation.features import Extractor
 from util.evaluation.image_sets import open_images
 from util.evaluation.metrics import (
     INCEPTION,
+    SPATIAL,
     frechet_distance,
     kernel_distance,
     pick_metrics,
@@ -151,6 +152,7 @@ def test_inception_agrees_with_torch_fidelity(tmp_path, inception_weights):
         feature_extractor_weights_path=str(inception_weights),
     )
     agree(compare(ours, reference, extractor), theirs)
+    assert Extractor(SPATIAL, str(inception_weights)).width == 17 * 17 * 7
 
 
 def statistics(features):

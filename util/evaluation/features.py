@@ -32,6 +32,9 @@ INCEPTION_URL = (
 # tf_efficientnet_lite0 recognizes 25% of pictures of 64 pixels, at 96 42%, at 224, for five times
 # the time, 48%.
 SMALLEST = 96
+# To this size networks without a classifier are set that are made for a larger one, as DINOv2's for
+# 518 pixels: distances in its features are published at 224 pixels (Stein et al. 2023).
+LARGEST = 224
 NONE = "none"  # as an --extractor: no features at all
 
 
@@ -187,12 +190,19 @@ def _classifier(name, weights):
 
 
 class Classifier(nn.Module):
-    """A model of timm: the features that its classifier is given, and the logits, if it has one."""
+    """A model of timm: the features that its classifier is given, and the logits, if it has one.
+
+    Of those without one, what timm has a classifier given: of DINOv2 the class token, of DINOv3 the
+    mean of the patches.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model, own = model, model.pretrained_cfg
         self.side = own["input_size"][1:] if own.get("fixed_input_size") else None
+        if self.side and min(self.side) > LARGEST and not model.num_classes:
+            self.side = LARGEST, LARGEST
+            model.set_input_size(self.side)  # interpolates position embeddings
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(own[name]).view(-1, 1, 1))
 
