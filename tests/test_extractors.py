@@ -223,6 +223,16 @@ def test_accuracy_by_a_fitted_classifier(tmp_path, data):
 
 
 @pytest.mark.parametrize(
+    ("classes", "known"), [(None, True), (["a", "b"], True), (["b", "a"], False), (["a"], False)]
+)
+def test_accuracy_by_other_classes(tmp_path, data, classes, known):
+    """Or by the same in another order is left out: labels would denote others."""
+    settings = Evaluation("none", None, "classifier", stats_dir=tmp_path / "stats")
+    opened = open_evaluator(settings, str(data), img_size=24, num_images=30, classes=classes)
+    assert ("accuracy" in opened.rows) == known
+
+
+@pytest.mark.parametrize(
     ("source", "message"),
     [
         (None, "is fitted on labelled images, expected a data set as --reference or --data_path"),

@@ -38,6 +38,7 @@ class Evaluator:
     chosen: dict  # name -> Metric, according to the settings
     references: dict = field(default_factory=dict)  # name of an extractor -> Reference, or empty
     baseline: tuple | None = None  # (metrics, number of images) of real training images
+    classes: list | None = None  # names of those that labels of images denote, if known
 
     @property
     def extractor(self):
@@ -74,9 +75,12 @@ class Evaluator:
             "reference features": reference and reference.has_images,
             "training features": reference and reference.has_training,
             "logits": extractor.classes,
-            "labels": extractor.classes,
+            "labels": extractor.classes and self._knows_labels(extractor),
         }
         return [need for need in row.needs if not there[need]]
+
+    def _knows_labels(self, extractor):
+        return None in (extractor.names, self.classes) or extractor.names == list(self.classes)
 
     def start(self, num_images, rows=None):
         """A Measurement of num_images images by `rows` (default: all).
@@ -186,7 +190,7 @@ def open_evaluator(
     labelled = Labelled.of(source, data_path, open_set, settings.stats_dir)
     more = [row.extractor for row in chosen.values() if row.extractor]
     extractors = open_extractors(names, settings, device, img_size, labelled, more)
-    evaluator = Evaluator(settings, extractors, chosen)
+    evaluator = Evaluator(settings, extractors, chosen, classes=classes)
     evaluator.start(num_images)  # raises for too few images before the reference is read
     data_path = data_path or (source if is_reference_set(source) else None)
     real, data_path = None, data_path and str(data_path)

@@ -94,9 +94,9 @@ class Extractor:
     `fitted.Labelled` images that `classifier` is fitted on, if there are any. Raises ValueError for
     an unknown name, or unavailable weights.
 
-    Attributes: `width` is D, `classes` K or None, `sha256` the hash of the weights, `stored` the
-    names of its statistics in files that hold those of several. Features and logits are on
-    `device`.
+    Attributes: `width` is D, `classes` K or None, `names` those of the classes, if known, `sha256`
+    the hash of the weights, `stored` the names of its statistics in files that hold those of
+    several. Features and logits are on `device`.
     """
 
     def __init__(self, name=INCEPTION, weights=None, device="cpu", img_size=8, data=None):
@@ -107,7 +107,7 @@ class Extractor:
             network = row(**{key: given[key] for key in _needs(row)})
         else:
             network = (_classifier if name.startswith(TIMM) else _published)(name, weights)
-        self.stored = getattr(network, "stored", None)
+        self.stored, self.names = (getattr(network, key, None) for key in ("stored", "names"))
         self.network = network.to(device)
         self.sha256 = digest(self.network.state_dict())
         features, logits = self(torch.zeros(1, *sides(img_size), 3, dtype=torch.uint8))

@@ -58,7 +58,7 @@ class FittedClassifier(nn.Module):
                 "--extractor classifier: is fitted on labelled images, expected a data set as "
                 "--reference or --data_path"
             )
-        self.network = fitted(data, device)
+        self.network, self.names = fitted(data, device)
 
     def forward(self, images):
         """Images uint8 (N, 3, H, W) to features (N, 128) and logits (N, classes)."""
@@ -103,7 +103,7 @@ def shrunk(images):
 
 
 def fitted(data, device):
-    """The Network of a Labelled data set, from the cache, or fitted now by rank 0.
+    """(Network, names of its classes) of a Labelled data set, kept or fitted now, by rank 0.
 
     Raises ValueError for data without classes, or of too few images.
     """
@@ -118,14 +118,14 @@ def fitted(data, device):
             f"--extractor classifier: {data.source} has {len(dataset)} images, expected {FEWEST}"
         )
     network = Network(len(classes), large=min(dataset[0][0].shape[:2]) > 32)
-    state = _kept_or_fitted(network, dataset, data, device, classes) if dist.is_main() else None
+    depends = f"{dataset.description}|{classes}|{RECIPE}"  # a collective call
+    state = _kept_or_fitted(network, dataset, data, device, depends) if dist.is_main() else None
     network.load_state_dict(dist.broadcast(state))
-    return network.to(device).eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False), classes
 
 
-def _kept_or_fitted(network, dataset, data, device, classes):
-    """The state of a network: name -> tensor, on the CPU."""
-    depends = f"{dataset.description}|{classes}|{RECIPE}"
+def _kept_or_fitted(network, dataset, data, device, depends):
+    """The state of a network: name -> tensor, on the CPU. depends: text of what it depends on."""
     path = kept_path(data.cache, data.source, "classifier", depends, "safetensors")
     try:
         if path.is_file():
