@@ -18,6 +18,10 @@ from util import dist
 from util.checkpoint import TrainState
 from util.dist import print0
 from util.ema import EMA
+from util.evaluation import features
+from util.evaluation.features import pick_extractors
+from util.evaluation.fitted import Labelled
+from util.evaluation.image_sets import RealImages
 from util.evaluation.reconstruction import evaluate_tokenizer as evaluate_tokenizer
 from util.evaluation.reconstruction import fit_patches as fit_patches
 from util.evaluation.reconstruction import latent_scale as latent_scale
@@ -224,18 +228,31 @@ def log_pictures(network, images, folder, epoch, logger, step, seed):
 # ---- measuring -------------------------------------------------------------------------------
 
 
-def measure(tokenizer, images, extractor, *, settings, output_dir, logger=None, step=0, **how):
+def open_extractors(settings, data_path, img_size, reading, device):
+    """Name -> Extractor to measure a tokenizer by, of an Evaluation; {} for --extractor none.
+
+    data_path: the data set; reading: how its pictures are read. Raises ValueError.
+    """
+    names = pick_extractors(settings, data_path)
+    open_set = partial(RealImages, split="train", img_size=img_size, reading=reading)
+    labelled = Labelled.of(None, data_path, open_set, settings.stats_dir)
+    return features.open_extractors(names, settings, device, img_size, labelled)
+
+
+def measure(tokenizer, images, extractors, *, settings, output_dir, logger=None, step=0, **how):
     """Evaluate a tokenizer on images, report, and write reconstructions.png; returns the metrics.
 
-    settings: all that the metrics depend on, for the report. how: the other arguments of
-    `evaluate_tokenizer`. Off rank 0 there are no metrics.
+    extractors: name -> Extractor, the main one first; {} for no distances. settings: all that the
+    metrics depend on, for the report. how: the other arguments of `evaluate_tokenizer`. Off rank 0
+    there are no metrics.
     """
-    metrics, pairs = evaluate_tokenizer(tokenizer, images, extractor, **how)
+    extractor, *more = extractors.values() or (None,)
+    metrics, pairs = evaluate_tokenizer(tokenizer, images, extractor, more=more, **how)
     if not dist.is_main():
         return {}
     lists = {name: value for name, value in metrics.items() if isinstance(value, list)}
     numbers = {name: value for name, value in metrics.items() if name not in lists}
-    notes = few_images(len(images), extractor)
+    notes = [note for each in extractors.values() for note in few_images(len(images), each)]
     report(numbers, settings | lists, notes, None, output_dir, logger, step)
     path = Path(output_dir) / "reconstructions.png"
     save_image(path, grid(pairs, len(pairs) // 2, min_side=64))

@@ -96,7 +96,7 @@ def get_parser():
         help="one scale and shift per channel of the latents, which then has mean 0 and standard "
         "deviation 1; off: one scale for all, no shift",
     )
-    add_flags(group, Evaluation, only=NETWORK)
+    add_flags(group, Evaluation, only=(*NETWORK, "stats_dir"))
     add_machine_flags(parser, num_workers=10)
     return parser
 
@@ -109,7 +109,7 @@ class Run:
     device: object
     precision: str
     images: object  # those to evaluate
-    extractor: object
+    extractors: dict  # name -> Extractor
     argv: list = None  # the flags as they were given; None for those of the process
     checkpoint: dict = None  # that is resumed, if any
     path: Path = None  # of it
@@ -165,17 +165,17 @@ def main(argv=None):
 
 def work(args, given, argv, device, precision):
     """Train a network, if there are --epochs, and evaluate it."""
+    import engine_tokenizer as engine
     from models.autoencoders import resumed
     from util.data import match_channels
-    from util.evaluation.features import Extractor, pick_extractor, pick_weights
 
     held = resumed(args, given) if args.epochs else (None, None)
     images = get_images(args)
     channels, *size = images[0][0].shape
     epochs, tokenizer = 0, None if args.epochs else get_tokenizer(args, channels, args.vae_path)
-    name = pick_extractor(args.extractor, args.data_path)
-    extractor = Extractor(name, pick_weights(name, args), device, size)
-    this = Run(args, device, precision, images, extractor, argv, *held)
+    how = args.data_path, size, from_flags(Reading, args), device
+    extractors = engine.open_extractors(from_flags(Evaluation, args), *how)
+    this = Run(args, device, precision, images, extractors, argv, *held)
     if not tokenizer:
         epochs = train(this, given, plain(size))
         if args.dry_run:
@@ -251,7 +251,7 @@ def measure(this, tokenizer, epochs=None, **report):
     metrics = engine.measure(
         tokenizer,
         images,
-        this.extractor,
+        this.extractors,
         **this.loading(),
         per_channel=args.per_channel and not tokenizer.num_codes,
         settings=stated(this, tokenizer) | ({"epochs": epochs} if epochs else {}),
@@ -268,7 +268,7 @@ def pass_on(this, metrics):
     from util.dist import print0
 
     if this.args.epochs:  # scale and shift are in the file
-        found = {"extractor": this.extractor.name, "images": len(this.images)}
+        found = {"extractor": next(iter(this.extractors), "none"), "images": len(this.images)}
         found |= {name: value for name, value in metrics.items() if not isinstance(value, list)}
         tokenizer_file.add_metrics(this.file, found)
     elif "scale_per_channel" in metrics:
@@ -278,6 +278,7 @@ def pass_on(this, metrics):
 
 def stated(this, tokenizer):
     """All that the metrics depend on, for the report."""
+    from util.evaluation.features import described
     from util.weights import digest
 
     args, images = this.args, this.images
@@ -286,10 +287,7 @@ def stated(this, tokenizer):
     settings |= {"scale_used": tokenizer.scale}
     settings |= {"shift_used": tokenizer.shift} if tokenizer.shift else {}
     settings |= {"weights_sha256": digest(tokenizer.state_dict()), "seed": args.seed}
-    return settings | {
-        "extractor": this.extractor.name,
-        "extractor_sha256": this.extractor.sha256,
-    }
+    return settings | described(this.extractors)
 
 
 def joined(numbers):

@@ -13,7 +13,7 @@ from test_metrics import data_set, folder, npz, open_tiny, pictures
 
 from util.data.settings import Reading
 from util.evaluation import __main__ as door
-from util.evaluation import baseline, evaluator, image_sets, metrics
+from util.evaluation import baseline, features, image_sets, metrics
 from util.evaluation.evaluator import open_evaluator
 from util.evaluation.features import EXTRACTORS, Extractor
 from util.evaluation.metrics import METRICS, Metric
@@ -37,8 +37,8 @@ def kernel_distance(generated, reference):
 @pytest.fixture
 def kernel_row(monkeypatch):
     """METRICS with one more row."""
-    row = Metric("KID", kernel_distance, ("features", "reference features"))
-    monkeypatch.setitem(METRICS, "kernel_distance", row)
+    row = Metric("biased KID", kernel_distance, ("features", "reference features"))
+    monkeypatch.setitem(METRICS, "biased_distance", row)
 
 
 @pytest.fixture
@@ -58,28 +58,28 @@ def test_rows_drive_everything(tmp_path, data, kernel_row, capsys):
     """One row more: it is in the numbers, beside real images, in the table, in results.jsonl, in
     TensorBoard, in a sweep's columns and plots."""
     opened, logger = open_tiny(data, tmp_path), mock.Mock()
-    assert "kernel_distance" in opened.promised
+    assert "biased_distance" in opened.promised
     summaries = measured(opened, pictures(30, 1))
     for cfg in (1.0, 2.0):
         settings = {"cfg": cfg, "seconds_per_image": 0.5, "weights": "ema"}
         found = opened.report(summaries, settings, tmp_path, logger)
-    assert found["kernel_distance"] > 0
-    assert opened.baseline[0]["kernel_distance"] == pytest.approx(0, abs=1e-6)
-    assert "kernel_distance" in capsys.readouterr().out.split("\nimages ")[0]
-    assert "eval_ema/kernel_distance" in logger.scalars.call_args.args[0]
+    assert found["biased_distance"] > 0
+    assert opened.baseline[0]["biased_distance"] == pytest.approx(0, abs=1e-6)
+    assert "biased_distance" in capsys.readouterr().out.split("\nimages ")[0]
+    assert "eval_ema/biased_distance" in logger.scalars.call_args.args[0]
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert records[1]["kernel_distance"] == found["kernel_distance"]
+    assert records[1]["biased_distance"] == found["biased_distance"]
     assert records[1]["real"].keys() == {*opened.promised, "accuracy", "images"}
 
     points, drawn = [{"cfg": 1.0}, {"cfg": 2.0}], []
     with mock.patch("matplotlib.axes.Axes.set", lambda panel, **names: drawn.append(names)):
         files = write_sweep(records, points, tmp_path)
     assert files[-1].name == "sweep_guidance.png"
-    assert {"xlabel": "guidance", "ylabel": "KID"} in drawn
+    assert {"xlabel": "guidance", "ylabel": "biased KID"} in drawn
     columns = (tmp_path / "sweep.csv").read_text().splitlines()[0].split(",")
     assert columns == [
         "cfg", "frechet_distance", "inception_score", "precision", "recall", "kernel_distance",
-        "seconds_per_image", "images",
+        "biased_distance", "seconds_per_image", "images",
     ]  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def test_an_extractor_is_one_row(monkeypatch):
 def test_an_extractor_is_opened_once(tmp_path, data, own, times):
     """However many metrics are in its features."""
     names = ("frechet_distance", "pixel_distance", "precision_recall")
-    with mock.patch.object(evaluator, "Extractor", side_effect=Extractor) as opened:
+    with mock.patch.object(features, "Extractor", side_effect=Extractor) as opened:
         open_tiny(data, tmp_path, extractor=own, metrics=names)
     assert opened.call_count == times
 
@@ -141,8 +141,8 @@ def test_metrics_of_real_images_are_kept_by_name(tmp_path, data, request):
     request.getfixturevalue("kernel_row")
     with mock.patch.object(baseline, "_measure", side_effect=baseline._measure) as measure:
         second = open_tiny(data, tmp_path).baseline
-        assert [list(call.args[-1]) for call in measure.call_args_list] == [["kernel_distance"]]
-        assert second == ({**first[0], "kernel_distance": second[0]["kernel_distance"]}, 60)
+        assert [list(call.args[-1]) for call in measure.call_args_list] == [["biased_distance"]]
+        assert second == ({**first[0], "biased_distance": second[0]["biased_distance"]}, 60)
         assert open_tiny(data, tmp_path).baseline == second
         assert measure.call_count == 1
         kept = next((tmp_path / "cache").glob("*.json"))
@@ -154,9 +154,10 @@ def test_metrics_of_real_images_are_kept_by_name(tmp_path, data, request):
 def test_default_metrics_are_those_of_the_own_extractor(tmp_path):
     """FID is the name with Inception, which has no accuracy: its classes are not the labels."""
     assert [*metrics.pick_metrics(None, "inception-v3-compat")] == [
-        "fid", "inception_score", "precision_recall"
+        "fid", "inception_score", "precision_recall", "kid"
     ]  # fmt: skip
     others = ["frechet_distance", "inception_score", "accuracy", "precision_recall"]
+    others += ["kernel_distance"]
     assert [*metrics.pick_metrics(None, "grey-pixels")] == others
     opened = open_evaluator(
         Evaluation(extractor="grey-pixels", reference="none"), img_size=24, num_images=20
@@ -215,7 +216,10 @@ def test_statistics_alone_are_said(tmp_path, data):
     )
     assert "precision_recall" not in opened.rows
     notes = list(opened.notes(30))
-    assert notes == ["no precision and recall: the reference has statistics only, no images"]
+    assert notes == [
+        f"no {names}: the reference has statistics only, no images"
+        for names in ("precision and recall", "kernel_distance")
+    ]
     assert "precision" not in opened.baseline[0] and "frechet_distance" in opened.baseline[0]
 
 
@@ -246,9 +250,9 @@ def test_flags_make_settings(kernel_row):
     """And choose from the table as it is."""
     parser = Parser()
     add_flags(parser, Evaluation, reference=None)
-    args = parser.parse_args(["--metrics", "fid", "kernel_distance", "--isc_splits", "adm"])
+    args = parser.parse_args(["--metrics", "fid", "biased_distance", "--isc_splits", "adm"])
     settings = from_flags(Evaluation, args)
-    assert settings.metrics == ("fid", "kernel_distance") and settings.reference is None
+    assert settings.metrics == ("fid", "biased_distance") and settings.reference is None
     assert from_flags(Evaluation, parser.parse_args([])) == Evaluation(reference=None)
 
 
@@ -257,7 +261,7 @@ def test_a_point_without_a_metric_is_not_done(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text('{"cfg": 1.0, "fid": 2.0, "images": 9, "seconds_per_image": 0.5}\n')
     assert find_result(path, {"cfg": 1.0}, ["fid"])["fid"] == 2.0
-    assert find_result(path, {"cfg": 1.0}, ["fid", "kernel_distance"]) is None
+    assert find_result(path, {"cfg": 1.0}, ["fid", "biased_distance"]) is None
 
 
 def test_a_sweep_shows_what_all_its_points_have(tmp_path):

@@ -31,7 +31,9 @@ from util.evaluation.features import Extractor
 from util.evaluation.image_sets import open_images
 from util.evaluation.metrics import (
     INCEPTION,
+    SPATIAL,
     frechet_distance,
+    kernel_distance,
     pick_metrics,
     precision_recall,
     psnr,
@@ -84,32 +86,33 @@ def agree(ours, theirs, tolerance=1e-6):
         "inception_score_std": "inception_score_std",
         "precision": "precision",
         "recall": "recall",
+        "kid": "kernel_inception_distance_mean",
     }
-    assert len(ours) == 5
-    for name, value in ours.items():
-        other = theirs[names[name]]
+    assert len(ours) == 6
+    for name in names.keys() & ours.keys():
+        value, other = ours[name], theirs[names[name]]
         assert abs(value - other) <= tolerance * max(1, abs(other)), (name, value, other)
 
 
 def their_metrics(one, other, **kwargs):
     return calculate_metrics(
-        input1=str(one), input2=str(other), isc=True, fid=True, prc=True, cuda=False, cache=False,
-        verbose=False, save_cpu_ram=True, **kwargs,
+        input1=str(one), input2=str(other), isc=True, fid=True, prc=True, kid=True, cuda=False,
+        cache=False, verbose=False, save_cpu_ram=True, **kwargs,
     )  # fmt: skip
 
 
 def test_all_metrics_agree_with_torch_fidelity(tmp_path):
-    """FID, IS, precision and recall of the same two folders, with the tiny extractor."""
+    """FID, IS, precision, recall and KID of the same two folders, with the tiny extractor."""
     one = folder(tmp_path / "one", pictures(60, 1))
     other = folder(tmp_path / "other", pictures(50, 2))
     extractor = Extractor("tiny")
     reference = load_reference(str(other), extractor, 24, tmp_path, workers=0)
     accumulator = Accumulator(extractor, 60, True, "torch-fidelity")
     ours = summarize(open_images(one), accumulator, None, 16, 0)
-    agree(
-        compare(ours, reference, extractor),
-        their_metrics(one, other, feature_extractor="tiny"),
-    )
+    found = compare(ours, reference, extractor)
+    found["kid"] = kernel_distance(ours.features, reference.features)
+    assert found.pop("kernel_distance") != found["kid"]
+    agree(found, their_metrics(one, other, feature_extractor="tiny", kid_subset_size=50))
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +148,11 @@ def test_inception_agrees_with_torch_fidelity(tmp_path, inception_weights):
         other,
         feature_extractor=INCEPTION,
         feature_layer_prc="2048",
+        kid_subset_size=20,
         feature_extractor_weights_path=str(inception_weights),
     )
     agree(compare(ours, reference, extractor), theirs)
+    assert Extractor(SPATIAL, str(inception_weights)).width == 17 * 17 * 7
 
 
 def statistics(features):

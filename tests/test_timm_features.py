@@ -1,6 +1,7 @@
 """Features of timm's classifiers. Run: pytest tests/test_timm_features.py"""
 
 import json
+from unittest import mock
 
 import pytest
 import timm
@@ -8,8 +9,9 @@ import torch
 from test_metrics import folder, pictures
 
 from util.evaluation import __main__ as door
-from util.evaluation.features import SMALLEST, Extractor, pick_weights
-from util.evaluation.metrics import pick_metrics
+from util.evaluation import features
+from util.evaluation.features import SMALLEST, Extractor, open_extractors
+from util.evaluation.metrics import INCEPTION, pick_metrics
 from util.evaluation.settings import Evaluation
 from util.flags import run
 
@@ -67,6 +69,30 @@ def test_a_network_of_one_size_is_given_it(file):
     assert network.enlarged(torch.zeros(1, 3, 200, 180)).shape[2:] == (160, 160)
 
 
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("vit_small_patch14_dinov2", True),
+        ("vit_small_patch14_reg4_dinov2", True),
+        ("vit_small_plus_patch16_dinov3", False),
+    ],
+)
+def test_dino(monkeypatch, name, token):
+    """At 224 pixels, without logits: the class token, or the mean of the patches, not registers."""
+    create, small = timm.create_model, {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    monkeypatch.setattr(timm, "create_model", lambda name, **how: create(name, **small))
+    extractor = Extractor(f"timm:{name}", img_size=32)
+    assert (extractor.width, extractor.classes) == (32, None)
+    images, network = torch.from_numpy(pictures(2, 0, side=32)), extractor.network
+    assert network.enlarged(torch.zeros(1, 3, 32, 32)).shape[2:] == (224, 224)
+    with mock.patch.object(network.model, "forward_head", wraps=network.model.forward_head) as head:
+        features, _ = extractor(images)
+    tokens = head.call_args.args[0]
+    patches = (224 // network.model.patch_embed.patch_size[0]) ** 2
+    expected = tokens[:, 0] if token else tokens[:, -patches:].mean(1)
+    torch.testing.assert_close(features, expected)
+
+
 def test_the_hash_knows_the_normalization(file, monkeypatch):
     """The same weights, but images normalized in another way: another hash."""
     before, create = Extractor(NAME, file).sha256, timm.create_model
@@ -107,6 +133,13 @@ def test_accuracy_is_left_out():
             ["--extractor", "grey-pixels", "--extractor_weights", "FILE"],
             "--extractor_weights FILE: the extractor grey-pixels has none",
         ),
+        (
+            ["--extractor", NAME, "--extractor_weights", "FILE", f"{NAME}=b"],
+            f"--extractor_weights FILE b: two files of {NAME}, expected",
+        ),
+        (["--extractor", "none"], "--extractor none: nothing can be measured; it is for the"),
+        (["--extractor", "none", NAME], f"--extractor none {NAME}: expected different extractors"),
+        (["--extractor", NAME, NAME], f"--extractor {NAME} {NAME}: expected different extractors"),
     ],
 )
 def test_wrong_flags(tmp_path, file, capsys, flags, expected):
@@ -119,8 +152,21 @@ def test_wrong_flags(tmp_path, file, capsys, flags, expected):
     assert capsys.readouterr().err.startswith("error: " + expected.replace("FILE", file))
 
 
-def test_weights_of_the_extractor_win():
-    """Over Inception's, which may be given as well."""
-    settings = Evaluation(extractor_weights="a", inception_weights="b")
-    assert pick_weights(NAME, settings) == "a"
-    assert pick_weights(NAME, settings.but(extractor_weights=None)) == "b"
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("a", ["a", None, "i"]),
+        (None, [None, None, "i"]),
+        (("a", "timm:two=b"), ["a", "b", "i"]),
+        (("timm:two=b", f"{NAME}=a", f"{INCEPTION}=c"), ["a", "b", "c"]),
+        ("timm:three=b", ["timm:three=b", None, "i"]),
+    ],
+)
+def test_which_file_is_whose(monkeypatch, given, expected):
+    """The file without a name is the main extractor's; Inception's flag is for it alone."""
+    opened = []
+    monkeypatch.setattr(features, "Extractor", lambda *given: opened.append(given[:2]))
+    settings = Evaluation(extractor_weights=given, inception_weights="i")
+    names = NAME, "timm:two", INCEPTION
+    open_extractors(names, settings)
+    assert opened == list(zip(names, expected, strict=True))

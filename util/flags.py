@@ -84,6 +84,13 @@ def assignment(text):
         return name, value
 
 
+class OneOrMore(argparse.Action):
+    """Keeps a single value as it is, and several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class Help(argparse.HelpFormatter):
     """Adds each flag's default to its help, unless the help already states it."""
 

@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 
 from util.data.classes import are_imagenet, are_none, spoken
-from util.evaluation.metrics import METRICS
+from util.evaluation.metrics import numbers_in
 from util.files import first_few
 from util.hub import LIBRARY
 
@@ -176,7 +176,7 @@ def metrics_table(results, sampling):
     results: lines of results.jsonl, all of one model. sampling: names of the settings of sampling.
     What was measured again takes the place of the earlier line.
     """
-    names = [name for metric, row in METRICS.items() for name in row.labels(metric)]
+    names = numbers_in(name for each in results for name in each)
     settings = ["images", *sampling, *MEASURED]
     results = {tuple(map(str, (each.get(k) for k in settings))): each for each in results}
     results = [each for each in results.values() if any(name in each for name in names)]

@@ -16,9 +16,9 @@ def setting(default, help, flag=None, **details):
     """A field of a Settings class.
 
     help: help text of its flag. flag: name of the flag, if it differs from the field's; "" for no
-    flag. details: `type`, `choices`, `metavar`, `nargs` as in argparse; `otherwise`, the meaning of
-    None, in words; `both`, whether a flag that is on or off has a --no-… as well; any other is a
-    property that the class documents, such as `fixed` of models.settings.Model.
+    flag. details: `type`, `choices`, `metavar`, `nargs`, `action` as in argparse; `otherwise`, the
+    meaning of None, in words; `both`, whether a flag that is on or off has a --no-… as well; any
+    other is a property that the class documents, such as `fixed` of models.settings.Model.
     """
     return dataclasses.field(default=default, metadata={"help": help, "flag": flag, **details})
 
@@ -66,7 +66,7 @@ class Settings:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-_ARGPARSE = ("type", "choices", "metavar", "nargs")
+_ARGPARSE = ("type", "choices", "metavar", "nargs", "action")
 
 
 def add_flags(group, cls, only=None, unset=None, **defaults):

@@ -4,6 +4,7 @@ IMAGES is a folder of images or an .npz; REFERENCE is either, an .npz of statist
 `sigma`: ADM's, or the official repository's), or a data set: a folder with train/class/image.
 """
 
+from util.data import check_data_set
 from util.data.settings import PLAIN_NAMES, Reading, plain_reading
 from util.evaluation.settings import Evaluation
 from util.files import make_folder
@@ -22,6 +23,12 @@ def get_parser():
         "--output_dir",
         metavar="DIR",
         help="append the metrics to results.jsonl in this folder (default: print only)",
+    )
+    parser.add_argument(
+        "--data_path",
+        metavar="PATH",
+        help="the data set whose training images are measured for comparison, and looked for among "
+        "the images by --metrics memorization (default: that of --reference)",
     )
     add_size_flag(
         parser,
@@ -42,6 +49,8 @@ def main(argv=None):
     from util.evaluation.image_sets import open_images
 
     device = dist.init(args.device)
+    if args.data_path:
+        check_data_set(args.data_path)
     if args.output_dir:
         make_folder(args.output_dir, "--output_dir")
         last_words.set_folder(args.output_dir, "evaluation")
@@ -49,6 +58,7 @@ def main(argv=None):
     images = open_images(args.images, args.img_size, reading)
     evaluator = open_evaluator(
         from_flags(Evaluation, args),
+        args.data_path,
         img_size=images[0][0].shape[:2],
         num_images=len(images),
         device=device,

@@ -10,7 +10,8 @@ from torch.utils.data import Subset
 from util import dist
 from util.dist import print0
 from util.evaluation.accumulator import summarize
-from util.evaluation.references import kept_path
+from util.evaluation.kept import kept_path
+from util.evaluation.metrics import AT, OF_UNSEEN
 from util.files import first_line, replacing
 
 SEAL = "sha256"  # entry of a cache file, of the others
@@ -39,11 +40,12 @@ def _kept_and_missing(evaluator, kept):
     for name, row in evaluator.rows.items():
         extractor = evaluator.extractor_of(row).name
         held, reference = kept[extractor], evaluator.references[extractor]
-        if "labels" in row.needs:
+        if OF_UNSEEN & {*row.needs}:
             # a classifier has seen the images it was trained on, but not those of the reference
-            found |= row.numbers(name, reference, reference)
-        elif row.labels(name).keys() <= held.keys():
-            found |= {key: held[key] for key in row.labels(name)}
+            own = {extractor: reference}
+            found |= evaluator.metrics(own, {name: row}) if dist.is_main() else {}
+        elif {*map(_plain, row.labels(name))} <= held.keys():
+            found |= {key: held[_plain(key)] for key in row.labels(name)}
         else:
             missing[name] = row
     return found, missing
@@ -60,10 +62,15 @@ def _keep(evaluator, rows, found, kept, paths):
     """Add the numbers of these rows to the cache files, one per extractor."""
     for name, row in rows.items() if dist.is_main() else ():
         extractor = evaluator.extractor_of(row).name
-        kept[extractor] |= {key: found[key] for key in row.labels(name)}
+        kept[extractor] |= {_plain(key): found[key] for key in row.labels(name)}
         sealed = {**kept[extractor], SEAL: _seal(kept[extractor])}
         with replacing(paths[extractor]) as beside:
             beside.write_text(json.dumps(sealed))
+
+
+def _plain(key):
+    """The name of a number in a file, which is of one extractor anyway."""
+    return key.partition(AT)[0]
 
 
 def _path(evaluator, extractor, source, dataset, count):

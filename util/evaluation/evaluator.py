@@ -11,10 +11,16 @@ from util.data.settings import PLAIN
 from util.dist import print0
 from util.evaluation.accumulator import Accumulator, Measurement
 from util.evaluation.baseline import measure_baseline
-from util.evaluation.features import Extractor, pick_extractor, pick_weights
+from util.evaluation.features import NONE, described, open_extractors, pick_extractors
+from util.evaluation.fitted import Labelled
 from util.evaluation.image_sets import RealImages
-from util.evaluation.metrics import INCEPTION, NEEDS, pick_metrics
-from util.evaluation.references import check_reference, find_reference, load_reference
+from util.evaluation.metrics import NEEDS, pick_metrics
+from util.evaluation.references import (
+    add_training,
+    check_reference,
+    find_reference,
+    load_reference,
+)
 from util.evaluation.reports import caveats, report
 from util.evaluation.settings import Evaluation
 from util.precision import full_precision
@@ -32,6 +38,7 @@ class Evaluator:
     chosen: dict  # name -> Metric, according to the settings
     references: dict = field(default_factory=dict)  # name of an extractor -> Reference, or empty
     baseline: tuple | None = None  # (metrics, number of images) of real training images
+    classes: list | None = None  # names of those that labels of images denote, if known
 
     @property
     def extractor(self):
@@ -66,10 +73,14 @@ class Evaluator:
             "reference": reference,
             "features": True,
             "reference features": reference and reference.has_images,
+            "training features": reference and reference.has_training,
             "logits": extractor.classes,
-            "labels": extractor.classes,
+            "labels": extractor.classes and self._knows_labels(extractor),
         }
         return [need for need in row.needs if not there[need]]
+
+    def _knows_labels(self, extractor):
+        return None in (extractor.names, self.classes) or extractor.names == list(self.classes)
 
     def start(self, num_images, rows=None):
         """A Measurement of num_images images by `rows` (default: all).
@@ -98,7 +109,7 @@ class Evaluator:
             extractor = self.extractor_of(row)
             device = torch.device(extractor.device)
             held = summaries[extractor.name], self.references.get(extractor.name)
-            if {"features", "reference features"} & {*row.needs}:
+            if {need for need in row.needs if need.endswith("features")}:
                 held = [_features_on(device, each) for each in held]
             with full_precision(device.type):  # distances are differences of products
                 found |= row.numbers(name, *held)
@@ -107,16 +118,13 @@ class Evaluator:
     def stated(self, num_images):
         """Entries of every report on num_images images."""
         reference = self.reference
-        more = {each.name: each.sha256 for each in self.extractors.values()}
         return {
             "images": num_images,
             "reference": reference.name if reference else None,
             "reference_images": reference.num_images if reference else None,
             "reference_sha256": reference.sha256 if reference else None,
-            "extractor": self.extractor.name,
-            "extractor_sha256": more.pop(self.extractor.name),
             "isc_splits": self.settings.isc_splits,
-            **({"more_extractors": more} if more else {}),
+            **described(self.extractors),
         }
 
     def notes(self, num_images):
@@ -147,9 +155,9 @@ class Evaluator:
 
 def _features_on(device, held):
     """A Summary or a Reference with its features on a device; None stays None."""
-    if held is None or held.features is None:
-        return held
-    return replace(held, features=held.features.to(device))
+    names = ("features", "training") if held else ()
+    found = {name: getattr(held, name, None) for name in names}
+    return held and replace(held, **{k: v.to(device) for k, v in found.items() if v is not None})
 
 
 def open_evaluator(
@@ -173,30 +181,28 @@ def open_evaluator(
     print0(_say_reference(settings.reference, source, why))
     if source:
         check_reference(source)  # quick, before weights are downloaded
-    own = pick_extractor(settings.extractor, source, data_path)
-    chosen = pick_metrics(settings.metrics, own)
-    extractors = _open_extractors(settings, own, chosen, img_size, device)
-    evaluator = Evaluator(settings, extractors, chosen)
+    names = pick_extractors(settings, source, data_path)
+    if not names:
+        raise ValueError(
+            f"--extractor {NONE}: nothing can be measured; it is for the training of a tokenizer"
+        )
+    chosen = pick_metrics(settings.metrics, *names)
+    labelled = Labelled.of(source, data_path, open_set, settings.stats_dir)
+    more = [row.extractor for row in chosen.values() if row.extractor]
+    extractors = open_extractors(names, settings, device, img_size, labelled, more)
+    evaluator = Evaluator(settings, extractors, chosen, classes=classes)
     evaluator.start(num_images)  # raises for too few images before the reference is read
     data_path = data_path or (source if is_reference_set(source) else None)
     real, data_path = None, data_path and str(data_path)
     if source:
         real = open_set(data_path) if has_images(data_path) else None
         _add_references(evaluator, source, real, data_path, img_size, reading)
+    if real:
+        _add_training(evaluator, real, data_path)
     _check_chosen(evaluator, num_images)
     if real:
         evaluator.baseline = measure_baseline(evaluator, data_path, real, num_images)
     return evaluator
-
-
-def _open_extractors(settings, own, chosen, img_size, device):
-    """Name -> Extractor: the main one first, then those that metrics name, each once."""
-    opened = {own: Extractor(own, pick_weights(own, settings), device, img_size)}
-    for name in {row.extractor: None for row in chosen.values() if row.extractor}:
-        if name not in opened:
-            weights = settings.inception_weights if name == INCEPTION else None
-            opened[name] = Extractor(name, weights, device, img_size)
-    return opened
 
 
 def _add_references(evaluator, source, real, data_path, img_size, reading):
@@ -208,6 +214,16 @@ def _add_references(evaluator, source, real, data_path, img_size, reading):
         evaluator.references[name] = load_reference(
             source, extractor, img_size, evaluator.settings.stats_dir, own=own, **how
         )
+
+
+def _add_training(evaluator, real, data_path):
+    """Add features of the training images to the references in whose features they are needed."""
+    for name, reference in evaluator.references.items():
+        rows = [row for row in evaluator.chosen.values() if "training features" in row.needs]
+        extractor = evaluator.extractors[name]
+        if reference.has_images and extractor in map(evaluator.extractor_of, rows):
+            how = data_path, real, extractor, evaluator.settings.stats_dir
+            evaluator.references[name] = add_training(reference, *how)
 
 
 def _say_reference(asked, source, why):

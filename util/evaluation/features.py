@@ -1,8 +1,8 @@
 """Feature extractors: from images to the features in which sets of images are compared.
 
-Any extractor of torch-fidelity by its name, any classifier of timm as `timm:NAME`, or a row of
-EXTRACTORS, small ones defined here. An Extractor has the hash of its weights, so that metrics in
-different features cannot be mixed.
+Any extractor of torch-fidelity by its name, any network of timm as `timm:NAME`, or a row of
+EXTRACTORS, ours. An Extractor has the hash of its weights, so that metrics in different features
+cannot be mixed.
 """
 
 import copy
@@ -17,7 +17,8 @@ from torch import nn
 from util.classifier import fit_classifier
 from util.data import kind_of
 from util.data.digits import digits
-from util.evaluation.metrics import INCEPTION, TIMM
+from util.evaluation.fitted import FittedClassifier
+from util.evaluation.metrics import INCEPTION, SPATIAL, TIMM
 from util.sizes import sides
 from util.table import Table
 from util.timm_models import open_timm
@@ -31,21 +32,57 @@ INCEPTION_URL = (
 # tf_efficientnet_lite0 recognizes 25% of pictures of 64 pixels, at 96 42%, at 224, for five times
 # the time, 48%.
 SMALLEST = 96
+# To this size networks without a classifier are set that are made for a larger one, as DINOv2's for
+# 518 pixels: distances in its features are published at 224 pixels (Stein et al. 2023).
+LARGEST = 224
+NONE = "none"  # as an --extractor: no features at all
 
 
-def pick_extractor(name, *sources):
-    """The name of the extractor; if None, the usual one for the data sets or references."""
+def pick_extractors(settings, *sources):
+    """Names of the extractors by an Evaluation, the main one first; () if there are to be none.
+
+    If it names none, the usual one for the data sets or references. Raises ValueError.
+    """
     usual = [kind.extractor for kind in map(kind_of, sources) if kind and kind.extractor]
-    return name or next(iter(usual), INCEPTION)
+    names = settings.extractors or (next(iter(usual), INCEPTION),)
+    if names == (NONE,):
+        return ()
+    if NONE in names or len(set(names)) < len(names):
+        raise ValueError(f"--extractor {' '.join(names)}: expected different extractors, or none")
+    return names
 
 
-def pick_weights(name, settings):
-    """The file of an extractor's weights, or None, by an Evaluation. Raises ValueError."""
-    if settings.extractor_weights and name in EXTRACTORS:
-        raise ValueError(
-            f"--extractor_weights {settings.extractor_weights}: the extractor {name} has none"
-        )
-    return settings.extractor_weights or settings.inception_weights
+def open_extractors(names, settings, device="cpu", img_size=8, data=None, more=()):
+    """Name -> Extractor, by an Evaluation. Raises ValueError.
+
+    more: names of those in which further metrics are; for the other arguments see Extractor.
+    """
+    files = settings.files(names) if names else {}
+    for name, file in files.items():
+        if not _has_weights(name):
+            raise ValueError(f"--extractor_weights {file}: the extractor {name} has none")
+    for name in {INCEPTION, SPATIAL} - {*files}:
+        files[name] = settings.inception_weights
+    opened = dict.fromkeys([*names, *more])
+    return {name: Extractor(name, files.get(name), device, img_size, data) for name in opened}
+
+
+def described(extractors):
+    """Entries of reports on the extractors that were used, name -> Extractor."""
+    if not extractors:
+        return {"extractor": NONE}
+    (name, sha256), *more = [(each.name, each.sha256) for each in extractors.values()]
+    found = {"extractor": name, "extractor_sha256": sha256}
+    return found | ({"more_extractors": dict(more)} if more else {})
+
+
+def _has_weights(name):
+    return name not in EXTRACTORS or "weights" in _needs(EXTRACTORS[name])
+
+
+def _needs(row):
+    """What a row of EXTRACTORS is opened with: names of arguments."""
+    return getattr(row, "needs", ())
 
 
 class Extractor:
@@ -53,19 +90,24 @@ class Extractor:
 
     name: in EXTRACTORS or in torch-fidelity's registry, or `timm:` and a name of timm. weights: a
     file of a published network's; without it, they are downloaded. img_size: side of the images, or
-    (height, width), which determines the number of features of grey-pixels. Raises ValueError for
+    (height, width), which determines the number of features of grey-pixels. data: the
+    `fitted.Labelled` images that `classifier` is fitted on, if there are any. Raises ValueError for
     an unknown name, or unavailable weights.
 
-    Attributes: `width` is D, `classes` K or None, `sha256` the hash of the weights. Features and
-    logits are on `device`.
+    Attributes: `width` is D, `classes` K or None, `names` those of the classes, if known, `sha256`
+    the hash of the weights, `stored` the names of its statistics in files that hold those of
+    several. Features and logits are on `device`.
     """
 
-    def __init__(self, name=INCEPTION, weights=None, device="cpu", img_size=8):
+    def __init__(self, name=INCEPTION, weights=None, device="cpu", img_size=8, data=None):
         self.name, self.device = name, device
+        given = {"weights": weights, "data": data, "device": device}
         if name in EXTRACTORS:
-            network = EXTRACTORS[name]()
+            row = EXTRACTORS[name]
+            network = row(**{key: given[key] for key in _needs(row)})
         else:
             network = (_classifier if name.startswith(TIMM) else _published)(name, weights)
+        self.stored, self.names = (getattr(network, key, None) for key in ("stored", "names"))
         self.network = network.to(device)
         self.sha256 = digest(self.network.state_dict())
         features, logits = self(torch.zeros(1, *sides(img_size), 3, dtype=torch.uint8))
@@ -78,8 +120,8 @@ class Extractor:
         return outputs[0], outputs[1] if len(outputs) > 1 else None
 
 
-def _published(name, weights):
-    """torch-fidelity's network, with the layers that it uses for the FID and the IS."""
+def _published(name, weights, layers=None):
+    """torch-fidelity's network, with the layers that it uses for the FID and the IS, or others."""
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
     from torch_fidelity.utils import create_feature_extractor
 
@@ -88,7 +130,7 @@ def _published(name, weights):
         raise ValueError(f"extractor {name!r}: expected one of {known}, timm:NAME")
     file = weights and _reread(weights)
     layer_for = FEATURE_EXTRACTORS_REGISTRY[name].get_default_feature_layer_for_metric
-    layers = list(dict.fromkeys([layer_for("fid"), layer_for("isc")]))
+    layers = layers or list(dict.fromkeys([layer_for("fid"), layer_for("isc")]))
     try:
         with never_unpickling():
             return create_feature_extractor(
@@ -135,7 +177,8 @@ def _unavailable(name, weights, error):
         return f"{weights}: not the weights of {name} ({reason})"
     advice = (
         f"download {INCEPTION_URL} elsewhere and pass it as --inception_weights FILE, "
-        "or choose an --extractor that needs none, such as grey-pixels"
+        "or choose an --extractor that needs none: classifier, fitted on labelled data, or "
+        "grey-pixels; for the training of a tokenizer alone, none"
     )
     if name != INCEPTION:
         advice = "torch-fidelity fetches them where there is a network"
@@ -147,12 +190,19 @@ def _classifier(name, weights):
 
 
 class Classifier(nn.Module):
-    """A model of timm: the features that its classifier is given, and the logits, if it has one."""
+    """A model of timm: the features that its classifier is given, and the logits, if it has one.
+
+    Of those without one, what timm has a classifier given: of DINOv2 the class token, of DINOv3 the
+    mean of the patches.
+    """
 
     def __init__(self, model):
         super().__init__()
         self.model, own = model, model.pretrained_cfg
         self.side = own["input_size"][1:] if own.get("fixed_input_size") else None
+        if self.side and min(self.side) > LARGEST and not model.num_classes:
+            self.side = LARGEST, LARGEST
+            model.set_input_size(self.side)  # interpolates position embeddings
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(own[name]).view(-1, 1, 1))
 
@@ -172,6 +222,31 @@ class Classifier(nn.Module):
         if tuple(size) == (height, width):
             return images
         return F.interpolate(images, size=size, mode="bicubic", antialias=True)
+
+
+class Spatial(nn.Module):
+    """What the sFID compares (Nash et al. 2021): Inception's features at 17×17 places.
+
+    The first 7 channels of the layer that is called mixed_6/conv in the graph of ADM's evaluator,
+    and in its order: rows, columns, channels.
+    """
+
+    needs, stored = ("weights",), ("mu_s", "sigma_s")
+
+    def __init__(self, weights):
+        super().__init__()
+        self.network = _published(INCEPTION, weights, ["768"])  # of the last layer of this width
+
+    def forward(self, images):
+        """Images uint8 (N, 3, H, W) to features (N, 2023)."""
+        found = []
+        layer = self.network.Mixed_6d.branch1x1
+        hook = layer.register_forward_hook(lambda *call: found.append(call[-1]))
+        try:
+            self.network(images)
+        finally:
+            hook.remove()
+        return (found[0][:, :7].permute(0, 2, 3, 1).flatten(1).float(),)
 
 
 class GreyPixels(nn.Module):
@@ -216,12 +291,15 @@ def _digits_classifier():
     return fit_classifier(*digits("train").tensors, classes=10)
 
 
-# name -> module from images uint8 (N, 3, H, W) to (features (N, D),) or (features, logits (N, K))
+# name -> module from images uint8 (N, 3, H, W) to (features (N, D),) or (features, logits (N, K)).
+# Its attribute `needs`, if it has one: which of weights, data and device it is opened with.
 EXTRACTORS = Table(
     "extractor",
     {
         "grey-pixels": GreyPixels,
         "coarse-pixels": CoarsePixels,
         "digits-classifier": DigitsClassifier,
+        "classifier": FittedClassifier,
+        SPATIAL: Spatial,
     },
 )

@@ -8,13 +8,17 @@ Flags choose from METRICS before torch is loaded, so functions import what they 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from util.table import Table
 
 INCEPTION = "inception-v3-compat"  # the extractor with which a Fréchet distance is the FID
-TIMM = "timm:"  # begins the name of an extractor that is a classifier of timm
+SPATIAL = "inception-v3-spatial"  # and that with which it is the sFID
+TIMM = "timm:"  # begins the name of an extractor that is a network of timm
+AT = "@"  # between the name of a number and the extractor, if that is not the main one
 NEIGHBORS = 3  # Kynkäänniemi et al. 2019
+KID_SUBSETS, KID_IMAGES = 100, 1000  # Bińkowski et al. 2018, and images in each subset
+COMPARED = 512  # images whose distances to all others are computed at once
 SSIM_WINDOW = 11  # pixels; Wang et al. 2004
 SPLITS = ("torch-fidelity", "adm")  # of the Inception Score, see RunningInceptionScore
 NEEDS = {
@@ -23,7 +27,10 @@ NEEDS = {
     "reference features": "a reference with images, not statistics alone",
     "logits": "an extractor with classes",
     "labels": "an extractor whose classes are the labels; left out if these are unknown",
+    "training features": "training images (--data_path), and a reference of other images",
 }
+# of a metric of which real training images say nothing: that of the reference's is shown instead
+OF_UNSEEN = {"labels", "training features"}
 
 
 # ---- numbers --------------------------------------------------------------------------------
@@ -91,6 +98,57 @@ def precision_recall(*, generated, real, neighbors=NEIGHBORS):
     return found["precision"], found["recall"]
 
 
+def kernel_distance(generated, real):
+    """The squared maximum mean discrepancy of features (N, D) and (M, D) in a cubic kernel.
+
+    With Inception's features it is the KID (Bińkowski et al. 2018): the unbiased estimate, averaged
+    over 100 subsets of 1,000 images, or of as many as there are, drawn with a fixed seed. Raises
+    ValueError for too few images.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(KID_IMAGES, len(generated), len(real))
+    if size < 2:
+        raise ValueError(f"{size} images: expected at least 2, for a kernel distance")
+    same = size == len(generated) == len(real)  # then so are all subsets
+    found = kid_features_to_metric(
+        generated.cpu().double(),
+        real.cpu().double(),
+        kid_subsets=1 if same else KID_SUBSETS,
+        kid_subset_size=size,
+        verbose=False,
+    )
+    return found["kernel_inception_distance_mean"]
+
+
+def memorization(generated, held_out, training):
+    """How often a sample is nearer to the training images than a held-out image is: in [0, 1].
+
+    The fraction of pairs of a sample and a held-out image in which the sample has the smaller
+    distance to its nearest training image; equal distances count half. 0.5 is that of held-out
+    images themselves, 1 that of copies; less than 0.5 have samples unlike any image. It is the
+    Mann-Whitney statistic of Meehan et al. 2020 (section 2), over the whole space instead of cells.
+    Features are (N, D), (H, D) and (T, D).
+    """
+    import torch
+
+    ours, theirs = (nearest(each, training) for each in (generated, held_out))
+    theirs = theirs.sort().values
+    least, most = (torch.searchsorted(theirs, ours, right=right) for right in (False, True))
+    beyond = 1 - (least + most).cpu().double() / (2 * len(theirs))  # fraction, for each sample
+    return beyond.mean().item()
+
+
+def nearest(features, others):
+    """The distance of each of the features (N, D) to the nearest of others (M, D): (N,)."""
+    import torch
+
+    half = others.square().sum(1) / 2
+    found = [(half - some @ others.T).argmin(1) for some in features.split(COMPARED)]
+    # from the difference: products do not give 0 for a copy
+    return (features - others[torch.cat(found)]).norm(dim=1)
+
+
 def psnr(images1, images2):
     """Peak signal-to-noise ratio in dB of images (N, C, H, W) in [−1, 1]: (N,)."""
     error = (images1.double() - images2.double()).square().flatten(1).mean(1)
@@ -130,10 +188,11 @@ class Metric:
     label: str | dict  # in plots; for several numbers name -> label, None if not plotted
     compute: Callable  # (generated: Summary, reference: Reference) -> number, or tuple of numbers
     needs: tuple = ()  # names in NEEDS
-    extractor: str | None = None  # whose features it uses; None: the main extractor's
-    fits: Callable = lambda extractor: True  # whether it fits the main extractor
+    extractor: str | None = None  # whose features it uses; None: those of --extractor
+    fits: Callable = lambda extractor: True  # whether it fits one of --extractor
     least: int = 2  # images
     distance: bool = False  # whether it is one number, and lower is better
+    usual: bool = True  # whether it is computed without --metrics
 
     def __post_init__(self):
         assert set(self.needs) <= set(NEEDS), f"needs {self.needs}, expected some of {[*NEEDS]}"
@@ -141,6 +200,14 @@ class Metric:
     def labels(self, name):
         """Name -> label of the numbers that this row, called `name`, produces."""
         return {name: self.label} if isinstance(self.label, str) else self.label
+
+    def within(self, name, extractor):
+        """The row of the same metric, called `name`, in the features of a further extractor."""
+        labels = {
+            f"{key}{AT}{extractor}": label and f"{label}, {extractor}"
+            for key, label in self.labels(name).items()
+        }
+        return replace(self, label=labels, extractor=extractor)
 
     def numbers(self, name, generated, reference):
         """Name -> number, without those that are unavailable for these images."""
@@ -166,6 +233,20 @@ def _precision_recall(generated, reference):
     return precision_recall(generated=generated.features, real=reference.features)
 
 
+def _kid(generated, reference):
+    return kernel_distance(generated.features, reference.features)
+
+
+def _kernel_distance(generated, reference):
+    """In features of mean square 1, as their scale decides what a cubic kernel sees."""
+    size = reference.features.square().mean().sqrt()
+    return kernel_distance(generated.features / size, reference.features / size)
+
+
+def _memorization(generated, reference):
+    return memorization(generated.features, reference.features, reference.training)
+
+
 def _is_inception(extractor):
     return extractor == INCEPTION
 
@@ -179,6 +260,7 @@ def _knows_labels(extractor):
     return extractor != INCEPTION and not extractor.startswith(TIMM)
 
 
+_BOTH = ("features", "reference features")
 METRICS = Table(
     "metric",
     {
@@ -193,6 +275,7 @@ METRICS = Table(
             extractor="grey-pixels",
             distance=True,
         ),
+        "sfid": Metric("sFID", _distance, ("reference",), extractor=SPATIAL, distance=True),
         "inception_score": Metric(
             {"inception_score": "IS", "inception_score_std": None}, _inception_score, ("logits",)
         ),
@@ -200,18 +283,31 @@ METRICS = Table(
         "precision_recall": Metric(
             {"precision": "precision", "recall": "recall"},
             _precision_recall,
-            ("features", "reference features"),
+            _BOTH,
             least=NEIGHBORS + 1,
+        ),
+        "kid": Metric("KID", _kid, _BOTH, fits=_is_inception, distance=True),
+        "kernel_distance": Metric(
+            "kernel distance", _kernel_distance, _BOTH, fits=_is_other, distance=True
+        ),
+        "memorization": Metric(
+            "memorization",
+            _memorization,
+            (*_BOTH, "training features"),
+            usual=False,
         ),
     },
 )
 
 
-def labels():
-    """Name -> label of all numbers shown in plots and tables of sweeps, in the order of rows."""
-    found = {}
-    for name, row in METRICS.rows():
-        found |= row.labels(name)
+def labels(names=None):
+    """Name -> label of the numbers shown in plots and tables of sweeps, in the order of rows.
+
+    names: those of a record, in whatever features; None for all, in those of the main extractor.
+    """
+    found = _all_labels()
+    if names is not None:
+        found = {name: _label(found, name) for name in numbers_in(names)}
     return {name: label for name, label in found.items() if label}
 
 
@@ -227,19 +323,44 @@ def ranking(found):
             yield f"{metric}: best is {best}, then {', '.join(others)}"
 
 
-def pick_metrics(names, extractor):
-    """Name -> Metric for these names; for None, all metrics in the features of the extractor.
+def numbers_in(names):
+    """Those of the names that are of numbers, in whatever features, in the order of rows."""
+    names = [*dict.fromkeys(names)]
+    return [name for key in _all_labels() for name in names if _is_of(name, key)]
 
-    extractor: name of the main extractor. Raises ValueError for a name that is not a metric, or
-    that does not fit this extractor.
+
+def _all_labels():
+    return {key: label for name, row in METRICS.rows() for key, label in row.labels(name).items()}
+
+
+def _is_of(name, key):
+    """Whether a name is `key`, or that in further features."""
+    return name == key or name.startswith(key + AT)
+
+
+def _label(labels, name):
+    key, _, extractor = name.partition(AT)
+    return labels[key] and ", ".join([labels[key], *filter(None, [extractor])])
+
+
+def pick_metrics(names, extractor, *others):
+    """Name -> Metric for these names; for None, the usual metrics in the features of the extractor.
+
+    extractor: name of the main extractor. others: names of further ones: their rows, of the metrics
+    that fit them, are called NAME@EXTRACTOR. Raises ValueError for a name that is not a metric, or
+    that fits none of them.
     """
-    fitting = {n: row for n, row in METRICS.rows() if row.extractor or row.fits(extractor)}
-    if names is None:
-        return {name: row for name, row in fitting.items() if row.extractor is None}
-    for name in names:
-        if METRICS[name] is not fitting.get(name):
+    usual = [name for name, row in METRICS.rows() if row.usual and not row.extractor]
+    rows = {name: METRICS[name] for name in (usual if names is None else names)}
+    chosen = {name: row for name, row in rows.items() if row.extractor or row.fits(extractor)}
+    for other in others:
+        fitting = {n: row for n, row in rows.items() if not row.extractor and row.fits(other)}
+        chosen |= {f"{n}{AT}{other}": row.within(n, other) for n, row in fitting.items()}
+    for name in names or ():
+        if not any(_is_of(key, name) for key in chosen):
+            fitting = [n for n, row in METRICS.rows() if row.extractor or row.fits(extractor)]
             raise ValueError(
                 f"metric {name!r}: is not for the extractor {extractor}, expected some of "
                 f"{', '.join(fitting)}"
             )
-    return {name: fitting[name] for name in names}
+    return chosen

@@ -10,6 +10,7 @@ from util import dist
 from util.data.loader import plain_loader
 from util.evaluation.accumulator import Accumulator, RunningStatistics
 from util.evaluation.metrics import (
+    AT,
     INCEPTION,
     SSIM_WINDOW,
     code_use,
@@ -64,19 +65,24 @@ def evaluate_tokenizer(
     device,
     seed=0,
     per_channel=False,
+    more=(),
 ):
     """Encode, sample and decode every image of a data set of (image in [−1, 1], label).
 
+    extractor: an Extractor, or None for no distances. more: further ones.
+
     Returns (metrics, pairs) on rank 0, elsewhere ({}, None). Metrics: `rfid` (`rfd` for features
-    other than Inception's), the Fréchet distance between decoded and original images; `psnr` in dB
-    and `ssim`, means over the images; `latent_mean` and `latent_std` over all elements of the raw
-    latents, and `latent_scale`, one over that standard deviation. With per_channel also
-    `scale_per_channel` and `shift_per_channel`, lists that normalize every channel. A discrete
-    tokenizer instead has `codes_used`, the fraction of codes in use, and `code_perplexity`, exp of
-    the entropy of their frequencies. pairs: uint8 (2n, H, W, 3), each of a few images followed by
-    its reconstruction. Random draws for image i depend on (seed, i) only.
+    other than Inception's), the Fréchet distance between decoded and original images, with `@` and
+    the name of further extractors in theirs; `psnr` in dB and `ssim`, means over the images;
+    `latent_mean` and `latent_std` over all elements of the raw latents, and `latent_scale`, one
+    over that standard deviation. With per_channel also `scale_per_channel` and `shift_per_channel`,
+    lists that normalize every channel. A discrete tokenizer instead has `codes_used`, the fraction
+    of codes in use, and `code_perplexity`, exp of the entropy of their frequencies. pairs: uint8
+    (2n, H, W, 3), each of a few images followed by its reconstruction. Random draws for image i
+    depend on (seed, i) only.
     """
-    quality = _Quality(extractor, len(dataset), device)
+    extractors = [extractor, *more] if extractor else more
+    quality = _Quality(extractors, len(dataset), device)
     channels = tokenizer.channels if per_channel else None
     latent = _CodeUse if tokenizer.num_codes else _LatentMetrics
     latent = latent(tokenizer.num_codes or channels, device)
@@ -108,9 +114,11 @@ def _own_images(dataset, batch_size, num_workers, device):
 class _Quality:
     """Metrics that compare decoded images with the originals."""
 
-    def __init__(self, extractor, count, device):
-        self.name = "rfid" if extractor.name == INCEPTION else "rfd"
-        self.real, self.decoded = (Accumulator(extractor, count) for _ in range(2))
+    def __init__(self, extractors, count, device):
+        self.features = {  # name of a distance -> sums of the real and of the decoded images
+            _distance_name(each, extractors): [Accumulator(each, count) for _ in range(2)]
+            for each in extractors
+        }
         self.place = float64_device(device)
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.place)  # of PSNR and SSIM
         self.count, self.has_ssim = count, False
@@ -123,21 +131,27 @@ class _Quality:
         if self.has_ssim:
             self.sums[1] += ssim(images, decoded).sum()
         both = [to_uint8(x) for x in (images, decoded)]
-        self.real.add(indices, both[0])
-        self.decoded.add(indices, both[1])
+        for pair in self.features.values():
+            for accumulator, shown in zip(pair, both, strict=True):
+                accumulator.add(indices, shown)
         return both
 
     def result(self):
         """Metrics of all processes: name -> number, {} except on rank 0."""
         dist.wait()
         dist.all_reduce(self.sums)
-        real, decoded = self.real.summary(), self.decoded.summary()
+        pairs = [[each.summary().statistics for each in pair] for pair in self.features.values()]
         if not dist.is_main():
             return {}
-        distance = frechet_distance(decoded.statistics, real.statistics)
+        distances = [frechet_distance(decoded, real) for real, decoded in pairs]
         mean_psnr, mean_ssim = (self.sums / self.count).tolist()
-        metrics = {self.name: distance, "psnr": mean_psnr}
+        metrics = {**dict(zip(self.features, distances, strict=True)), "psnr": mean_psnr}
         return metrics | ({"ssim": mean_ssim} if self.has_ssim else {})
+
+
+def _distance_name(extractor, extractors):
+    name = "rfid" if extractor.name == INCEPTION else "rfd"
+    return name if extractor is extractors[0] else f"{name}{AT}{extractor.name}"
 
 
 class _LatentStatistics:

@@ -1,9 +1,7 @@
 """References that generated images are compared with: a folder, an .npz, or a data set."""
 
-import glob
 import hashlib
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +14,15 @@ from util.data.classes import are_imagenet
 from util.data.settings import PLAIN
 from util.dist import print0
 from util.evaluation.accumulator import WORKERS, Accumulator, summarize
-from util.evaluation.features import pick_extractor
+from util.evaluation.features import pick_extractors
 from util.evaluation.image_sets import RealImages, open_images, open_npz
+from util.evaluation.kept import kept_path
 from util.evaluation.metrics import INCEPTION
 from util.files import replacing
 from util.sizes import shown
 
 MANIFOLD_IMAGES = 10_000  # of a data set, for precision and recall, as in ADM's reference
+TRAINING_IMAGES = 100_000  # of a data set, in which copies are looked for
 
 
 @dataclass
@@ -36,6 +36,8 @@ class Reference:
     accuracy: float | None = None  # of the extractor's classifier on the images
     statistics: dict | None = field(default=None, repr=False)
     features: torch.Tensor | None = field(default=None, repr=False)  # (M, D)
+    has_training: bool = False  # whether there are features of training images, other than these
+    training: torch.Tensor | None = field(default=None, repr=False)  # (T, D)
 
 
 def find_reference(settings, data_path, img_size, open_set, classes):
@@ -49,7 +51,7 @@ def find_reference(settings, data_path, img_size, open_set, classes):
         return (None, "") if source in (None, "none") else (str(source), "")
     published = Path("fid_stats") / f"adm_in{shown(img_size)}_stats.npz"
     images = str(data_path) if has_images(data_path) else None
-    if pick_extractor(settings.extractor, data_path) != INCEPTION:
+    if INCEPTION not in pick_extractors(settings, data_path)[:1]:
         return images, "ADM's statistics are of Inception's features"
     if not published.is_file():
         return images, f"there is no {published}"
@@ -73,7 +75,7 @@ def load_reference(
     check_reference(source)
     if dataset or is_reference_set(source):
         dataset = dataset or RealImages(source, kind_of(source).held_out, img_size, reading)
-        held = _data_reference(source, dataset, extractor, cache, workers)
+        held = _data_features(source, dataset, extractor, cache, workers)
     else:
         held = _path_reference(Path(source), extractor, img_size, workers, own, reading)
     if not dist.is_main():
@@ -83,6 +85,19 @@ def load_reference(
         held["sha256"] = hashlib.sha256(arrays["statistics"]["mu"].tobytes()).hexdigest()
         held["has_images"] = arrays["features"] is not None
     return Reference(name=str(source), **dist.broadcast(held), **arrays)
+
+
+def add_training(reference, source, dataset, extractor, cache, workers=WORKERS):
+    """The Reference, with the features of the training images of the data set at `source`.
+
+    Unchanged if they are the images of the reference. dataset: its RealImages, of which at most
+    TRAINING_IMAGES are taken.
+    """
+    held = _data_features(source, dataset, extractor, cache, workers, most=TRAINING_IMAGES)
+    same = held and np.array_equal(held["statistics"]["mu"], reference.statistics["mu"])
+    if dist.broadcast(same):
+        return reference
+    return replace(reference, has_training=True, training=held.get("features"))
 
 
 def check_reference(source):
@@ -105,8 +120,9 @@ def check_reference(source):
 def _path_reference(path, extractor, img_size, workers, own, reading):
     held = open_npz(path) if path.suffix == ".npz" else {}
     statistics, features, count = None, None, None
-    if own and "mu" in held and "sigma" in held:
-        statistics, count = _stored_statistics(path, held, extractor)
+    names = extractor.stored or (("mu", "sigma") if own else ())
+    if names and {*names} <= {*held}:
+        statistics, count = _stored_statistics(path, held, names, extractor)
     if path.is_dir() or "arr_0" in held:
         images = open_images(path, img_size, reading)
         accumulator = Accumulator(extractor, len(images), keep_features=True)
@@ -114,23 +130,26 @@ def _path_reference(path, extractor, img_size, workers, own, reading):
         features = summary.features
         if statistics is None:
             statistics, count = summary.statistics, summary.num_images
-    elif not own:
+    elif statistics is None:
         raise ValueError(
             f"{path}: has statistics of one extractor only, expected images for {extractor.name}"
         )
     return {"statistics": statistics, "features": features, "num_images": count}
 
 
-def _stored_statistics(path, held, extractor):
-    """(statistics, number of images or None) of an .npz. Raises ValueError if they do not fit."""
-    mu, sigma = _numbers(path, held, "mu"), _numbers(path, held, "sigma")
+def _stored_statistics(path, held, names, extractor):
+    """(statistics, number of images or None) of an .npz, from the arrays of these names.
+
+    Raises ValueError if they do not fit.
+    """
+    mu, sigma = (_numbers(path, held, name) for name in names)
     mu = np.asarray(mu, np.float64).reshape(-1)
     if mu.shape != (extractor.width,) or sigma.shape != (extractor.width, extractor.width):
         raise ValueError(
             f"{path}: statistics of {mu.shape[0]} features, those of {extractor.name} have "
             f"{extractor.width}: they are from another extractor"
         )
-    if "sha256" in held and str(held["sha256"]) != extractor.sha256:
+    if names[0] == "mu" and "sha256" in held and str(held["sha256"]) != extractor.sha256:
         raise ValueError(
             f"{path}: statistics from other weights than those of this {extractor.name} "
             f"(sha256 {str(held['sha256'])[:12]}…, here {extractor.sha256[:12]}…)"
@@ -149,13 +168,16 @@ def _numbers(path, held, name, shape=None):
     return array
 
 
-def _data_reference(source, dataset, extractor, cache, workers):
-    """Kept statistics of a data set, with features of some images; computed if missing."""
+def _data_features(source, dataset, extractor, cache, workers, most=MANIFOLD_IMAGES):
+    """Kept statistics of a data set, with features of some images; computed if missing. On rank 0,
+    else {}. most: about how many of them have features."""
     depends = f"{dataset.description}|{extractor.name}|{extractor.sha256}"
+    if most != MANIFOLD_IMAGES:
+        depends += f"|features of {most}"
     path = kept_path(cache, source, extractor.name, depends, "npz")
     held = _kept(path, depends, extractor.width) if dist.is_main() else None
     if dist.broadcast(held is None):
-        arrays = _measure_data(source, dataset, extractor, workers)
+        arrays = _measure_data(source, dataset, extractor, workers, most)
         if dist.is_main():
             size = sum(np.asarray(array).nbytes for array in arrays.values())
             with replacing(path, size) as beside, open(beside, "wb") as file:
@@ -189,9 +211,9 @@ def _kept(path, depends, width):
     }
 
 
-def _measure_data(source, dataset, extractor, workers):
+def _measure_data(source, dataset, extractor, workers, most):
     """mu, sigma, count of a data set; features, accuracy of some images. On rank 0, else {}."""
-    some = Subset(dataset, range(0, len(dataset), max(1, len(dataset) // MANIFOLD_IMAGES)))
+    some = Subset(dataset, range(0, len(dataset), max(1, len(dataset) // most)))
     every = Accumulator(extractor, len(dataset))
     few = Accumulator(extractor, len(some), keep_features=True)
     every = summarize(dataset, every, f"statistics of {source}", workers=workers)
@@ -200,15 +222,3 @@ def _measure_data(source, dataset, extractor, workers):
         return {}
     arrays = {**every.statistics, "features": few.features.numpy()}
     return arrays if few.accuracy is None else {**arrays, "accuracy": few.accuracy}
-
-
-def kept_path(cache, source, what, depends, suffix):
-    """The cache file of a result for a data set. depends: text of all that it depends on.
-
-    Its name begins with that of the data set for readers only: one of the same data under another
-    name is found, too.
-    """
-    key = hashlib.sha256(depends.encode()).hexdigest()[:16]
-    end = f"-{re.sub(r'[/:]+', '-', what)}-{key}.{suffix}"  # of timm:NAME
-    found = sorted(Path(cache).glob(f"[!.]*{glob.escape(end)}"))
-    return found[0] if found else Path(cache) / f"{Path(source).name or 'data'}{end}"

@@ -37,7 +37,7 @@ def table(metrics, settings, baseline=None):
     real, count = baseline or ({}, None)
     rows = [("metric", "value", "real images")]
     for name, value in metrics.items():
-        rows.append((name, f"{value:.4f}", f"{real[name]:.4f}" if name in real else "–"))
+        rows.append((name, _decimals(value), _decimals(real[name]) if name in real else "–"))
     rows.append(("images", str(settings["images"]), str(count or "–")))
     if "seconds_per_image" in settings:
         rows.append(("seconds per image", f"{settings['seconds_per_image']:.4f}", "–"))
@@ -48,6 +48,11 @@ def table(metrics, settings, baseline=None):
     ]
     shown = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in IN_ROWS)
     return "\n".join([*lines, shown])
+
+
+def _decimals(value):
+    """A number to four decimals, or six of a small one, such as a KID."""
+    return f"{value:.{4 if abs(value) >= 0.01 else 6}f}"
 
 
 def caveats(num_images, reference, extractor):

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from util.data import describe_paths
 from util.evaluation.metrics import METRICS, SPLITS
-from util.flags import positive_int
+from util.flags import OneOrMore, positive_int
 from util.labels import LABELS
 from util.settings import Settings, setting
 
@@ -28,18 +28,26 @@ class Evaluation(Settings):
         nargs="+",
         choices=METRICS,
         metavar="NAME",
-        otherwise="all in the features of --extractor",
+        otherwise="the usual ones, in the features of --extractor",
     )
-    extractor: str | None = setting(
+    extractor: str | tuple | None = setting(
         None,
-        "network whose features are compared: torch-fidelity's inception-v3-compat, "
-        "dinov2-vit-l-14, …; timm:NAME, any classifier of timm; digits-classifier, "
-        "grey-pixels or coarse-pixels",
+        "networks whose features are compared, the main one first: torch-fidelity's "
+        "inception-v3-compat, dinov2-vit-l-14, …; timm:NAME, any network of timm; classifier, "
+        "fitted on the data's labels; digits-classifier, grey-pixels or coarse-pixels. none: no "
+        "distances",
+        nargs="+",
+        action=OneOrMore,
         metavar="NAME",
         otherwise="that of the data set, such as digits-classifier, else inception-v3-compat",
     )
-    extractor_weights: str | None = setting(
-        None, "weights of --extractor", metavar="FILE", otherwise="downloaded"
+    extractor_weights: str | tuple | None = setting(
+        None,
+        "weights of --extractor; of further ones NAME=FILE",
+        nargs="+",
+        action=OneOrMore,
+        metavar="FILE",
+        otherwise="downloaded",
     )
     inception_weights: str | None = setting(
         None, "Inception's weights", metavar="FILE", otherwise="torch-fidelity downloads them"
@@ -55,12 +63,35 @@ class Evaluation(Settings):
         metavar="DIR",
     )
 
+    @property
+    def extractors(self):
+        """Names of the extractors, the main one first; () if the data decide."""
+        return _listed(self.extractor)
 
-NETWORK = (
-    "extractor",
-    "extractor_weights",
-    "inception_weights",
-)  # the fields that choose the network alone
+    def files(self, names):
+        """Name -> file of its weights, of those of these extractors that have one; names[0] is the
+        main one. Raises ValueError for two files of one extractor."""
+        found = {}
+        for text in _listed(self.extractor_weights):
+            name, _, file = text.partition("=")
+            if not file or name not in names:
+                name, file = names[0], text
+            if name in found:
+                raise ValueError(
+                    f"--extractor_weights {found[name]} {file}: two files of {name}, expected "
+                    "NAME=FILE for those of other extractors"
+                )
+            found[name] = file
+        return found
+
+
+def _listed(value):
+    """A text, or several of them, or None, as a tuple."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+# the fields that choose the networks alone
+NETWORK = ("extractor", "extractor_weights", "inception_weights")
 
 
 @dataclass(frozen=True)

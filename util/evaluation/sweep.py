@@ -78,7 +78,7 @@ def _is_whole(record):
     real = record.get("real") or {}
     if not isinstance(real, dict):
         return False
-    numbers = [record[name] for name in metrics.labels() if name in record]
+    numbers = [record[name] for name in metrics.labels(record)]
     costs = [record[name] for name in COSTS if name in record]
     whole = all(type(n) in (int, float, type(None)) for n in (*numbers, *real.values()))
     return whole and all(type(n) in (int, float) for n in costs)
@@ -95,7 +95,8 @@ def write_sweep(records, points, folder):
     records: the record in results.jsonl of each point.
     """
     axes, folder = list(points[0]), Path(folder)
-    names = [name for name in metrics.labels() if all(name in record for record in records)]
+    shown = metrics.labels(records[0])
+    names = [name for name in shown if all(name in record for record in records)]
     rows = [{name: record.get(name) for name in (*axes, *names, *COSTS)} for record in records]
     files = [folder / "sweep.csv", folder / "sweep.md"]
     with replacing(files[0]) as beside, beside.open("w", newline="") as file:
@@ -142,7 +143,7 @@ def _plot(rows, axis, x, others, names, real, path):
             _draw(panel, line, axis, x, name, label)
         if name in real:
             panel.axhline(real[name], color="gray", linestyle="--", linewidth=1, label="real")
-        _dress(panel, rows, axis, x, metrics.labels()[name])
+        _dress(panel, rows, axis, x, metrics.labels([name])[name])
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, fontsize=9)
     with replacing(path) as beside:
