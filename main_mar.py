@@ -14,7 +14,7 @@ from models.settings import TOKENIZERS, Model, Sampling
 from util import averages
 from util.data import IMAGES_CHECKED, add_data_flags, check_data_set
 from util.data.classes import known_names
-from util.data.settings import Reading, plain_reading
+from util.data.settings import Reading, Validation, check_validation, plain_reading
 from util.evaluation.settings import Evaluation, Occasions
 from util.files import make_folder
 from util.flags import (
@@ -65,6 +65,7 @@ def get_parser():
     add_tracker_flag(group)
     group = parser.add_argument_group("evaluation")
     add_flags(group, Occasions, out=[])
+    add_flags(group, Validation)
     add_flags(group, Evaluation)
     add_tokenizer_flags(parser, TOKENIZERS)
     add_flags(
@@ -93,6 +94,7 @@ class Run:
     precision: str
     data: object = None  # the data set to train on; None if nothing is trained
     start: object = None  # see models.transfer; None for new weights
+    held_out: object = None  # see models.held_out; None for no held-out loss
     argv: list = None  # the flags as they were given; None for those of the process
 
     def generation(self):
@@ -121,6 +123,7 @@ def main(argv=None):
     from models import checkpoint_config, compare_tokenizer
     from models.fast import products
     from models.found import open_training_data
+    from models.held_out import open_held_out
     from models.stored import digests_of
     from models.transfer import open_start
     from util import dist
@@ -143,6 +146,7 @@ def main(argv=None):
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         this.argv = argv
         model = build(this)
+        this.held_out = open_held_out(args, given, config, this.tokenizer, device, data)
         evaluator = open_evaluation(this)
         if args.evaluate:
             evaluate_checkpoint(this, model.eval(), checkpoint, path, evaluator)
@@ -160,8 +164,9 @@ def check(args, given):
     if args.init_from and args.evaluate:
         raise ValueError(f"--init_from {args.init_from}: begins training; --evaluate has --resume")
     averages.check(args, given)
-    measures = (args.evaluate or args.online_eval) and args.reference == "auto"
-    if measures and "data_path" in given:
+    check_validation(args)
+    measures = args.num_images and (args.evaluate or args.online_eval)
+    if measures and args.reference == "auto" and "data_path" in given:
         check_data_set(args.data_path)
 
 
@@ -243,7 +248,7 @@ def build(this):
 
 def open_evaluation(this):
     """The Evaluator, or None if nothing is to be evaluated."""
-    if not (this.args.evaluate or this.args.online_eval):
+    if not (this.args.num_images and (this.args.evaluate or this.args.online_eval)):
         return None
     from util.evaluation.evaluator import open_evaluator
 
@@ -293,14 +298,22 @@ def open_loader(this):
 
 
 def evaluate_checkpoint(this, model, checkpoint, path, evaluator):
-    """Evaluate samples of a checkpoint's EMA weights."""
+    """Evaluate a checkpoint: the held-out loss of its weights, and samples of the EMA."""
     import engine_mar as engine
-    from util.checkpoint import steps_done
+    from util.checkpoint import steps_done, weights_in
     from util.logger import Logger
     from util.weights import load_strictly
 
-    load_strictly(model, checkpoint["model_ema"], path)
     logger = Logger(this.args.log_dir or this.args.output_dir, resumed=True)
+    if this.held_out:
+        held = weights_in(checkpoint)
+        for name in {id(held[name]): name for name in reversed(held)}.values():  # each once
+            load_strictly(model, held[name], path)
+            measure_held_out(this, model, name, logger, steps_done(checkpoint))
+    if not evaluator:
+        logger.close()
+        return
+    load_strictly(model, checkpoint["model_ema"], path)
     drawn = model, this.tokenizer, this.labels()[0], this.sampling
     how = {"weights": "ema", **this.generation()}
     how["source"] = engine.source_of(path, this.config["tokenizer"], this.tokenizer)
@@ -330,6 +343,13 @@ def evaluate(this, model, weights, evaluator, logger, step, outputs=None):
         progress=f"evaluating {weights}",
         **this.generation(),
     )
+
+
+def measure_held_out(this, model, weights, logger, step):
+    """Report the held-out losses, if there are held-out images. weights: name of the weights."""
+    if this.held_out:
+        losses = this.held_out.losses(model, this.precision)
+        this.held_out.report(losses, weights, this.args.output_dir, logger, step)
 
 
 def train(this, model, checkpoint, path, evaluator):
@@ -440,6 +460,7 @@ def after_epoch(this, state, epochs, evaluator, page, logger, step):
         found = {}
         for name in state.networks():
             draw_grid(this, state, name, logger, step)
+            measure_held_out(this, state.network(name), name, logger, step)
             if this.args.online_eval:
                 network = state.network(name)
                 found[name] = evaluate(this, network, name, evaluator, logger, step)

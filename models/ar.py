@@ -94,7 +94,9 @@ class AR(Autoregressive):
         initialize(self)
         self._add_head(head, embed_dim, options)
 
-    def training_targets(self, tokens, orders, classes, generator=None, step_generator=None):
+    def training_targets(
+        self, tokens, orders, classes, generator=None, step_generator=None, mask_ratio=None
+    ):
         """Every token in the order of generation, (N, L, C·p²), and z (N, L, D)."""
         tokens, positions = tokens.flip(1), orders.flip(1)
         known = self.with_noise(tokens, generator)[:, :-1]

@@ -31,7 +31,6 @@ class Autoregressive(LatentModel):
 
     one_at_a_time = False
     order = "random"
-    compiled = False
 
     def __init__(self, *args, known_noise=0.0):
         super().__init__(*args)
@@ -54,12 +53,29 @@ class Autoregressive(LatentModel):
         targets, z = self.training_targets(tokens, orders, classes, generator, step_generator)
         return self.head(targets, z, generator=generator)  # (N, n, C·p²), (N, n, D): a scalar
 
+    def held_out_losses(self, latents, labels, generators, mask_ratio):
+        """Losses of each image, to compare models by: name -> (N,). In evaluation mode.
+
+        latents: (N, C, h, w). labels: (N,). generators: one per image. mask_ratio: the fraction of
+        tokens that is masked; a causal model predicts all.
+        """
+        tokens = self.patchify(latents)
+        orders = self.sample_orders(len(tokens), generators)
+        classes = self.embed_labels(labels, len(tokens))
+        tokens = take(tokens, orders)
+        drawn = {"generator": generators, "mask_ratio": mask_ratio}
+        targets, z = self.training_targets(tokens, orders, classes, **drawn)
+        return self.head.held_out_losses(targets, z, generators)
+
     # ---- what a backbone supplies --------------------------------------------------------------
 
-    def training_targets(self, tokens, orders, classes, generator=None, step_generator=None):
+    def training_targets(
+        self, tokens, orders, classes, generator=None, step_generator=None, mask_ratio=None
+    ):
         """The tokens to predict in one training step (N, n, C·p²), and z (N, n, D) for them.
 
-        tokens: (N, L, C·p²), in the order of orders (N, L). classes: (N, D).
+        tokens: (N, L, C·p²), in the order of orders (N, L). classes: (N, D). mask_ratio: the
+        fraction of tokens to predict, where the backbone chooses one; drawn if None.
         """
         raise NotImplementedError
 

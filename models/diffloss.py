@@ -16,7 +16,7 @@ from models.fast.linear import speed_up
 from models.fast.timesteps import of_distinct
 from models.heads import Head, masked_mean
 from models.settings import LOSS_WEIGHTS, TIMESTEPS, USUAL, Sampling
-from util.rng import randn
+from util.rng import rand, randn
 
 QUARTERS = 4
 
@@ -66,6 +66,24 @@ class Diffused:
         that were trained with other ones are comparable."""
         draw = self.timesteps if self.training else TIMESTEPS["uniform"]
         return draw(self.train_diffusion, shape, generator, device)
+
+    def quarter_losses(self, network, target, generators, rows):
+        """Held-out losses of each image, name -> (N,): `loss`; `mse`, which is eq. 1 without the
+        variational term; and that in each quarter of the timesteps.
+
+        target: (N, n, C). generators: one per image. rows: timesteps drawn per image and quarter, n
+        or 1. network: see `losses`.
+        """
+        steps, (count, tokens, channels) = self.train_diffusion.num_steps, target.shape
+        size, parts = steps // QUARTERS, []
+        u = rand((count, QUARTERS, rows), generators, target.device)
+        noise = randn((count, QUARTERS, tokens, channels), generators, target.device)
+        for q in range(QUARTERS):
+            t = (q * size + (u[:, q] * size).long().clamp(max=size - 1)).expand(count, tokens)
+            parts.append(self.denoising_losses(network, target, t, noise[:, q]))
+        loss, mse = (torch.stack([p[name].mean(1) for p in parts]) for name in ("loss", "mse"))
+        quarters = {f"mse_{_range(q, size)}": mse[q] for q in range(QUARTERS)}
+        return {"loss": loss.mean(0), "mse": mse.mean(0), **quarters}
 
     def plan(self, sampling):
         """The reverse process for a Sampling: (steps_at, draws).
@@ -134,9 +152,7 @@ class Diffused:
         (sums, counts), self.quarters = sums.tolist(), None
         size = self.train_diffusion.num_steps // QUARTERS
         return {
-            f"loss_t{q * size}-{(q + 1) * size - 1}": sums[q] / counts[q]
-            for q in range(QUARTERS)
-            if counts[q]
+            f"loss_{_range(q, size)}": sums[q] / counts[q] for q in range(QUARTERS) if counts[q]
         }
 
     def _count_quarters(self, losses, t):
@@ -145,6 +161,11 @@ class Diffused:
         quarter = (t * QUARTERS // self.train_diffusion.num_steps).flatten()
         self.quarters[0].index_add_(0, quarter, losses.flatten())
         self.quarters[1].index_add_(0, quarter, torch.ones_like(losses).flatten())
+
+
+def _range(q, size):
+    """The timesteps of a quarter, in names."""
+    return f"t{q * size}-{(q + 1) * size - 1}"
 
 
 def key_of(solver, steps):
@@ -189,6 +210,12 @@ class DiffLoss(Diffused, Head):
         t = self.draw_timesteps(rows, generator, target.device)
         losses = self.losses(lambda x, t: self.net(x, t, z), target, t, generator).mean(0)
         return masked_mean(losses, mask)
+
+    def held_out_losses(self, target, z, generators):
+        """See Head and `quarter_losses`."""
+        return self.quarter_losses(
+            lambda x, t: self.net(x, t, z), target, generators, target.shape[1]
+        )
 
     def sampler(self, sampling, guide=None):
         """See Head. draw also takes noise (steps + 1, ..., C): the start and a draw per step."""

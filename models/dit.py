@@ -88,6 +88,12 @@ class DiT(Diffused, LatentModel):
         t = t.expand(tokens.shape[:2])  # one for all tokens of an image
         return self.losses(lambda x, t: self.net(x, t, classes), tokens, t, generator).mean()
 
+    def held_out_losses(self, latents, labels, generators, mask_ratio):
+        """See `Autoregressive.held_out_losses`; nothing is masked."""
+        tokens = self.patchify(latents)
+        classes = self.embed_labels(labels, len(tokens))
+        return self.quarter_losses(lambda x, t: self.net(x, t, classes), tokens, generators, 1)
+
     def position_tables(self):
         """Name of the table of positions -> its rows before those of tokens; see LatentModel."""
         return {"pos_embed_learned": 0}
@@ -98,6 +104,7 @@ class DiT(Diffused, LatentModel):
 
     def to_compile(self):
         """(module, dynamic) for each module to compile for training."""
+        self.compiled = True
         return [(block, False) for block in self.blocks]
 
     def to_shard(self):

@@ -5,6 +5,7 @@ from pathlib import Path
 from models import fitting, presets
 from models.tokenizer_file import read
 from util.data import CACHE_CHECKED, follow_classes, kind_or_folder, open_data
+from util.data.held_out import WithoutShare
 from util.data.settings import PLAIN, Reading
 from util.dist import print0
 from util.settings import from_flags
@@ -101,7 +102,15 @@ def open_training_data(args, given, stored):
     if stored and not classes:  # of the published code, which sorts names as texts
         classes = sorted(map(str, data.classes))
     follow_classes(data, classes, "the checkpoint")
-    return data
+    return without_share(data, args, given, (stored.get("data") or {}).get("val_share"))
+
+
+def without_share(data, args, given, before):
+    """The data without what --val_share holds out. before: that of the run that is resumed."""
+    if before and "val_share" not in given and not args.val_path:
+        print0(f"NOTE: --val_share {before:g}, by the checkpoint")
+        args.val_share = before
+    return WithoutShare(data, args.val_share) if args.val_share else data
 
 
 def follow_reading(args, given, read):

@@ -4,6 +4,8 @@ A new head is a subclass of Head and a row of models.settings.HEADS; each new op
 of its constructor and a field of models.settings.Model with the same name.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -29,6 +31,15 @@ class Head(nn.Module):
     def forward(self, target, z, mask=None, generator=None):
         """The training loss, a scalar: target (..., C), z (..., D), mask (...), 1 = included."""
         raise NotImplementedError
+
+    def held_out_losses(self, target, z, generators):
+        """Losses of each image to compare models by: name -> (N,).
+
+        target: (N, n, C); z: (N, n, D); generators: one per image. `loss` is what `forward` gives
+        for an image alone.
+        """
+        rows = zip(target.split(1), z.split(1), generators, strict=True)
+        return {"loss": torch.stack([self(x, y, generator=g).float() for x, y, g in rows])}
 
     def sampler(self, sampling, guide=None):
         """A function that draws tokens with the settings `sampling`, a models.settings.Sampling.
@@ -122,6 +133,11 @@ class CrossEntropy(LinearHead):
             logits.flatten(0, -2), target.long().flatten(), reduction="none"
         ).view(z.shape[:-1])
         return masked_mean(losses, mask)
+
+    def held_out_losses(self, target, z, generators):
+        """See Head. The same in bits, too."""
+        found = super().held_out_losses(target, z, generators)
+        return {**found, "bits_per_token": found["loss"] / math.log(2)}
 
     def pick(self, logits, temperature, generator):
         """Code indices (..., 1) drawn from softmax(logits / τ), logits (..., K); argmax at τ = 0.

@@ -20,6 +20,7 @@ class LatentModel(Pretrained, nn.Module):
     Raises ValueError for sizes that do not fit.
     """
 
+    compiled = False  # whether modules are compiled, for training
     usual = USUAL  # see models.heads.Head
 
     def __init__(

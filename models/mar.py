@@ -111,10 +111,13 @@ class MAR(Autoregressive):
 
     # ---- the method ----------------------------------------------------------------------------
 
-    def training_targets(self, tokens, orders, classes, generator=None, step_generator=None):
+    def training_targets(
+        self, tokens, orders, classes, generator=None, step_generator=None, mask_ratio=None
+    ):
         """The first ceil(ratio·L) tokens of each order (N, n, C·p²), which are masked, and z."""
-        ratio = self.sample_mask_ratio(step_generator or generator)
-        masked = slice(0, math.ceil(ratio * self.seq_len))
+        if mask_ratio is None:
+            mask_ratio = self.sample_mask_ratio(step_generator or generator)
+        masked = slice(0, math.ceil(mask_ratio * self.seq_len))
         predict = self._predict_in_buckets if self.compiled else self.predict
         known = self.with_noise(tokens, generator)
         return tokens[:, masked], predict(known, orders, masked, classes)

@@ -15,6 +15,7 @@ and, if the kind supports them,
     stat(index), crc(index)       (size, time in ns) and CRC32 of the file of an image, by which
                                   caching notices that it was edited
     keep()                        keeps decoded images in memory, where they fit
+    unflipped()                   the same images without random mirroring
     follow(classes)               takes another order of the same classes, as in a checkpoint
     training_loader(batch_size, num_workers, seed, pin_memory)
                                   a special loader, with `steps`, `images` and
@@ -228,6 +229,8 @@ def facts_of(dataset):
         facts["reading"] = dataset.reading.asdict()
     elif hasattr(dataset, "noted"):
         facts["reading"] = dict(dataset.noted)
+    if hasattr(dataset, "val_share"):
+        facts["val_share"] = dataset.val_share
     if labels := labels_of(dataset):
         found = Counter(labels)
         facts["counts"] = [found[i] for i in range(len(facts["classes"]))]

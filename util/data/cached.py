@@ -13,6 +13,7 @@ the latents depend on and, once all files are there, that they are, with the sha
 Earlier versions wrote a manifest without these; the published code wrote none.
 """
 
+import copy
 import math
 import zipfile
 from pathlib import Path
@@ -140,6 +141,12 @@ class CachedFolder(datasets.DatasetFolder):
         """The CRC32s (N,) of the pictures, or None if they are not known."""
         known = self.sources is not None and bool((self.sources[:, 0] >= 0).all())
         return self.sources[:, 2] if known else None
+
+    def unflipped(self):
+        """The same moments, none of them of mirror images."""
+        plain = copy.copy(self)
+        plain.flip = False
+        return plain
 
     def follow(self, classes):
         """Take another order of the same classes."""

@@ -1,5 +1,6 @@
 """Data sets of pictures that a Listing names: folders, and the base of other places."""
 
+import copy
 import hashlib
 import math
 import os
@@ -74,6 +75,12 @@ class PictureSet(Dataset):
     def flip(self):
         """Whether images are mirrored at random."""
         return self.reading.flip
+
+    def unflipped(self):
+        """The same images, none of them mirrored."""
+        plain = copy.copy(self)
+        plain.reading = self.reading.but(flip=False)
+        return plain
 
     @property
     def channels(self):

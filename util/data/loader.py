@@ -139,7 +139,8 @@ def batch_loader(dataset, batches, num_workers):
 
 def _once(dataset, num_workers, **batches):
     workers = _fitting(num_workers)
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=stop.in_worker, **batches)
+    more = {"worker_init_fn": stop.in_worker, "collate_fn": getattr(dataset, "collate", None)}
+    return DataLoader(dataset, num_workers=workers, **more, **batches)
 
 
 def _fitting(num_workers):

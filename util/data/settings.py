@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from util.flags import checked
+from util.flags import checked, fraction, positive_int
 from util.settings import Settings, setting
 
 
@@ -68,6 +68,49 @@ class Reading(Settings):
         "only that none is missing or empty; none: nothing",
         choices=("full", "sizes", "none"),
     )
+
+
+@dataclass(frozen=True)
+class Validation(Settings):
+    """The images that the held-out loss is of."""
+
+    val_path: str = setting(
+        None,
+        "data for the held-out loss, which is logged at each evaluation: as --data_path, of "
+        "which a held-out split such as val or test is used, or a folder of images for each class, "
+        "or a cache of latents",
+        metavar="PATH",
+        otherwise="no held-out loss",
+    )
+    val_share: float = setting(
+        None,
+        "fraction of the training data that is not trained on, the same images in every run, but "
+        "used for the held-out loss",
+        type=fraction,
+        metavar="X",
+        otherwise="none; a resumed run has that of its checkpoint",
+    )
+    val_images: int = setting(
+        2000, "images of these at most, spread evenly", type=positive_int, metavar="N"
+    )
+
+
+def check_validation(args):
+    """Raises ValueError for flags of main_mar.py that contradict one another."""
+    if args.val_path and args.val_share:
+        raise ValueError(
+            f"--val_path {args.val_path}, --val_share {args.val_share}: expected one of them"
+        )
+    if args.val_share == 1:
+        raise ValueError("--val_share 1.0: expected below 1, as the rest is trained on")
+    if args.num_images:
+        return
+    if not args.evaluate or args.online_eval:
+        raise ValueError("--num_images 0: expected 1 or more, but with --evaluate alone")
+    if not (args.val_path or args.val_share):
+        raise ValueError("--num_images 0: nothing to evaluate without --val_path or --val_share")
+    if args.out:
+        raise ValueError(f"--num_images 0: no images to save as --out {args.out[0]}")
 
 
 PLAIN = Reading(flip=False)  # for evaluation

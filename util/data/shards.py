@@ -16,6 +16,7 @@ content of their .json files. Earlier versions wrote neither checksums nor sourc
 by util/data/shard_writer.py.
 """
 
+import copy
 import math
 from pathlib import Path
 
@@ -183,6 +184,12 @@ class ShardedCache(Dataset):
 
     def __reduce__(self):  # spawned workers receive the names of the files, not the data
         return _reopen, (self.folder, self.shape, self.flip, self.passed_on, self.classes)
+
+    def unflipped(self):
+        """The same moments, none of them of mirror images."""
+        plain = copy.copy(self)
+        plain.flip = False
+        return plain
 
     def follow(self, classes):
         """Take another order of the same classes."""

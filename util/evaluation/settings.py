@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from util.data import describe_paths
 from util.evaluation.metrics import METRICS, SPLITS
-from util.flags import OneOrMore, positive_int
+from util.flags import OneOrMore, nonnegative_int, positive_int
 from util.labels import LABELS
 from util.settings import Settings, setting
 
@@ -109,7 +109,11 @@ class Occasions(Settings):
         nargs="*",
         metavar="PATH",
     )
-    num_images: int = setting(50000, "images to sample, over all classes", type=positive_int)
+    num_images: int = setting(
+        50000,
+        "images to sample, over all classes; 0 with --evaluate: none, for the held-out loss alone",
+        type=nonnegative_int,
+    )
     labels: str = setting(
         "balanced",
         "classes of the images: equally many of each, or drawn at random, each as often as in the "

@@ -22,7 +22,7 @@ from util.weights import digest
 
 # Flags of the machine and of places on it; results do not depend on them.
 PLACES = (
-    *("output_dir", "log_dir", "resume", "stats_dir"),
+    *("output_dir", "log_dir", "resume", "stats_dir", "val_path"),
     *("extractor_weights", "inception_weights", "perceptual_weights"),
     *("device", "num_workers", "pin_mem"),
     *("dist_on_itp", "dist_url", "dist_timeout", "world_size", "local_rank"),
