@@ -69,7 +69,8 @@ def test_rows_drive_everything(tmp_path, data, kernel_row, capsys):
     assert "eval_ema/biased_distance" in logger.scalars.call_args.args[0]
     records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert records[1]["biased_distance"] == found["biased_distance"]
-    assert records[1]["real"].keys() == {*opened.promised, "accuracy", "images"}
+    more = {"accuracy", "kernel_distance", "images"}
+    assert records[1]["real"].keys() == {*opened.promised, *more}
 
     points, drawn = [{"cfg": 1.0}, {"cfg": 2.0}], []
     with mock.patch("matplotlib.axes.Axes.set", lambda panel, **names: drawn.append(names)):

@@ -288,6 +288,14 @@ def test_memorization_needs_other_images(tmp_path, data):
     assert "memorization" not in open_tiny(data, tmp_path, reference=held_out).rows
 
 
+def test_sweeps_of_earlier_versions_count(tmp_path, data):
+    """Though they have no kernel distance; unless that is asked for."""
+    opened = open_tiny(data, tmp_path)
+    assert "kernel_distance" in opened.rows and "kernel_distance" not in opened.promised
+    names = {"metrics": ("kernel_distance",)}
+    assert open_tiny(data, tmp_path, **names).promised == ["kernel_distance"]
+
+
 def test_a_kernel_distance():
     """About 0 for images of one kind, more for others, and the same for features of any scale."""
     draw = torch.Generator().manual_seed(0)

@@ -58,8 +58,9 @@ class Evaluator:
     @property
     def promised(self):
         """Names of the numbers in every report, whether labels are known or not."""
-        rows = self.rows.items()
-        return [key for name, row in rows if "labels" not in row.needs for key in row.labels(name)]
+        named = self.settings.metrics
+        rows = [each for each in self.rows.items() if "labels" not in each[1].needs]
+        return [key for name, row in rows if named or not row.new for key in row.labels(name)]
 
     def extractor_of(self, row):
         """The Extractor in whose features a Metric is computed."""

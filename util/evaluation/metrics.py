@@ -193,6 +193,7 @@ class Metric:
     least: int = 2  # images
     distance: bool = False  # whether it is one number, and lower is better
     usual: bool = True  # whether it is computed without --metrics
+    new: bool = False  # whether a sweep keeps earlier results that lack it
 
     def __post_init__(self):
         assert set(self.needs) <= set(NEEDS), f"needs {self.needs}, expected some of {[*NEEDS]}"
@@ -286,9 +287,9 @@ METRICS = Table(
             _BOTH,
             least=NEIGHBORS + 1,
         ),
-        "kid": Metric("KID", _kid, _BOTH, fits=_is_inception, distance=True),
+        "kid": Metric("KID", _kid, _BOTH, fits=_is_inception, distance=True, new=True),
         "kernel_distance": Metric(
-            "kernel distance", _kernel_distance, _BOTH, fits=_is_other, distance=True
+            "kernel distance", _kernel_distance, _BOTH, fits=_is_other, distance=True, new=True
         ),
         "memorization": Metric(
             "memorization",
