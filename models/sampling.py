@@ -133,7 +133,7 @@ class _Predictor:
     def __call__(self, tokens, orders, to_predict, done):
         """(z, z_uncond) (N, n, D) each, see `Autoregressive.predict`; None if it is not needed."""
         given = tokens, orders, to_predict
-        guided = (self.guide or self.model).needs_unconditional(done, self.interval)
+        guided = self.model.needs_unconditional(done, self.interval)
         if guided and not self.guide:
             both = torch.cat([self.classes, self.uncond])
             return self.model.predict(*given, both, self.cache).chunk(2)

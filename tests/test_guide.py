@@ -26,7 +26,7 @@ KINDS = ("diffloss", "flow", "energy", "l2", "confidence", "causal")
 
 
 def make(kind):
-    """(a model, a narrower one of the same tokens, settings) of this kind."""
+    """(a model, a narrower one of the same tokens, settings) of this kind, with new weights."""
     if kind == "causal":
         own = {name: value for name, value in DIFFUSED.items() if name != "buffer_size"}
         return ar_tiny(**own), ar_tiny(**own, embed_dim=32, diffloss_w=32), {"num_iter": 4}
@@ -39,9 +39,8 @@ def make(kind):
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request):
-    torch.manual_seed(0)
     model, guide, settings = make(request.param)
-    return by_rule(model), guide.eval(), {"num_iter": 3, "cfg_schedule": "constant", **settings}
+    return by_rule(model), by_rule(guide), {"num_iter": 3, "cfg_schedule": "constant", **settings}
 
 
 def sample(model, rows=(0, 1, 2), **settings):
@@ -78,12 +77,45 @@ def test_an_image_depends_on_itself_alone(pair):
     torch.testing.assert_close(alone, sample(model, **settings)[2:], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["l2", "energy"])
+def test_tokens_are_led_away_from_those_of_the_guide(kind):
+    """x_w + ω(x_s − x_w), where a head draws a token at once, both from the same noise."""
+    torch.manual_seed(0)
+    model, guide, _ = make(kind)
+    z, weak, settings = torch.randn(3, 64), torch.randn(3, 32), Sampling()
+    by_rule(model), by_rule(guide)
+
+    def draw(head, *given, **other):
+        return head.sampler(settings, **other)(*given, generator=torch.Generator().manual_seed(0))
+
+    strong, other = draw(model.head, z), draw(guide.head, weak)
+    guided = draw(model.head, z, 3.0, weak, guide=guide.head)
+    torch.testing.assert_close(guided, other + 3 * (strong - other))
+
+
+def test_noise_is_led_away_from_that_of_the_guide():
+    """ε_w + ω(ε_s − ε_w) at each step of Diffusion Loss, with the variance of the model itself."""
+    torch.manual_seed(0)
+    model, guide, _ = make("diffloss")
+    head, other = by_rule(model).head, by_rule(guide).head
+    z, weak, noise = torch.randn(3, 64), torch.randn(3, 32), torch.randn(4, 3, 16)
+
+    def network(x, t):
+        (strong, v), (away, _) = (net(x, t, c).chunk(2, -1) for net, c in pairs)
+        return torch.cat([away + 3 * (strong - away), v], -1)
+
+    pairs = (head.net, z), (other.net, weak)
+    expected = head.gen_diffusion.sample(network, noise[0], noise[1:], 1.0, 950)
+    guided = head.sampler(Sampling(), guide=other)(z, 3.0, weak, noise=noise)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_each_has_its_own_cache(monkeypatch):
     """With features or keys and values kept from step to step, the same as without."""
-    torch.manual_seed(0)
     settings = {"num_iter": 5, "cfg": 2.0, "cfg_interval": (0.3, 0.9)}
     large = DIFFUSED | {"img_size": 64}
-    model, guide = by_rule(mar_tiny(**large)).double(), mar_tiny(**large).double().eval()
+    model, guide = by_rule(mar_tiny(**large)), by_rule(mar_tiny(**large | NARROW))
+    model, guide = model.double(), guide.double()
     exact = sample(model, guide=guide, **settings)
     assert not torch.equal(sample(model, guide=guide, refresh_every=3, **settings), exact)
     monkeypatch.setattr(lazy, "RECOMPUTED", 1.0)
@@ -91,7 +123,7 @@ def test_each_has_its_own_cache(monkeypatch):
     torch.testing.assert_close(lazily, exact)
 
     model, guide, own = make("causal")
-    model, guide = by_rule(model).double(), guide.double().eval()
+    model, guide = by_rule(model).double(), by_rule(guide).double()
     cached = sample(model, guide=guide, **settings | own)
     for each in (model, guide):
         monkeypatch.setattr(each, "start_cache", lambda sampling: None)
