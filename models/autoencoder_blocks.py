@@ -6,13 +6,33 @@ Modules are named as in the authors' code, see models/vae.py.
 import math
 from itertools import pairwise
 
+import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+GROUPS = 32  # LDM's
 
 
 def group_norm(channels):
     """GroupNorm of 32 groups, or fewer if `channels` is not a multiple of 32, as in tests."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels, eps=1e-6)
+
+
+def regroup(network, groups):
+    """Set the number of groups of every GroupNorm, or of fewer that divide its channels.
+
+    With LDM's 32, a channel of a network of width 16 is a group of its own, and the norm takes the
+    mean of every feature map away. Another number is an entry of the weights, which tells them from
+    those of a network with 32.
+    """
+    if groups == GROUPS:
+        return
+    if groups < 1:
+        raise ValueError(f"norm_groups {groups}: expected 1 or more")
+    network.register_buffer("norm_groups", torch.tensor(groups))
+    for norm in network.modules():
+        if isinstance(norm, nn.GroupNorm):
+            norm.num_groups = math.gcd(groups, norm.num_channels)
 
 
 class ResnetBlock(nn.Module):

@@ -3,6 +3,7 @@
 import itertools
 import re
 
+from models.autoencoder_blocks import GROUPS
 from models.diffusers_files import weights_file
 from util.published import source_of
 from util.weights import A_MODEL, A_TOKENIZER, read_weights
@@ -75,6 +76,7 @@ def _shared_variant(state, kind):
         "decoder_attention": _lowest_level_attends(state, "decoder.up"),
         "in_channels": in_channels,
         "res_blocks": _count(state, "encoder.down.0.block"),
+        "norm_groups": int(state.get("norm_groups", GROUPS)),
     }
 
 

@@ -46,6 +46,12 @@ class Network(Settings):
     res_blocks: int = setting(
         2, "residual blocks of a level of the encoder; the decoder has one more", type=positive_int
     )
+    norm_groups: int = setting(
+        32,
+        "groups into which each level's channels are divided for GroupNorm, or as many fewer as "
+        "divide its width",
+        type=positive_int,
+    )
     encoder_attention: bool = setting(False, "attention in the encoder's lowest level", both=True)
     decoder_attention: bool = setting(False, "attention in the decoder's lowest level", both=True)
     num_codes: int = setting(

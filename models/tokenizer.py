@@ -29,7 +29,7 @@ DECODED_AT_ONCE = 32  # images; a decoder needs 0.2 GB per image at 256 pixels
 EXACT = 2**24  # up to here float32 represents every integer
 USUAL_STD = (0.8, 1.25)  # of the latents of a batch
 FEW = 8  # images, whose latents may have any std
-ENCODER = ("encoder.", "quant_conv.", "token_norm.")
+ENCODER = ("encoder.", "quant_conv.", "token_norm.", "norm_groups")
 
 
 class Tokenizer(nn.Module):

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.autoencoder_blocks import Decoder, Encoder
+from models.autoencoder_blocks import GROUPS, Decoder, Encoder, regroup
 from models.autoencoder_files import kl_variant, load_first_stage
 from models.autoencoder_settings import Losses
 from models.diffusers_files import check_config, read_config
@@ -193,6 +193,7 @@ class AutoencoderKL(Autoencoder):
             the decoder.
         res_blocks: residual blocks of a level of the encoder; the decoder's have one more.
         token_norm: whether latents have one norm, see models/token_norm.py.
+        norm_groups: see `regroup` in models/autoencoder_blocks.py.
 
     Raises:
         ValueError: the file is missing, unreadable or does not fit; token_norm with one channel,
@@ -218,6 +219,7 @@ class AutoencoderKL(Autoencoder):
         post_quant_conv=True,
         res_blocks=2,
         token_norm=False,
+        norm_groups=GROUPS,
     ):
         super().__init__()
         if token_norm and embed_dim < 2:
@@ -233,6 +235,7 @@ class AutoencoderKL(Autoencoder):
             "post_quant_conv": post_quant_conv,
             "res_blocks": res_blocks,
             "token_norm": token_norm,
+            "norm_groups": norm_groups,
         }
         shape = ch, ch_mult
         self.encoder = Encoder(2 * embed_dim, *shape, encoder_attention, in_channels, res_blocks)
@@ -241,6 +244,7 @@ class AutoencoderKL(Autoencoder):
         self.quant_conv = nn.Conv2d(moments, moments, 1) if quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(latents, latents, 1) if post_quant_conv else nn.Identity()
         self.token_norm = TokenNorm(embed_dim) if token_norm else nn.Identity()
+        regroup(self, norm_groups)
         if ckpt_path is not None:
             self._load(load_first_stage(ckpt_path), ckpt_path)
 

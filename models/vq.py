@@ -12,7 +12,7 @@ and of the decoder.
 import torch.nn as nn
 import torch.nn.functional as F
 
-from models.autoencoder_blocks import Decoder, Encoder
+from models.autoencoder_blocks import GROUPS, Decoder, Encoder, regroup
 from models.autoencoder_files import vq_variant
 from models.autoencoder_settings import Losses
 from models.codebook import (  # noqa: F401 (published here)
@@ -38,6 +38,7 @@ class VQModel(Autoencoder):
         encoder_attention, decoder_attention: whether the lowest level has attention.
         in_channels: channels I of the images.
         res_blocks: residual blocks of a level of the encoder; the decoder's have one more.
+        norm_groups: see `regroup` in models/autoencoder_blocks.py.
 
     Attributes: `config`, these arguments.
     """
@@ -56,6 +57,7 @@ class VQModel(Autoencoder):
         decoder_attention=True,
         in_channels=3,
         res_blocks=2,
+        norm_groups=GROUPS,
     ):
         super().__init__()
         self.config = {
@@ -67,6 +69,7 @@ class VQModel(Autoencoder):
             "decoder_attention": decoder_attention,
             "in_channels": in_channels,
             "res_blocks": res_blocks,
+            "norm_groups": norm_groups,
         }
         shape = embed_dim, ch, ch_mult
         self.encoder = Encoder(*shape, encoder_attention, in_channels, res_blocks)
@@ -74,6 +77,7 @@ class VQModel(Autoencoder):
         self.quantize = Codebook(num_codes, embed_dim)
         self.quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, embed_dim, 1)
+        regroup(self, norm_groups)
 
     @staticmethod
     def variant(state):

@@ -86,6 +86,26 @@ def test_a_file_says_what_it_is(tmp_path, name):
     assert lines[-1] == f"sha256 {said['sha256']}"
 
 
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+def test_groups_of_norms_are_the_files(tmp_path, kind):
+    """--norm_groups has no weights, so a network is read with the number that its file names."""
+    path, images = tmp_path / "tokenizer.ckpt", torch.randn(2, 3, 16, 16)
+    decoded = {}
+    for groups in (2, 32):
+        torch.manual_seed(0)
+        network = NETWORKS[kind](norm_groups=groups).eval()
+        write(path, network, 1.0, 0.0, tokenizer=kind, img_size=[16, 16], data={}, training={})
+        loaded = build_tokenizer(vae_path=path)
+        decoded[groups] = loaded.decode(loaded.sample(loaded.encode(images), torch.Generator()))
+        assert {n.num_groups for n in norms(loaded)} == ({2} if groups == 2 else {8, 16})
+    assert not torch.equal(decoded[2], decoded[32])
+
+
+def norms(tokenizer):
+    """The GroupNorms of a tokenizer."""
+    return [m for m in tokenizer.modules() if isinstance(m, torch.nn.GroupNorm)]
+
+
 def test_metrics_are_added(tmp_path):
     """In place of older ones, finite ones only; network, scale and the rest stay."""
     path = tmp_path / "tokenizer.ckpt"
