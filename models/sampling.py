@@ -116,6 +116,7 @@ class _Predictor:
         self.model, self.guide, self.sampling = model, guide, sampling
         self.classes, self.uncond = classes, uncond
         self.interval = _guidance_interval(sampling)
+        self.guidance = CFG_SCHEDULES[sampling.cfg_schedule]
         self.cache = model.start_cache(sampling)
         self.guide_cache = guide and guide.start_cache(sampling)
 
@@ -127,8 +128,7 @@ class _Predictor:
         begin, end = self.interval
         if not begin <= done < end:
             return 1.0
-        guidance = CFG_SCHEDULES[self.sampling.cfg_schedule]
-        return guidance(self.sampling.cfg, remaining, self.model.seq_len)
+        return self.guidance(self.sampling.cfg, remaining, self.model.seq_len)
 
     def __call__(self, tokens, orders, to_predict, done):
         """(z, z_uncond) (N, n, D) each, see `Autoregressive.predict`; None if it is not needed."""

@@ -6,6 +6,7 @@ fails here if no value for it is known.
 """
 
 import shlex
+from types import FunctionType
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from util.run.saver import Saver
 # values where none of GUESSES fits
 SAID = {
     "anneal": "linear",
+    "energy_beta": "1.5",
     "cfg_interval": "0.25 0.75",
     "ch_mult": "1,1,2",
     "img_size": "16",
@@ -79,6 +81,8 @@ def with_flags(cls):
 DIGITS = "--preset digits --device cpu --output_dir {folder}"
 # what is also said, with the field and without it
 BESIDE = {"min_lr": "--lr_schedule cosine"}
+# with which a field of Model is looked at, where it is not that of the digits
+WITH = {"order": "--model ar_tiny", "energy_beta": "--head energy"}
 # fields that are derived, each with flags from which another value follows
 DERIVED = {
     "vae_stride": f"--tokenizer kl --vae_path {FIXTURES}/kl.ckpt",
@@ -116,7 +120,7 @@ def write_normed(path):
 
 def anatomy(model):
     """All plain values and shapes that a model is made of."""
-    plain = (bool, int, float, str, type(None))
+    plain = (bool, int, float, str, type(None), FunctionType)
     parts = {f"{name} shape": tuple(p.shape) for name, p in model.named_parameters()}
     for path, module in model.named_modules():
         parts[path] = type(module).__name__
@@ -129,10 +133,9 @@ def test_fields_of_models(field, tmp_path, monkeypatch):
     """The argument of the constructor changes, and so does the model that it makes."""
     flags = (DERIVED.get(field.name) or other(field)).format(folder=tmp_path)
     write_normed(tmp_path / "normed.ckpt")
-    before, model = built("--img_size 8", tmp_path, monkeypatch)
-    if field.name == "order":
-        before, model = built("--model ar_tiny", tmp_path, monkeypatch)
-    after, changed = built(flags, tmp_path, monkeypatch)
+    with_it = WITH.get(field.name, "--img_size 8")
+    before, model = built(with_it, tmp_path, monkeypatch)
+    after, changed = built(f"{with_it} {flags}", tmp_path, monkeypatch)
     assert field.name in after and after[field.name] != before.get(field.name)
     assert anatomy(changed) != anatomy(model)
     if field.name not in ("name", "head", *DERIVED):  # on which others depend
