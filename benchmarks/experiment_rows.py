@@ -83,4 +83,51 @@ PAPER = {
     "MAR, L2": Row(KL, {**MAR, **L2}, BOTH),
 }
 
-SETS = {"tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed)}
+
+# ---- one change at a time -----------------------------------------------------------------------
+
+
+def changed(**flags):
+    """The baseline with these flags of main_mar.py."""
+    return Row(KL, {**MAR, **DIFF, **flags})
+
+
+def sampled(flags, **samples):
+    """The baseline with these flags of training, sampled with several flags of sample.py."""
+    return Row(
+        KL, {**MAR, **DIFF, **flags}, {f", {n}": Sample(flags=f) for n, f in samples.items()}
+    )
+
+
+LOG = {
+    "baseline": changed(),
+    # l-DeTok's training of MARs (Yang et al. 2025), at once and one by one
+    "no warm-up, decay, clipping, MLP dropout": changed(
+        warmup_epochs=0, weight_decay=0.0, grad_clip=0.0, mlp_dropout=0.0
+    ),
+    "no warm-up": changed(warmup_epochs=0),
+    "no dropout": changed(attn_dropout=0.0, proj_dropout=0.0),
+    "cosine": changed(lr_schedule="cosine"),
+    "rate doubled": changed(lr=2e-3),
+    "half the batch": changed(batch_size=32),
+    "logit-normal timesteps": changed(timesteps="logit-normal"),
+    "timesteps even in log SNR": changed(timesteps="log-snr"),
+    "no variational term": changed(no_vlb=True),
+    "min-SNR weights, no variational term": changed(no_vlb=True, loss_weight="min-snr"),
+    "noise on known tokens": changed(known_noise=0.2),
+    "QK-norm": changed(qk_norm=True),
+    "RoPE": changed(rope=True),
+    "SwiGLU": changed(swiglu=True),
+    "Muon": changed(optimizer="muon"),
+    "head twice as wide": changed(diffloss_w=256),
+    "head twice as deep": changed(diffloss_d=6),
+    "1 timestep per token": changed(diffusion_batch_mul=1),
+    "8 timesteps per token": changed(diffusion_batch_mul=8),
+    "flow": sampled({"head": "flow"}, Euler={"solver": "euler"}, Heun={"solver": "heun"}),
+    "energy score": changed(head="energy"),
+}
+
+SETS = {
+    "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed),
+    "log": Set(LOG, "baseline"),
+}

@@ -70,6 +70,9 @@ def get_parser():
         "--epochs", type=positive_int, nargs="+", default=[1, 3, 9], help="lengths to compare"
     )
     parser.add_argument(
+        "--minutes", type=positive, nargs="+", help="lengths in minutes instead, on this machine"
+    )
+    parser.add_argument(
         "--seeds", type=nonnegative_int, nargs="+", default=[1, 2, 3], help="seeds of the models"
     )
     parser.add_argument(
@@ -98,6 +101,9 @@ def main(argv=None):
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(SETS[args.what].rows)}")
     cache_latents(args)
     costs = seconds_per_step(args)
+    if args.minutes:
+        epoch = costs[SETS[args.what].like] * steps_per_epoch(args) / 60
+        args.epochs = sorted({max(1, round(minutes / epoch)) for minutes in args.minutes})
     for length in args.epochs:
         for seed in args.seeds:
             for name in args.rows or SETS[args.what].rows:
@@ -133,7 +139,7 @@ def train(args, name, seed, epochs):
     folder = run_folder(args, name, seed)
     if not checkpoint(folder, epochs).is_file():
         flags = {**flags_of(args, name, seed, epochs), "output_dir": folder, "resume": folder}
-        call(main_mar.main, flags, "--use_cached")
+        call(main_mar.main, *split(flags), "--use_cached")
         with replacing(checkpoint(folder, epochs)) as beside:
             shutil.copy(folder / LAST, beside)
 
@@ -148,6 +154,12 @@ def flags_of(args, name, seed, epochs):
     own |= {"cached_path": latents(args, row.tokenizer), "precision": args.precision}
     own |= {"seed": seed, "epochs": epochs, "eval_freq": epochs, "save_last_freq": 1, "keep": 1}
     return own
+
+
+def split(flags):
+    """Flags with values, a dict, and then the names of those that are True."""
+    switches = [f"--{name}" for name, value in flags.items() if value is True]
+    return {name: value for name, value in flags.items() if value is not True}, *switches
 
 
 def data_flags(args):
@@ -219,7 +231,7 @@ def some_steps(args, name, folder):
     caught = []
     flags = {**flags_of(args, name, seed=0, epochs=10), "output_dir": folder}
     with patch.object(main_mar, "try_out", lambda *objects: caught.append(objects)):
-        call(main_mar.main, flags, "--use_cached", "--dry_run")
+        call(main_mar.main, *split(flags), "--use_cached", "--dry_run")
     _, _, run_epoch, loader, _ = caught[0]
     return partial(run_epoch, loader=FirstBatches(loader, TIMED), epoch=0)
 
