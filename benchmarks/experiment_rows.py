@@ -27,7 +27,8 @@ def fixed(epochs, steps):
 def in_proportion(epochs, steps):
     """The paper's recipe in proportion: a quarter of the run is warm-up, and the EMA remembers 1/25
     of it (10,000 of 250,000 steps)."""
-    return {"warmup_epochs": epochs / 4, "ema_rate": round(1 - 25 / (epochs * steps), 5)}
+    remembered = max(1.0, epochs * steps / 25)
+    return {"warmup_epochs": epochs / 4, "ema_rate": round(1 - 1 / remembered, 5)}
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,9 @@ def main(argv=None):
         if name not in SETS[args.what].rows:
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(SETS[args.what].rows)}")
     cache_latents(args)
-    costs = seconds_per_step(args)
+    costs = seconds_per_image(args)
     if args.minutes:
-        epoch = costs[SETS[args.what].like] * steps_per_epoch(args) / 60
+        epoch = costs[SETS[args.what].like] * images(args) / 60
         args.epochs = sorted({max(1, round(minutes / epoch)) for minutes in args.minutes})
     for length in args.epochs:
         for seed in args.seeds:
@@ -148,7 +148,8 @@ def flags_of(args, name, seed, epochs):
     """The flags of main_mar.py for a row."""
     of = SETS[args.what]
     row = of.rows[name]
-    own = {**RECIPE, **of.recipe(epochs, steps_per_epoch(args)), **row.flags}
+    own = {**RECIPE, **row.flags}
+    own = {**of.recipe(epochs, images(args) // own["batch_size"]), **own}
     own["model"] = f"{own['model']}_{args.size}"
     own |= {**data_flags(args), **tokenizer_flags(args, row.tokenizer)}
     own |= {"cached_path": latents(args, row.tokenizer), "precision": args.precision}
@@ -174,10 +175,9 @@ def tokenizer_flags(args, name):
     return {"tokenizer": name, "vae_path": network / "tokenizer.ckpt"}
 
 
-def steps_per_epoch(args):
-    """Optimizer steps of an epoch."""
-    files = Path(args.data_path, "train").rglob("*.*")
-    return sum(path.is_file() for path in files) // RECIPE["batch_size"]
+def images(args):
+    """The number of training images."""
+    return sum(path.is_file() for path in Path(args.data_path, "train").rglob("*.*"))
 
 
 def latents(args, tokenizer):
@@ -201,8 +201,8 @@ def slug(name):
 # ---- what a step costs ----------------------------------------------------------------------
 
 
-def seconds_per_step(args):
-    """Seconds of a training step of each row: name -> number, measured once.
+def seconds_per_image(args):
+    """Seconds of training per image of each row: name -> number, measured once.
 
     Medians of ROUNDS, all rows in turns; on the CPU in seconds of its time.
     """
@@ -217,8 +217,8 @@ def seconds_per_step(args):
         found = {name: [] for name in rows}
         for _ in range(1 + ROUNDS):
             for name, take in steps.items():
-                found[name].append(seconds_of(take, args.device))
-    medians = {name: statistics.median(times[1:]) / TIMED for name, times in found.items()}
+                found[name].append(seconds_of(take, args.device) / images_of(args, name))
+    medians = {name: statistics.median(times[1:]) for name, times in found.items()}
     scale = known.get(like, medians[like]) / medians[like]  # to rows that were timed before
     known = {**{name: scale * value for name, value in medians.items()}, **known}
     with replacing(path) as beside:
@@ -234,6 +234,11 @@ def some_steps(args, name, folder):
         call(main_mar.main, *split(flags), "--use_cached", "--dry_run")
     _, _, run_epoch, loader, _ = caught[0]
     return partial(run_epoch, loader=FirstBatches(loader, TIMED), epoch=0)
+
+
+def images_of(args, name):
+    """Images in TIMED steps of a row."""
+    return TIMED * {**RECIPE, **SETS[args.what].rows[name].flags}["batch_size"]
 
 
 def seconds_of(function, device):
@@ -299,7 +304,7 @@ def points(args, costs):
     of = SETS[args.what]
     for length, name in itertools.product(args.epochs, of.rows):
         for kind, epochs in lengths(args, costs, name, length).items():
-            minutes = epochs * steps_per_epoch(args) * costs[name] / 60
+            minutes = epochs * images(args) * costs[name] / 60
             for label, cfg in itertools.product(of.rows[name].samples, args.cfg):
                 folders = [sample_folder(args, name, s, epochs, label, cfg) for s in args.seeds]
                 records = [jsonl.read(folder / "results.jsonl")[-1:] for folder in folders]
