@@ -111,6 +111,11 @@ LOG = {
     "cosine": changed(lr_schedule="cosine"),
     "rate doubled": changed(lr=2e-3),
     "half the batch": changed(batch_size=32),
+    "averages by half-life in images": sampled(
+        {"ema_images": [3_000, 10_000, 30_000]},
+        **{"3,000": {}, "raw": {"weights": "raw"}},
+        **{f"{n:,}": {"weights": f"ema_{n}"} for n in (10_000, 30_000)},
+    ),
     "logit-normal timesteps": changed(timesteps="logit-normal"),
     "timesteps even in log SNR": changed(timesteps="log-snr"),
     "no variational term": changed(no_vlb=True),
