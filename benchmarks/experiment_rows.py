@@ -112,7 +112,7 @@ LOG = {
     "rate doubled": changed(lr=2e-3),
     "half the batch": changed(batch_size=32),
     "averages by half-life in images": sampled(
-        {"ema_images": [3_000, 10_000, 30_000]},
+        {"ema_images": [3_000, 10_000, 30_000], "ema_rate": None},
         **{"3,000": {}, "raw": {"weights": "raw"}},
         **{f"{n:,}": {"weights": f"ema_{n}"} for n in (10_000, 30_000)},
     ),
