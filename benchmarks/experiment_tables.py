@@ -10,7 +10,8 @@ from util.files import replacing
 from util.images import grid, save_image
 
 SHOWN = 4  # samples of a class in a grid
-METRICS = {"precision": "precision", "recall": "recall"}
+METRICS = {"kernel_distance": "kernel distance", "precision": "precision", "recall": "recall"}
+LOSSES = {"val_mse": "held-out loss", "val_bits_per_token": "bits per token"}
 TITLES = {"steps": "equal steps", "time": "equal time"}
 
 
@@ -19,7 +20,8 @@ class Point:
     """What was found for a row at a length, for all seeds.
 
     kind: what it has in common with the other rows of this length, in TITLES. minutes: of training,
-    alone on the machine. records: folder of the samples -> line of results.jsonl.
+    alone on the machine. records: folder of the samples -> line of results.jsonl. losses: held-out
+    losses of each seed, name -> number.
     """
 
     row: str
@@ -29,6 +31,7 @@ class Point:
     minutes: float
     cfg: float
     records: dict
+    losses: list
 
     @property
     def distances(self):
@@ -64,9 +67,10 @@ def cell(point):
     """A row of a table."""
     own = {"row": point.row, "epochs": point.epochs, "minutes": round(point.minutes, 1)}
     own |= {"guidance": point.cfg, "Fréchet distance": spread(point.distances, 1)}
-    for key, title in METRICS.items():
-        values = [record[key] for record in point.records.values() if key in record]
-        own |= {title: spread(values, 3)} if values else {}
+    found = [*point.records.values(), *point.losses]
+    for key, title in {**METRICS, **LOSSES}.items():
+        values = [each[key] for each in found if key in each]
+        own |= {title: spread(values, 4)} if values else {}
     return own | {"seeds": len(point.records)}
 
 

@@ -153,6 +153,7 @@ def flags_of(args, name, seed, epochs):
     own["model"] = f"{own['model']}_{args.size}"
     own |= {**data_flags(args), **tokenizer_flags(args, row.tokenizer)}
     own |= {"cached_path": latents(args, row.tokenizer), "precision": args.precision}
+    own |= {"val_path": Path(args.data_path) / args.split}
     own |= {"seed": seed, "epochs": epochs, "eval_freq": epochs, "save_last_freq": 1, "keep": 1}
     return own
 
@@ -309,7 +310,20 @@ def points(args, costs):
                 folders = [sample_folder(args, name, s, epochs, label, cfg) for s in args.seeds]
                 records = [jsonl.read(folder / "results.jsonl")[-1:] for folder in folders]
                 records = {f: lines[0] for f, lines in zip(folders, records, strict=True) if lines}
-                yield tables.Point(name + label, kind, length, epochs, minutes, cfg, records)
+                losses = [held_out(args, name, seed, epochs) for seed in args.seeds]
+                losses = [each for each in losses if each]
+                yield tables.Point(
+                    name + label, kind, length, epochs, minutes, cfg, records, losses
+                )
+
+
+def held_out(args, name, seed, epochs):
+    """The held-out losses of a row's EMA weights after so many epochs: name -> number, or None."""
+    flags = flags_of(args, name, seed, epochs)
+    step = epochs * (images(args) // flags["batch_size"])
+    records = jsonl.read(run_folder(args, name, seed) / "results.jsonl")
+    found = [r for r in records if r.get("weights") == "ema" and r.get("step") == step]
+    return found[-1] if found else None
 
 
 if __name__ == "__main__":
