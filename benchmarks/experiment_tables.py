@@ -65,12 +65,12 @@ def text_of(name, points):
 
 def cell(point):
     """A row of a table."""
-    own = {"row": point.row, "epochs": point.epochs, "minutes": round(point.minutes, 1)}
+    own = {"row": point.row, "epochs": point.epochs, "minutes": f"{point.minutes:.2g}"}
     own |= {"guidance": point.cfg, "Fréchet distance": spread(point.distances, 1)}
     found = [*point.records.values(), *point.losses]
     for key, title in {**METRICS, **LOSSES}.items():
         values = [each[key] for each in found if key in each]
-        own |= {title: spread(values, 4)} if values else {}
+        own[title] = spread(values, 4) if values else None
     return own | {"seeds": len(point.records)}
 
 

@@ -310,19 +310,20 @@ def points(args, costs):
                 folders = [sample_folder(args, name, s, epochs, label, cfg) for s in args.seeds]
                 records = [jsonl.read(folder / "results.jsonl")[-1:] for folder in folders]
                 records = {f: lines[0] for f, lines in zip(folders, records, strict=True) if lines}
-                losses = [held_out(args, name, seed, epochs) for seed in args.seeds]
+                weights = of.rows[name].samples[label].flags.get("weights", "ema")
+                losses = [held_out(args, name, seed, epochs, weights) for seed in args.seeds]
                 losses = [each for each in losses if each]
                 yield tables.Point(
                     name + label, kind, length, epochs, minutes, cfg, records, losses
                 )
 
 
-def held_out(args, name, seed, epochs):
-    """The held-out losses of a row's EMA weights after so many epochs: name -> number, or None."""
+def held_out(args, name, seed, epochs, weights):
+    """The held-out losses of a row's model after so many epochs: name -> number, or None."""
     flags = flags_of(args, name, seed, epochs)
     step = epochs * (images(args) // flags["batch_size"])
     records = jsonl.read(run_folder(args, name, seed) / "results.jsonl")
-    found = [r for r in records if r.get("weights") == "ema" and r.get("step") == step]
+    found = [r for r in records if (r.get("weights"), r.get("step")) == (weights, step)]
     return found[-1] if found else None
 
 
