@@ -16,6 +16,13 @@ RECIPE = {
     "weight_decay": 0.02,
     "num_sampling_steps": "25",
 }
+# the tokenizers' training: two networks of one shape, 16 tokens of a 16-pixel image
+NETWORK = {"ch": 16, "ch_mult": "1,2,4", "res_blocks": 1, "batch_size": 32, "lr": 4e-3}
+NETWORK |= {"lr_schedule": "cosine", "warmup_epochs": 0.1, "norm_groups": 2}
+NETWORKS = {
+    "kl": {**NETWORK, "tokenizer": "kl", "vae_embed_dim": 16},
+    "vq": {**NETWORK, "tokenizer": "vq", "vae_embed_dim": 8},
+}
 MAR = {"model": "mar", "buffer_size": 4, "mask_ratio_min": 0.1}
 
 

@@ -18,11 +18,14 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import torch
+
 import main_cache
 import main_mar
+import main_tokenizer
 import sample
 from benchmarks import experiment_tables as tables
-from benchmarks.experiment_rows import RECIPE, SETS
+from benchmarks.experiment_rows import NETWORKS, RECIPE, SETS
 from benchmarks.tokenizers import hold_out
 from reproduce import call
 from util import jsonl
@@ -63,7 +66,16 @@ def get_parser():
     )
     parser.add_argument("--img_size", type=positive_int, default=16, help="side of the images")
     parser.add_argument(
-        "--tokenizers", required=True, metavar="DIR", help="kl/tokenizer.ckpt and vq/tokenizer.ckpt"
+        "--tokenizers",
+        metavar="DIR",
+        help="folder with kl/tokenizer.ckpt and vq/tokenizer.ckpt, which are trained if they are "
+        "missing (default: tokenizers in --output_dir)",
+    )
+    parser.add_argument(
+        "--tokenizer_epochs", type=positive_int, default=10, help="epochs per tokenizer"
+    )
+    parser.add_argument(
+        "--num_codes", type=positive_int, default=256, metavar="K", help="codes of the VQ tokenizer"
     )
     parser.add_argument("--size", default="mini", help="size of the models (default: mini)")
     parser.add_argument(
@@ -99,7 +111,10 @@ def main(argv=None):
     for name in args.rows or ():
         if name not in SETS[args.what].rows:
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(SETS[args.what].rows)}")
-    cache_latents(args)
+    args.tokenizers = args.tokenizers or str(Path(args.output_dir) / "tokenizers")
+    for name in sorted({row.tokenizer for row in SETS[args.what].rows.values()}):
+        train_tokenizer(args, NETWORK_OF.get(name, name))
+        cache_latents(args, name)
     costs = seconds_per_image(args)
     if args.minutes:
         epoch = costs[SETS[args.what].like] * images(args) / 60
@@ -124,14 +139,24 @@ def lengths(args, costs, name, length):
 # ---- training -------------------------------------------------------------------------------
 
 
-def cache_latents(args):
-    """Cache the latents of all tokenizers, unless that is done."""
-    for name in sorted({row.tokenizer for row in SETS[args.what].rows.values()}):
-        folder = latents(args, name)
-        if not (folder / DONE).is_file():
-            flags = {**data_flags(args), **tokenizer_flags(args, name), "cached_path": folder}
-            call(main_cache.main, {**flags, "layout": "shards"})
-            (folder / DONE).touch()
+def train_tokenizer(args, name):
+    """Train and measure a network, unless it is there. name: in NETWORKS."""
+    folder = Path(args.tokenizers) / name
+    if not (folder / "results.jsonl").is_file():
+        own = {**data_flags(args), **NETWORKS[name], "split": args.split, "output_dir": folder}
+        own |= {"epochs": args.tokenizer_epochs, "resume": folder}
+        own |= {"num_codes": args.num_codes} if name == "vq" else {}
+        own |= {flag: getattr(args, flag) for flag in NETWORK}
+        call(main_tokenizer.main, own)
+
+
+def cache_latents(args, name):
+    """Cache the latents of a tokenizer, unless that is done."""
+    folder = latents(args, name)
+    if not (folder / DONE).is_file():
+        flags = {**data_flags(args), **tokenizer_flags(args, name), "cached_path": folder}
+        call(main_cache.main, {**flags, "layout": "shards"})
+        (folder / DONE).touch()
 
 
 def train(args, name, seed, epochs):
@@ -244,7 +269,8 @@ def images_of(args, name):
 
 def seconds_of(function, device):
     """Seconds of a call: of the processor's time on the CPU, else of the clock."""
-    clock = time.perf_counter if device == "cuda" else time.process_time
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    clock = time.process_time if on_cpu else time.perf_counter
     begin = clock()
     function()
     return clock() - begin
