@@ -1,0 +1,146 @@
+"""The rows of benchmarks.experiments: what is trained, as flags of main_mar.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from diffusion.solvers import BELOW_SINGULARITY
+
+# Of all rows. What 16 tokens need in place of the paper's values for 256 is as in --preset small.
+RECIPE = {
+    "diffusion_batch_mul": 4,
+    "max_timestep": BELOW_SINGULARITY,
+    "batch_size": 64,
+    "lr": 1e-3,
+    "lr_schedule": "constant",
+    "grad_clip": 3.0,
+    "weight_decay": 0.02,
+    "num_sampling_steps": "25",
+}
+# the tokenizers' training: two networks of one shape, 16 tokens of a 16-pixel image
+NETWORK = {"ch": 16, "ch_mult": "1,2,4", "res_blocks": 1, "batch_size": 32, "lr": 4e-3}
+NETWORK |= {"lr_schedule": "cosine", "warmup_epochs": 0.1, "norm_groups": 2}
+NETWORKS = {
+    "kl": {**NETWORK, "tokenizer": "kl", "vae_embed_dim": 16},
+    "vq": {**NETWORK, "tokenizer": "vq", "vae_embed_dim": 8},
+}
+MAR = {"model": "mar", "buffer_size": 4, "mask_ratio_min": 0.1}
+
+
+def fixed(epochs, steps):
+    """Flags of runs that are the beginnings of longer ones: nothing depends on the length."""
+    return {"warmup_epochs": 0.25, "ema_rate": 0.997, "attn_dropout": 0.0, "proj_dropout": 0.0}
+
+
+def in_proportion(epochs, steps):
+    """The paper's recipe in proportion: a quarter of the run is warm-up, and the EMA remembers 1/25
+    of it (10,000 of 250,000 steps)."""
+    remembered = max(1.0, epochs * steps / 25)
+    return {"warmup_epochs": epochs / 4, "ema_rate": round(1 - 1 / remembered, 5)}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How a model is sampled: steps as a fraction of its tokens, and further flags of sample.py."""
+
+    steps: float = 1.0
+    flags: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training run, and what is sampled from its model.
+
+    tokenizer: name in models.settings.TOKENIZERS. flags: those of main_mar.py beside the set's.
+    samples: name, added to the row's -> Sample.
+    """
+
+    tokenizer: str
+    flags: dict
+    samples: dict = field(default_factory=lambda: {"": Sample()})
+
+
+@dataclass(frozen=True)
+class Set:
+    """Rows to compare. like: name of the row whose steps or time the others have.
+
+    equal: what is compared: "steps", "time". recipe: function (epochs, steps of an epoch) -> flags
+    of all rows, beside RECIPE.
+    """
+
+    rows: dict
+    like: str
+    equal: tuple = ("time",)
+    recipe: Callable = in_proportion
+
+
+# ---- tables 1 and 2 of the paper ----------------------------------------------------------------
+
+KL, VQ, LATENT = "kl", "vq", "vq_latent"
+DIFF, CE, L2 = {"head": "diffloss"}, {"head": "ce"}, {"head": "l2"}
+RASTER, RANDOM = {"model": "ar", "order": "raster"}, {"model": "ar", "order": "random"}
+# a quarter as many steps as tokens, as the paper's 64 of 256, or one token at a time
+BOTH = {"": Sample(0.25), ", one at a time": Sample()}
+PAPER = {
+    "AR, raster, CE": Row(VQ, {**RASTER, **CE}),
+    "AR, raster, Diff": Row(KL, {**RASTER, **DIFF}),
+    "AR, random, CE": Row(VQ, {**RANDOM, **CE}),
+    "AR, random, Diff": Row(KL, {**RANDOM, **DIFF}),
+    "MAR, CE": Row(VQ, {**MAR, **CE}, BOTH),
+    "MAR, Diff": Row(KL, {**MAR, **DIFF}, BOTH),
+    "MAR, Diff on VQ's latents": Row(LATENT, {**MAR, **DIFF}, BOTH),
+    "MAR, L2": Row(KL, {**MAR, **L2}, BOTH),
+}
+
+
+# ---- one change at a time -----------------------------------------------------------------------
+
+
+def changed(**flags):
+    """The baseline with these flags of main_mar.py."""
+    return Row(KL, {**MAR, **DIFF, **flags})
+
+
+def sampled(flags, **samples):
+    """The baseline with these flags of training, sampled with several flags of sample.py."""
+    return Row(
+        KL, {**MAR, **DIFF, **flags}, {f", {n}": Sample(flags=f) for n, f in samples.items()}
+    )
+
+
+LOG = {
+    "baseline": changed(),
+    # l-DeTok's training of MARs (Yang et al. 2025), at once and one by one
+    "no warm-up, decay, clipping, MLP dropout": changed(
+        warmup_epochs=0, weight_decay=0.0, grad_clip=0.0, mlp_dropout=0.0
+    ),
+    "no warm-up": changed(warmup_epochs=0),
+    "no dropout": changed(attn_dropout=0.0, proj_dropout=0.0),
+    "cosine": changed(lr_schedule="cosine"),
+    "rate doubled": changed(lr=2e-3),
+    "half the batch": changed(batch_size=32),
+    "averages by half-life in images": sampled(
+        {"ema_images": [3_000, 10_000, 30_000], "ema_rate": None},
+        **{"3,000": {}, "raw": {"weights": "raw"}},
+        **{f"{n:,}": {"weights": f"ema_{n}"} for n in (10_000, 30_000)},
+    ),
+    "logit-normal timesteps": changed(timesteps="logit-normal"),
+    "timesteps even in log SNR": changed(timesteps="log-snr"),
+    "no variational term": changed(no_vlb=True),
+    "min-SNR weights, no variational term": changed(no_vlb=True, loss_weight="min-snr"),
+    "noise on known tokens": changed(known_noise=0.2),
+    "QK-norm": changed(qk_norm=True),
+    "RoPE": changed(rope=True),
+    "SwiGLU": changed(swiglu=True),
+    "Muon": changed(optimizer="muon"),
+    "head twice as wide": changed(diffloss_w=128),
+    "head twice as deep": changed(diffloss_d=6),
+    "1 timestep per token": changed(diffusion_batch_mul=1),
+    "8 timesteps per token": changed(diffusion_batch_mul=8),
+    "flow": sampled({"head": "flow"}, Euler={"solver": "euler"}, Heun={"solver": "heun"}),
+    "energy score": changed(head="energy"),
+}
+
+SETS = {
+    "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed),
+    "log": Set(LOG, "baseline"),
+}

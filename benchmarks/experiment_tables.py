@@ -1,0 +1,103 @@
+"""What benchmarks.experiments found, as tables, curves over time, and grids of samples."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from reproduce import distance_name, spread
+from util.evaluation.sweep import markdown
+from util.files import replacing
+from util.images import grid, save_image
+
+SHOWN = 4  # samples of a class in a grid
+METRICS = {"kernel_distance": "kernel distance", "precision": "precision", "recall": "recall"}
+LOSSES = {"val_mse": "held-out loss", "val_bits_per_token": "bits per token"}
+TITLES = {"steps": "equal steps", "time": "equal time"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """What was found for a row at a length, for all seeds.
+
+    kind: what it has in common with the other rows of this length, in TITLES. minutes: of training,
+    alone on the machine. records: folder of the samples -> line of results.jsonl. losses: held-out
+    losses of each seed, name -> number.
+    """
+
+    row: str
+    kind: str
+    length: int
+    epochs: int
+    minutes: float
+    cfg: float
+    records: dict
+    losses: list
+
+    @property
+    def distances(self):
+        """The Fréchet distance of each seed."""
+        return [record[distance_name(record)] for record in self.records.values()]
+
+
+def write(folder, name, points):
+    """Write NAME.md, NAME.png and samples/ROW.png to a folder. points: a list of Point."""
+    with replacing(folder / f"{name}.md") as beside:
+        beside.write_text(text_of(name, points))
+    with replacing(folder / f"{name}.png") as beside:
+        draw_curves(points).savefig(beside, dpi=150, format="png")
+    for row in {point.row for point in points}:
+        best = max((p for p in points if p.row == row), key=lambda p: (p.minutes, p.cfg))
+        save_grid(folder / "samples", row, *next(iter(best.records.items())))
+
+
+def text_of(name, points):
+    """The text of all tables."""
+    text = f"# {name}\n"
+    for length in sorted({point.length for point in points}):
+        for kind, title in TITLES.items():
+            cells = [cell(p) for p in points if (p.length, p.kind) == (length, kind)]
+            if cells:
+                text += f"\n## {length} epochs, {title}\n\n{markdown(cells)}\n"
+    record = next(iter(points[0].records.values()))
+    text += f"\n{record['images']} samples, features of {record['extractor']}; mean ± standard "
+    return text + "deviation over the seeds.\n"
+
+
+def cell(point):
+    """A row of a table."""
+    own = {"row": point.row, "epochs": point.epochs, "minutes": f"{point.minutes:.2g}"}
+    own |= {"guidance": point.cfg, "Fréchet distance": spread(point.distances, 1)}
+    found = [*point.records.values(), *point.losses]
+    for key, title in {**METRICS, **LOSSES}.items():
+        values = [each[key] for each in found if key in each]
+        own[title] = spread(values, 4) if values else None
+    return own | {"seeds": len(point.records)}
+
+
+def draw_curves(points):
+    """A figure of the distance over the minutes of training, a curve for each row."""
+    from matplotlib.figure import Figure
+
+    scales = sorted({point.cfg for point in points})
+    figure = Figure((6 * len(scales), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(scales), squeeze=False, sharey=True)[0]
+    for panel, cfg in zip(panels, scales, strict=True):
+        for row in dict.fromkeys(point.row for point in points):
+            own = {p.minutes: p.distances for p in points if (p.row, p.cfg) == (row, cfg)}
+            xs, values = zip(*sorted(own.items()), strict=True)
+            means = [np.mean(each) for each in values]
+            panel.errorbar(xs, means, [np.std(v) for v in values], marker="o", ms=3, label=row)
+        panel.set(title=f"guidance {cfg:g}", xlabel="minutes", xscale="log", yscale="log")
+        panel.grid(alpha=0.3, which="both")
+    panels[0].set_ylabel("Fréchet distance")
+    panels[-1].legend(fontsize=7)
+    return figure
+
+
+def save_grid(folder, row, samples, record):
+    """Save some samples, a column for each class. samples: folder with samples.npz."""
+    folder.mkdir(exist_ok=True)
+    columns = record["images"] // record["per_class"]  # labels cycle through the classes
+    images = np.load(samples / "samples.npz")["arr_0"][: SHOWN * columns]
+    name = "-".join(row.lower().replace(",", "").replace("'", "").split())
+    save_image(folder / f"{name}.png", grid(images, columns, min_side=64))
