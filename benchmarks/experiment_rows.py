@@ -51,12 +51,14 @@ class Row:
     """A training run, and what is sampled from its model.
 
     tokenizer: name in models.settings.TOKENIZERS. flags: those of main_mar.py beside the set's.
-    samples: name, added to the row's -> Sample.
+    samples: name, added to the row's -> Sample. timed: whether its steps cost something else than
+    those of the set's `like`, so that they are timed.
     """
 
     tokenizer: str
     flags: dict
     samples: dict = field(default_factory=lambda: {"": Sample()})
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,38 +98,42 @@ PAPER = {
 
 
 def changed(**flags):
-    """The baseline with these flags of main_mar.py."""
+    """The baseline with these flags of main_mar.py, which change what a step costs."""
     return Row(KL, {**MAR, **DIFF, **flags})
+
+
+def as_cheap(**flags):
+    """The baseline with these flags, which do not change what a step costs."""
+    return Row(KL, {**MAR, **DIFF, **flags}, timed=False)
 
 
 def sampled(flags, **samples):
     """The baseline with these flags of training, sampled with several flags of sample.py."""
-    return Row(
-        KL, {**MAR, **DIFF, **flags}, {f", {n}": Sample(flags=f) for n, f in samples.items()}
-    )
+    samples = {f", {name}": Sample(flags=own) for name, own in samples.items()}
+    return Row(KL, {**MAR, **DIFF, **flags}, samples)
 
 
 LOG = {
     "baseline": changed(),
     # l-DeTok's training of MARs (Yang et al. 2025), at once and one by one
-    "no warm-up, decay, clipping, MLP dropout": changed(
+    "no warm-up, decay, clipping, MLP dropout": as_cheap(
         warmup_epochs=0, weight_decay=0.0, grad_clip=0.0, mlp_dropout=0.0
     ),
-    "no warm-up": changed(warmup_epochs=0),
+    "no warm-up": as_cheap(warmup_epochs=0),
     "no dropout": changed(attn_dropout=0.0, proj_dropout=0.0),
-    "cosine": changed(lr_schedule="cosine"),
-    "rate doubled": changed(lr=2e-3),
+    "cosine": as_cheap(lr_schedule="cosine"),
+    "rate doubled": as_cheap(lr=2e-3),
     "half the batch": changed(batch_size=32),
     "averages by half-life in images": sampled(
         {"ema_images": [3_000, 10_000, 30_000], "ema_rate": None},
         **{"3,000": {}, "raw": {"weights": "raw"}},
         **{f"{n:,}": {"weights": f"ema_{n}"} for n in (10_000, 30_000)},
     ),
-    "logit-normal timesteps": changed(timesteps="logit-normal"),
-    "timesteps even in log SNR": changed(timesteps="log-snr"),
+    "logit-normal timesteps": as_cheap(timesteps="logit-normal"),
+    "timesteps even in log SNR": as_cheap(timesteps="log-snr"),
     "no variational term": changed(no_vlb=True),
     "min-SNR weights, no variational term": changed(no_vlb=True, loss_weight="min-snr"),
-    "noise on known tokens": changed(known_noise=0.2),
+    "noise on known tokens": as_cheap(known_noise=0.2),
     "QK-norm": changed(qk_norm=True),
     "RoPE": changed(rope=True),
     "SwiGLU": changed(swiglu=True),

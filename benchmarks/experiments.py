@@ -45,7 +45,7 @@ from util.flags import (
 from util.settings import add_flags
 
 TIMED = 8  # steps of a row that are timed at once
-ROUNDS = 6
+ROUNDS = 12
 STRIDE = 4  # pixels of a token, along each side
 DONE = "done"  # a file that says that a folder is complete
 NETWORK_OF = {"vq_latent": "vq"}  # tokenizer -> folder of its network, unless it has its own
@@ -232,12 +232,19 @@ def seconds_per_image(args):
 
     Medians of ROUNDS, all rows in turns; on the CPU in seconds of its time.
     """
-    path, like = Path(args.output_dir) / "costs.json", SETS[args.what].like
+    of, path = SETS[args.what], Path(args.output_dir) / "costs.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    rows = [name for name in SETS[args.what].rows if name not in known]
-    if not rows:
-        return known
-    rows += [like] * (like not in rows)
+    rows = [name for name, row in of.rows.items() if row.timed and name not in known]
+    if rows:
+        known = timed(args, [*rows, *([] if of.like in rows else [of.like])], known)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(known, indent=1))
+    return {name: known[name if row.timed else of.like] for name, row in of.rows.items()}
+
+
+def timed(args, rows, known):
+    """Seconds per image of these rows, added to those that are known."""
+    like = SETS[args.what].like
     with tempfile.TemporaryDirectory() as folder:
         steps = {name: some_steps(args, name, Path(folder) / slug(name)) for name in rows}
         found = {name: [] for name in rows}
@@ -246,10 +253,7 @@ def seconds_per_image(args):
                 found[name].append(seconds_of(take, args.device) / images_of(args, name))
     medians = {name: statistics.median(times[1:]) for name, times in found.items()}
     scale = known.get(like, medians[like]) / medians[like]  # to rows that were timed before
-    known = {**{name: scale * value for name, value in medians.items()}, **known}
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(known, indent=1))
-    return known
+    return {**{name: scale * value for name, value in medians.items()}, **known}
 
 
 def some_steps(args, name, folder):
