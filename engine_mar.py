@@ -81,8 +81,8 @@ def train_one_epoch(
     """Train on every batch of an epoch of `loader`; returns the largest |latent| seen, a float.
 
     loader: as util.data.loader.Loader, its batches (x, labels). ema: a util.ema.EMA, or several as
-    EMAs. learning_rate: function of a
-    fractional epoch. cached: x are moments, not images. accum_iter: batches per optimizer step.
+    EMAs. learning_rate: function of a fractional epoch. cached: x are moments, not images.
+    accum_iter: batches per optimizer step.
     shared_mask_ratio: all processes mask the same number of tokens per step, so that none waits for
     another. All random draws depend on (seed, epoch, rank) only, so a run resumed at an epoch makes
     the same draws as an uninterrupted one. To resume within the epoch: start, the number of batches

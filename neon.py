@@ -85,13 +85,13 @@ def main(argv=None):
     folder = Path(args.output_dir)
     last_words.set_folder(folder, "neon")
     model, tokenizer, config = sample.open_checkpoint(args)
-    config["data"] = {**config["data"], "classes": class_names(config)}
     sampling = sample.pick_sampling(args, config, model, [{}])
     lr = args.lr or base_rate(config) / 10
     with lock.folder(folder, "--output_dir"):
         precision = pick_precision(args.precision, device)
         drawn = model.to(device), tokenizer.to(device)
-        write_samples(args, *drawn, config, sampling, device, precision)
+        named = {**config, "data": {**config.get("data", {}), "classes": class_names(config)}}
+        write_samples(args, *drawn, named, sampling, device, precision)
         main_mar.main(training_flags(args, config, sampling, lr))
         if dist.is_main():
             for path in merge(args, model.cpu(), config, sampling, lr):
@@ -99,8 +99,9 @@ def main(argv=None):
 
 
 def class_names(config):
-    """The names of the classes, or their indices as texts."""
-    return known_names(config) or [*map(str, range(config["model"]["class_num"]))]
+    """The names of the classes, or their indices as texts, whose alphabetical order is theirs."""
+    count = config["model"]["class_num"]
+    return known_names(config) or [f"{i:0{len(str(count))}d}" for i in range(count)]
 
 
 def base_rate(config):

@@ -289,7 +289,8 @@ class DenoisingMLP(nn.Module):
         speed_up(self)
 
     def forward(self, x, t, z):
-        """x (..., C), t (...), z (..., D), broadcast against each other, give (..., 2C)."""
+        """x (..., C), t (...), z (..., D), broadcast against each other, give (..., 2C), or as many
+        as `out_channels` says."""
         y = self.time_embed(t) + self.cond_embed(z.to(self.cond_embed.weight.dtype))
         y = F.silu(y)  # with which every AdaLN begins
         x = self.input_proj(x.to(self.input_proj.weight.dtype))

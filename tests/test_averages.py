@@ -107,7 +107,7 @@ def test_an_older_checkpoint_begins_further_averages_with_its_main_one(tmp_path,
     state = state_with("ema_7")
     state.load(load_checkpoint(tmp_path / LAST), "it")
     assert equal(state.emas["ema_7"].state_dict(), ema.state_dict())
-    assert "it has no ema_7: it begins anew" in capsys.readouterr().out
+    assert "it has no ema_7: it begins as the main average" in capsys.readouterr().out
     state.save(tmp_path / LAST, CONFIG, {})
     state_with("ema_8").load(load_checkpoint(tmp_path / LAST), "it")
     assert "the ema_7 in it is not used" in capsys.readouterr().out

@@ -92,3 +92,24 @@ def test_the_script(ckpt, tmp_path, capsys):
     assert "holds samples of other settings: cfg 3.0 (was 2.0)" in message
     message = complain(capsys, neon.main, *flags, "--lr", 0.1)
     assert "--lr 0.1: the training in" in message and message.endswith("or another --output_dir")
+
+
+def test_a_base_whose_classes_have_no_names(ckpt, tmp_path):
+    """As one of the published code: its table of classes is trained in its own order, also where
+    indices as texts are in another, and the result says no names either."""
+    content = torch.load(ckpt, weights_only=True)
+    table = torch.randn(12, content["model"]["class_emb.weight"].shape[1])
+    for part in ("model", "model_ema"):
+        content[part] = {**content[part], "class_emb.weight": table}
+    config = {k: v for k, v in content["config"].items() if k != "data"}
+    content["config"] = {**config, "model": {**config["model"], "class_num": 12}}
+    for name in ("record", "optimizer"):
+        del content[name]
+    torch.save(content, tmp_path / "base.pth")
+    flags = ["--ckpt", tmp_path / "base.pth", "--output_dir", tmp_path, "--device", "cpu"]
+    flags += ["--num_images", 12, "--batch_size", 12, "--num_iter", 1, "--lr", 1e-6]
+    neon.main([str(each) for each in [*flags, "--num_sampling_steps", 2]])
+    tuned = load_checkpoint(tmp_path / "tuned" / "checkpoint-last.pth")
+    torch.testing.assert_close(tuned["model"]["class_emb.weight"], table, atol=1e-4, rtol=0)
+    model, config = load_model(tmp_path / "neon-1.safetensors")
+    assert model.class_num == 12 and "classes" not in config.get("data", {})

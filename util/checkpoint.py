@@ -167,7 +167,8 @@ class TrainState:
             print0(f"NOTE: the {name} in {source} is not used, and left out of what is saved")
         for name, part in self.parts.items():
             if name not in states:
-                print0(f"NOTE: {source} has no {name}: it begins anew")
+                begins = "as the main average" if name in self.emas else "anew"
+                print0(f"NOTE: {source} has no {name}: it begins {begins}")
                 continue
             try:
                 part.load_state_dict(states[name])
