@@ -102,14 +102,21 @@ def open_training_data(args, given, stored):
     if stored and not classes:  # of the published code, which sorts names as texts
         classes = sorted(map(str, data.classes))
     follow_classes(data, classes, "the checkpoint")
-    return without_share(data, args, given, (stored.get("data") or {}).get("val_share"))
+    before = (stored.get("data") or {}).get("val_share", 0.0) if stored else None
+    return without_share(data, args, given, before)
 
 
 def without_share(data, args, given, before):
-    """The data without what --val_share holds out. before: that of the run that is resumed."""
+    """The data without what --val_share holds out. before: that of the checkpoint, if there is one,
+    which was trained on some of the images of another share."""
     if before and "val_share" not in given and not args.val_path:
         print0(f"NOTE: --val_share {before:g}, by the checkpoint")
         args.val_share = before
+    if args.val_share and before not in (None, args.val_share):
+        print0(
+            f"NOTE: --val_share {args.val_share:g}: the checkpoint's run held out {before:g}; if "
+            "these are the data of that run, it was trained on images of this share"
+        )
     return WithoutShare(data, args.val_share) if args.val_share else data
 
 

@@ -300,6 +300,16 @@ def test_a_resumed_run_holds_out_what_it_did():
 
 
 @pytest.mark.parametrize(
+    ("share", "before", "said"), [(0.1, 0.0, True), (0.1, 0.2, True), (0.1, 0.1, False)]
+)
+def test_a_share_that_was_trained_on_is_said(share, before, said, capsys):
+    """That of a checkpoint whose run held out nothing, or another share."""
+    args = Namespace(val_path=None, val_share=share)
+    without_share(digits("train"), args, {"val_share"}, before)
+    assert (f"held out {before:g}; if" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
     ("flags", "said"),
     [
         ("--val_path digits --val_share 0.1", "expected one of them"),

@@ -90,8 +90,8 @@ def load_reference(
 def add_training(reference, source, dataset, extractor, cache, workers=WORKERS):
     """The Reference, with the features of the training images of the data set at `source`.
 
-    Unchanged if they are the images of the reference. dataset: its RealImages, of which at most
-    TRAINING_IMAGES are taken.
+    Unchanged if they are the images of the reference. dataset: its RealImages, of which about
+    TRAINING_IMAGES are taken, spread evenly.
     """
     held = _data_features(source, dataset, extractor, cache, workers, most=TRAINING_IMAGES)
     same = held and np.array_equal(held["statistics"]["mu"], reference.statistics["mu"])
