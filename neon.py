@@ -74,6 +74,10 @@ def get_parser():
 def main(argv=None):
     """Run the script."""
     args = get_parser().parse_args(argv)
+    if args.num_images < args.batch_size:
+        raise ValueError(
+            f"--num_images {args.num_images}: expected {args.batch_size} or more, a --batch_size"
+        )
     make_folder(args.output_dir, "--output_dir")
 
     from util import dist

@@ -94,6 +94,13 @@ def test_the_script(ckpt, tmp_path, capsys):
     assert "--lr 0.1: the training in" in message and message.endswith("or another --output_dir")
 
 
+def test_fewer_images_than_a_batch_are_refused(ckpt, tmp_path):
+    """Before any is sampled."""
+    with pytest.raises(ValueError, match="--num_images 8: expected 64 or more"):
+        neon.main(["--ckpt", str(ckpt), "--output_dir", str(tmp_path), "--num_images", "8"])
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_base_whose_classes_have_no_names(ckpt, tmp_path):
     """As one of the published code: its table of classes is trained in its own order, also where
     indices as texts are in another, and the result says no names either."""
