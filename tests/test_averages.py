@@ -59,6 +59,7 @@ def run(tmp_path_factory):
     return folder, train(folder, *SEVERAL, *ONLINE, str(folder))
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_the_uninterrupted_one(run, tmp_path, monkeypatch):
     """Weights, both averages and Muon's state have the same bits after a stop within an epoch."""
     monkeypatch.setattr(Recipe, "rate", stopping_after(1.5))
