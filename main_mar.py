@@ -446,6 +446,7 @@ def start_state(this, model, recipe, checkpoint, path, loader):
         state.record["products"] = products.settle()
     if not checkpoint:
         return state
+    averages.check_resumed(args.ema_images, checkpoint["args"].get("ema_images"), path)
     notes = compare_with(checkpoint, path, vars(args), this.config, state.record)
     restore(state, checkpoint, path, notes, recipe.accum_iter, loader.steps)
     return state

@@ -10,7 +10,7 @@ from test_train import equal, stopping_after, train
 import engine_mar
 import main_mar
 from models import load_model
-from util.averages import names_of, rate_of
+from util.averages import check_resumed, names_of, rate_of
 from util.checkpoint import LAST, TrainState, load_checkpoint
 from util.ema import EMA
 from util.evaluation.metrics import ranking
@@ -164,6 +164,16 @@ def test_wrong_flags(flags, said, tmp_path, capsys):
     with pytest.raises((ValueError, SystemExit)) as error:
         main_mar.main(["--output_dir", str(tmp_path), *flags.split()])
     assert said in f"{error.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("half_lives", [[2000, 500], [2000], [100, 500]])
+def test_the_main_average_stays_it(half_lives):
+    """A resumed run continues each average as what it was; others may be new, or be left out."""
+    with pytest.raises(ValueError, match="the main average of c.pth is that of 500, expected it"):
+        check_resumed(half_lives, [500, 2000], "c.pth")
+    for fitting in ([500, 2000], [500], [500, 100], [100], None):
+        check_resumed(fitting, [500, 2000], "c.pth")
+    check_resumed(half_lives, None, "c.pth")
 
 
 def test_every_average_is_evaluated(run):

@@ -40,6 +40,21 @@ def check(args, given):
         raise ValueError(f"--ema_images {shown}: expected each half-life once")
 
 
+def check_resumed(half_lives, before, source):
+    """Raises ValueError if the main average of a checkpoint would continue as a further one, or the
+    other way round.
+
+    half_lives, before: those of --ema_images, of this run and of the one in `source`; may be None.
+    """
+    new, old = list(half_lives or ()), list(before or ())
+    moved = {*new[:1]} & {*old[1:]} | {*new[1:]} & {*old[:1]}
+    if moved:
+        raise ValueError(
+            f"--ema_images {' '.join(map(str, new))}: the main average of {source} is that of "
+            f"{old[0]}, expected it first"
+        )
+
+
 def misfits(half_lives, images):
     """Sentences on half-lives too long for a run of so many images, each with one that fits."""
     most = int(images / math.log2(1 / LEFT))
