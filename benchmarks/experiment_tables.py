@@ -99,5 +99,10 @@ def save_grid(folder, row, samples, record):
     folder.mkdir(exist_ok=True)
     columns = record["images"] // record["per_class"]  # labels cycle through the classes
     images = np.load(samples / "samples.npz")["arr_0"][: SHOWN * columns]
-    name = "-".join(row.lower().replace(",", "").replace("'", "").split())
-    save_image(folder / f"{name}.png", grid(images, columns, min_side=64))
+    save_image(folder / f"{slug(row)}.png", grid(images, columns, min_side=64))
+
+
+def slug(name):
+    """The name of a row as that of a file or folder."""
+    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
+    return "-".join(words)

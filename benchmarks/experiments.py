@@ -46,6 +46,7 @@ from util.settings import add_flags
 
 TIMED = 8  # steps of a row that are timed at once
 ROUNDS = 12
+SIZES = ("tiny", "mini", "small", "base", "large", "huge")
 STRIDE = 4  # pixels of a token, along each side
 DONE = "done"  # a file that says that a folder is complete
 NETWORK_OF = {"vq_latent": "vq"}  # tokenizer -> folder of its network, unless it has its own
@@ -77,7 +78,9 @@ def get_parser():
     parser.add_argument(
         "--num_codes", type=positive_int, default=256, metavar="K", help="codes of the VQ tokenizer"
     )
-    parser.add_argument("--size", default="mini", help="size of the models (default: mini)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="mini", help="size of the models (default: mini)"
+    )
     parser.add_argument(
         "--epochs", type=positive_int, nargs="+", default=[1, 3, 9], help="lengths to compare"
     )
@@ -211,17 +214,11 @@ def latents(args, tokenizer):
 
 
 def run_folder(args, name, seed):
-    return Path(args.output_dir) / "runs" / f"{slug(name)}-seed{seed}"
+    return Path(args.output_dir) / "runs" / f"{tables.slug(name)}-seed{seed}"
 
 
 def checkpoint(folder, epochs):
     return folder / f"after{epochs:04d}.pth"
-
-
-def slug(name):
-    """The name of a row as that of a folder."""
-    words = "".join(c if c.isalnum() else " " for c in name.lower()).split()
-    return "-".join(words)
 
 
 # ---- what a step costs ----------------------------------------------------------------------
@@ -246,7 +243,7 @@ def timed(args, rows, known):
     """Seconds per image of these rows, added to those that are known."""
     like = SETS[args.what].like
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: some_steps(args, name, Path(folder) / slug(name)) for name in rows}
+        steps = {name: some_steps(args, name, Path(folder) / tables.slug(name)) for name in rows}
         found = {name: [] for name in rows}
         for _ in range(1 + ROUNDS):
             for name, take in steps.items():
@@ -316,7 +313,7 @@ def measure(args, name, seed, epochs, label, cfg):
 
 
 def sample_folder(args, name, seed, epochs, label, cfg):
-    folder = f"after{epochs:04d}-{slug('samples' + label)}-cfg{cfg:g}"
+    folder = f"after{epochs:04d}-{tables.slug('samples' + label)}-cfg{cfg:g}"
     return run_folder(args, name, seed) / folder
 
 

@@ -16,6 +16,7 @@ from util.data import shard_writer
 from util.data.manifest import read_manifest
 from util.data.sources import UNKNOWN, Pictures
 from util.files import first_few
+from util.outputs import changes
 from util.sizes import sides
 from util.weights import digest, write_safetensors
 
@@ -56,12 +57,7 @@ def cache_samples(folder, draw, labels, config, tokenizer, sampled, batch_size):
 
 def _compare(folder, sampled, before):
     """Raises ValueError if the samples in a folder depend on other settings."""
-    changed = [
-        f"{name} {str(sampled.get(name))[:40]} (was {str(before.get(name))[:40]})"
-        for name in {**sampled, **before}
-        if sampled.get(name) != before.get(name)
-    ]
-    if changed:
+    if changed := changes(sampled, before):
         raise ValueError(
             f"{folder}: holds samples of other settings: {first_few(changed)}; expected those, or "
             "another --output_dir"

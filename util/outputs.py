@@ -182,14 +182,18 @@ def _read_record(folder, there):
     )
 
 
-def _check_same(folder, there, settings, before):
-    """Raises ValueError if the images of a folder depend on other settings."""
-    changed = [
+def changes(settings, before):
+    """Texts on the entries in which two dicts of settings differ."""
+    return [
         f"{name} {_short(settings.get(name))} (was {_short(before.get(name))})"
         for name in {**settings, **before}
         if settings.get(name) != before.get(name)
     ]
-    if changed:
+
+
+def _check_same(folder, there, settings, before):
+    """Raises ValueError if the images of a folder depend on other settings."""
+    if changed := changes(settings, before):
         raise ValueError(
             f"--out {_named(folder)}: holds {there} images of other settings: "
             f"{first_few(changed)}; expected those settings, or {_advice(folder)}"
