@@ -115,16 +115,18 @@ def main(argv=None):
         if name not in SETS[args.what].rows:
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(SETS[args.what].rows)}")
     args.tokenizers = args.tokenizers or str(Path(args.output_dir) / "tokenizers")
-    for name in sorted({row.tokenizer for row in SETS[args.what].rows.values()}):
+    of = SETS[args.what]
+    args.rows = args.rows or list(of.rows)
+    for name in sorted({of.rows[row].tokenizer for row in {*args.rows, of.like}}):
         train_tokenizer(args, NETWORK_OF.get(name, name))
         cache_latents(args, name)
     costs = seconds_per_image(args)
     if args.minutes:
-        epoch = costs[SETS[args.what].like] * images(args) / 60
+        epoch = costs[of.like] * images(args) / 60
         args.epochs = sorted({max(1, round(minutes / epoch)) for minutes in args.minutes})
     for length in args.epochs:
         for seed in args.seeds:
-            for name in args.rows or SETS[args.what].rows:
+            for name in args.rows:
                 for epochs in sorted({*lengths(args, costs, name, length).values()}):
                     train(args, name, seed, epochs)
                     if not args.train_only:
@@ -225,18 +227,20 @@ def checkpoint(folder, epochs):
 
 
 def seconds_per_image(args):
-    """Seconds of training per image of each row: name -> number, measured once.
+    """Seconds of training per image of each row asked for, and of those known: name -> number.
 
-    Medians of ROUNDS, all rows in turns; on the CPU in seconds of its time.
+    Measured once: medians of ROUNDS, all rows in turns; on the CPU in seconds of its time.
     """
     of, path = SETS[args.what], Path(args.output_dir) / "costs.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    rows = [name for name, row in of.rows.items() if row.timed and name not in known]
+    asked = dict.fromkeys([of.like, *args.rows])
+    rows = [name for name in asked if of.rows[name].timed and name not in known]
     if rows:
-        known = timed(args, [*rows, *([] if of.like in rows else [of.like])], known)
+        known = timed(args, dict.fromkeys([of.like, *rows]), known)
         with replacing(path) as beside:
             beside.write_text(json.dumps(known, indent=1))
-    return {name: known[name if row.timed else of.like] for name, row in of.rows.items()}
+    own = {name: name if row.timed else of.like for name, row in of.rows.items()}
+    return {name: known[like] for name, like in own.items() if like in known}
 
 
 def timed(args, rows, known):
@@ -330,7 +334,7 @@ def write(args, costs):
 def points(args, costs):
     """Everything that could be there, as `experiment_tables.Point`."""
     of = SETS[args.what]
-    for length, name in itertools.product(args.epochs, of.rows):
+    for length, name in itertools.product(args.epochs, [row for row in of.rows if row in costs]):
         for kind, epochs in lengths(args, costs, name, length).items():
             minutes = epochs * images(args) * costs[name] / 60
             for label, cfg in itertools.product(of.rows[name].samples, args.cfg):

@@ -10,7 +10,7 @@ from benchmarks import experiments
 from benchmarks.experiment_rows import SETS, in_proportion
 
 
-def arguments(tmp_path, what, **flags):
+def arguments(tmp_path, what, *flags):
     """Parsed flags of the benchmark, for a data set of 1,280 empty files."""
     folder = tmp_path / "data" / "train" / "a"
     folder.mkdir(parents=True)
@@ -44,6 +44,25 @@ def test_equal_time_is_more_of_the_cheaper_steps(tmp_path):
     costs = dict.fromkeys(SETS["tables"].rows, 0.01) | {"MAR, CE": 0.005}
     assert experiments.lengths(args, costs, "MAR, CE", 3) == {"steps": 3, "time": 6}
     assert experiments.lengths(args, costs, "MAR, Diff", 3) == {"steps": 3, "time": 3}
+
+
+@pytest.mark.parametrize("row", ["no warm-up", "Muon"])
+def test_some_rows_need_only_their_own_costs(tmp_path, monkeypatch, row):
+    """Timed are the rows asked for and the one whose time is the measure, each once."""
+    asked = []
+
+    def timed(args, rows, known):
+        asked.append(list(rows))
+        return {**dict.fromkeys(rows, 0.5), **known}
+
+    monkeypatch.setattr(experiments, "timed", timed)
+    args = arguments(tmp_path, "log", "--rows", row)
+    (tmp_path / "out").mkdir()
+    expected = {"baseline", row} if row == "Muon" else {"baseline"}  # no warm-up costs nothing
+    for _ in range(2):
+        costs = experiments.seconds_per_image(args)
+        assert expected <= {*costs} and costs[row] == 0.5
+    assert len(asked) == 1 and {*asked[0]} == expected
 
 
 def test_the_recipe_is_in_proportion(tmp_path):
