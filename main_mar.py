@@ -146,8 +146,8 @@ def main(argv=None):
         this = Run(args, config, sampling, tokenizer.to(device), device, precision, data, start)
         this.argv = argv
         model = build(this)
-        this.held_out = open_held_out(args, given, config, this.tokenizer, device, data)
         evaluator = open_evaluation(this)
+        this.held_out = open_held_out(args, given, config, this.tokenizer, device, data)
         if args.evaluate:
             evaluate_checkpoint(this, model.eval(), checkpoint, path, evaluator)
         else:

@@ -107,10 +107,11 @@ class HeldOut:
 
 
 def batches_of(count, batch_size):
-    """(mask ratio, indices of images) of each batch; all images once."""
-    groups = [list(range(level, count, LEVELS)) for level in range(LEVELS)]
+    """(mask ratio, indices of images) of each batch; all images once, the ratios spread evenly."""
+    levels = min(LEVELS, count)
+    groups = [list(range(level, count, levels)) for level in range(levels)]
     return [
-        ((level + 0.5) / LEVELS, group[i : i + batch_size])
+        ((level + 0.5) / levels, group[i : i + batch_size])
         for level, group in enumerate(groups)
         for i in range(0, len(group), batch_size)
     ]

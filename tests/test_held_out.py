@@ -144,6 +144,11 @@ def test_masks_are_spread_evenly():
     assert {*counts.values()} == {32}
 
 
+def test_few_images_have_all_mask_ratios():
+    """Two images: one with a quarter of the tokens masked, one with three."""
+    assert batches_of(2, 20) == [(0.25, [0]), (0.75, [1])]
+
+
 def test_it_does_not_depend_on_what_training_masked():
     """--mask_ratio_min, which no checkpoint fixes, changes nothing."""
     models = [by_rule(MODELS["mar"](mask_ratio_min=low)) for low in (0.1, 0.7)]
