@@ -133,11 +133,16 @@ def held_out_losses(model, tokenizer, dataset, device="cpu", precision="fp32", *
 def open_held_out(args, given, config, tokenizer, device, data=None):
     """The HeldOut that --val_path or --val_share denote; None if neither is given.
 
+    With --evaluate and no images to sample, that of the checkpoint's own share.
+
     given: names of the flags on the command line. config: the configuration, see models. data: the
     training data; opened for --val_share if None. Raises ValueError for data that do not fit.
     """
-    if not (args.val_path or args.val_share):
-        return None
+    own = not args.num_images and config["data"].get("val_share")
+    if not (args.val_path or args.val_share or own):
+        if args.num_images:
+            return None
+        raise ValueError("--num_images 0: nothing to evaluate without --val_path or --val_share")
     size = config["model"]["img_size"]
     if args.val_path:
         classes = config["data"].get("classes") or config["model"]["class_num"]

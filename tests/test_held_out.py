@@ -267,10 +267,11 @@ def test_training_reports_it_and_is_not_changed_by_it(ckpt, tmp_path, capsys):
     log = {name: value for line in lines for name, value in json.loads(line).items()}
     assert {f"eval_{w}/val_mse_t750-999" for w in ("ema", "raw")} <= log.keys()
     assert "val loss" in (tmp_path / "with" / "index.html").read_text()
-    argv = ["--device", "cpu", "--evaluate", "--num_images", "0", "--val_path", "digits"]
-    argv += ["--val_images", "50", "--resume", str(ckpt)]
+    argv = ["--device", "cpu", "--evaluate", "--num_images", "0", "--resume", str(ckpt)]
     argv += ["--output_dir", str(tmp_path / "measured")]
-    main_mar.main(argv)
+    with pytest.raises(ValueError, match="without --val_path or --val_share"):
+        main_mar.main(argv)
+    main_mar.main([*argv, "--val_path", "digits", "--val_images", "50"])
     records = (tmp_path / "measured" / "results.jsonl").read_text().splitlines()
     for record in map(json.loads, records):
         expected = log[f"eval_{record['weights']}/val_loss"]
@@ -289,6 +290,8 @@ def test_a_share_is_not_trained_on_and_is_kept_when_resumed(tmp_path, capsys):
     assert said.count("1295 images of 10 classes") == 2
     assert "NOTE: --val_share 0.1, by the checkpoint" in said
     assert "not as before: --epochs 2 (was 1)\n" in said
+    main_mar.main([*argv, "--evaluate", "--num_images", "0", "--resume", str(tmp_path)])
+    assert "held-out loss on 142 of 142 images" in capsys.readouterr().out
 
 
 def test_a_resumed_run_holds_out_what_it_did():
@@ -321,7 +324,6 @@ def test_a_share_that_was_trained_on_is_said(share, before, said, capsys):
         ("--val_share 1", "expected below 1"),
         ("--val_share 1.5", "from 0 to 1"),
         ("--num_images 0", "with --evaluate alone"),
-        ("--num_images 0 --evaluate", "without --val_path or --val_share"),
         ("--num_images 0 --evaluate --val_path digits --out a.png", "no images to save"),
         ("--val_path nowhere", "nowhere: no data set"),
     ],

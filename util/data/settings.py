@@ -107,8 +107,6 @@ def check_validation(args):
         return
     if not args.evaluate or args.online_eval:
         raise ValueError("--num_images 0: expected 1 or more, but with --evaluate alone")
-    if not (args.val_path or args.val_share):
-        raise ValueError("--num_images 0: nothing to evaluate without --val_path or --val_share")
     if args.out:
         raise ValueError(f"--num_images 0: no images to save as --out {args.out[0]}")
 
