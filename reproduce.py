@@ -333,32 +333,43 @@ def plot(path, rows, found, distance, baseline):
 
 def figures(args):
     """Plot diffusion steps, temperature, and speed against accuracy, for the first seed."""
-    seed, folder = args.seeds[0], Path(args.output_dir)
-    mar = Row("MAR", "mar-diff")
+    length = tokens(args)
+
+    def measure(run, steps, sweep):
+        found, flags = evaluate(args, Row(run, run, steps / length), args.seeds[0], sweep)
+        return found, flags["output_dir"]
+
+    draw_figures(measure, length, Path(args.output_dir))
+
+
+def draw_figures(measure, length, folder):
+    """Write the paper's figures 4, 5 and 6 to a folder.
+
+    measure: function (run, steps, points of --sweep) -> (records of results.jsonl, their folder),
+    of "mar-diff", "ar-raster-diff", "ar-random-diff" and "dit-diff". length: tokens of an image.
+    """
     for name, sweep in {
         "diffusion_steps": ["cfg=1,2", "num_sampling_steps=5,10,25,50,100,250"],
         "temperature": ["cfg=1,1.5,2,3", "temperature=0.9,0.95,1,1.05"],
     }.items():
-        _, flags = evaluate(args, mar, seed, sweep)
-        shutil.copy(flags["output_dir"] / f"sweep_{name}.png", folder / f"figure_{name}.png")
-    speed(args, seed, folder)
+        _, own = measure("mar-diff", max(1, length // 4), sweep)
+        shutil.copy(own / f"sweep_{name}.png", folder / f"figure_{name}.png")
+    draw_speed(measure, length, folder)
     print(f"in {folder}: figure_diffusion_steps.png, figure_temperature.png, figure_speed.png")
 
 
-def speed(args, seed, folder):
+def draw_speed(measure, length, folder):
     """Plot Fréchet distance against seconds per image, over steps of MAR and of DiT, and for AR."""
     from matplotlib.figure import Figure
 
-    length, lines, rows = tokens(args), {}, []
+    lines, rows = {}, []
     for steps in sorted({1, 2, 4, 8, length // 4, length // 2, length}):
-        row = Row("MAR", "mar-diff", steps / length)
-        lines.setdefault("MAR", []).append((steps, evaluate(args, row, seed, ["cfg=2"])))
+        lines.setdefault("MAR", []).append((steps, measure("mar-diff", steps, ["cfg=2"])))
     for name in ("ar-raster-diff", "ar-random-diff"):
-        lines[name] = [(length, evaluate(args, Row(name, name, 1), seed, ["cfg=2"]))]
+        lines[name] = [(length, measure(name, length, ["cfg=2"]))]
     for steps in (5, 10, 25, 50, 100, 250):
         sweep = ["cfg=2", f"num_sampling_steps={steps}"]
-        row = Row("DiT", "dit-diff", 1 / length)
-        lines.setdefault("DiT", []).append((steps, evaluate(args, row, seed, sweep)))
+        lines.setdefault("DiT", []).append((steps, measure("dit-diff", 1, sweep)))
     figure = Figure((6, 4), layout="constrained")
     panel = figure.subplots()
     for name, points in lines.items():
@@ -384,7 +395,8 @@ def speed(args, seed, folder):
 
 
 def metrics_of(record):
-    return {k: record[k] for k in (distance_name(record), "accuracy", "seconds_per_image")}
+    names = distance_name(record), "accuracy", "seconds_per_image"
+    return {name: record[name] for name in names if name in record}
 
 
 def data_flags(args):

@@ -93,6 +93,11 @@ PAPER = {
     "MAR, L2": Row(KL, {**MAR, **L2}, BOTH),
 }
 
+# figures 4 to 6: the same runs, and the paper's baseline of figure 6
+FIGURES = {name: PAPER[name] for name in ("MAR, Diff", "AR, raster, Diff", "AR, random, Diff")}
+LACKING = ("attn_dropout", "proj_dropout", "diffusion_batch_mul")  # arguments that DiT has not
+FIGURES["DiT"] = Row(KL, {"model": "dit", **dict.fromkeys(LACKING)})
+
 
 # ---- one change at a time -----------------------------------------------------------------------
 
@@ -148,5 +153,6 @@ LOG = {
 
 SETS = {
     "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed),
+    "figures": Set(FIGURES, "MAR, Diff", ("steps",), fixed),
     "log": Set(LOG, "baseline"),
 }

@@ -27,7 +27,7 @@ import sample
 from benchmarks import experiment_tables as tables
 from benchmarks.experiment_rows import NETWORKS, RECIPE, SETS
 from benchmarks.tokenizers import hold_out
-from reproduce import call
+from reproduce import call, draw_figures
 from util import jsonl
 from util.checkpoint import LAST
 from util.data.loader import FirstBatches
@@ -129,9 +129,12 @@ def main(argv=None):
             for name in args.rows:
                 for epochs in sorted({*lengths(args, costs, name, length).values()}):
                     train(args, name, seed, epochs)
-                    if not args.train_only:
+                    if not args.train_only and args.what != "figures":
                         evaluate(args, name, seed, epochs)
-        write(args, costs)
+        if args.what != "figures":
+            write(args, costs)
+    if args.what == "figures" and not args.train_only:
+        figures(args)
 
 
 def lengths(args, costs, name, length):
@@ -209,6 +212,11 @@ def tokenizer_flags(args, name):
 def images(args):
     """The number of training images."""
     return sum(path.is_file() for path in Path(args.data_path, "train").rglob("*.*"))
+
+
+def tokens(args):
+    """The number of tokens of an image."""
+    return (args.img_size // STRIDE) ** 2
 
 
 def latents(args, tokenizer):
@@ -297,28 +305,46 @@ def measure(args, name, seed, epochs, label, cfg):
     """Sample a checkpoint, keep the samples, and compare them with the held-out images."""
     how = SETS[args.what].rows[name].samples[label]
     folder = sample_folder(args, name, seed, epochs, label, cfg)
-    flags = {
+    own = {"num_iter": max(1, round(how.steps * tokens(args))), "cfg": cfg, **how.flags}
+    own["out"] = folder / "samples.npz"
+    folder.mkdir(parents=True, exist_ok=True)
+    call(sample.main, {**sample_flags(args, name, seed, epochs, folder), **own})
+
+
+def sample_flags(args, name, seed, epochs, folder):
+    """The flags of sample.py that evaluate a row's model; results go to a folder."""
+    return {
         "ckpt": checkpoint(run_folder(args, name, seed), epochs),
         "labels": "all",
         "per_class": args.per_class,
-        "num_iter": max(1, round(how.steps * (args.img_size // STRIDE) ** 2)),
-        "cfg": cfg,
         "batch_size": 250,
         "reference": hold_out(args),
         "stats_dir": Path(args.output_dir) / "stats",
-        "out": folder / "samples.npz",
         "output_dir": folder,
         "device": args.device,
         "precision": args.precision,
-        **{name: getattr(args, name) for name in NETWORK},
+        **{flag: getattr(args, flag) for flag in NETWORK},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    call(sample.main, {**flags, **how.flags})
 
 
 def sample_folder(args, name, seed, epochs, label, cfg):
     folder = f"after{epochs:04d}-{tables.slug('samples' + label)}-cfg{cfg:g}"
     return run_folder(args, name, seed) / folder
+
+
+def figures(args):
+    """Draw the paper's figures 4 to 6, by the first seed's longest runs."""
+    rows = {tables.slug(name): name for name in SETS[args.what].rows}
+    rows["dit-diff"] = "DiT"
+
+    def measure(run, steps, sweep):
+        given = args, rows[run], args.seeds[0], max(args.epochs)
+        folder = run_folder(*given[:3]) / f"after{given[3]:04d}-figures-steps{steps}"
+        flags = {**sample_flags(*given, folder), "num_iter": steps}
+        call(sample.main, flags, "--sweep", *sweep)
+        return jsonl.read(folder / "results.jsonl"), folder
+
+    draw_figures(measure, tokens(args), Path(args.output_dir))
 
 
 # ---- what was found -------------------------------------------------------------------------
