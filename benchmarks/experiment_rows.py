@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from benchmarks.experiment_tables import Claim
 from diffusion.solvers import BELOW_SINGULARITY
 
 # Of all rows. What 16 tokens need in place of the paper's values for 256 is as in --preset small.
@@ -66,13 +67,14 @@ class Set:
     """Rows to compare. like: name of the row whose steps or time the others have.
 
     equal: what is compared: "steps", "time". recipe: function (epochs, steps of an epoch) -> flags
-    of all rows, beside RECIPE.
+    of all rows, beside RECIPE. claims: orderings to judge.
     """
 
     rows: dict
     like: str
     equal: tuple = ("time",)
     recipe: Callable = in_proportion
+    claims: tuple = ()
 
 
 # ---- tables 1 and 2 of the paper ----------------------------------------------------------------
@@ -81,7 +83,8 @@ KL, VQ, LATENT = "kl", "vq", "vq_latent"
 DIFF, CE, L2 = {"head": "diffloss"}, {"head": "ce"}, {"head": "l2"}
 RASTER, RANDOM = {"model": "ar", "order": "raster"}, {"model": "ar", "order": "random"}
 # a quarter as many steps as tokens, as the paper's 64 of 256, or one token at a time
-BOTH = {"": Sample(0.25), ", one at a time": Sample()}
+ONE = ", one at a time"
+BOTH = {"": Sample(0.25), ONE: Sample()}
 PAPER = {
     "AR, raster, CE": Row(VQ, {**RASTER, **CE}),
     "AR, raster, Diff": Row(KL, {**RASTER, **DIFF}),
@@ -93,6 +96,25 @@ PAPER = {
     "MAR, L2": Row(KL, {**MAR, **L2}, BOTH),
 }
 
+CLAIMS = (
+    # table 1: Diffusion Loss against cross-entropy
+    Claim("AR, raster, Diff", "AR, raster, CE", "19.23 < 19.58"),
+    Claim("AR, random, Diff", "AR, random, CE", "13.07 < 16.22"),
+    Claim(f"MAR, Diff{ONE}", f"MAR, CE{ONE}", "3.43 < 8.75"),
+    Claim("MAR, Diff", "MAR, CE", "3.50 < 8.79"),
+    # random against raster order, bidirectional against causal attention
+    Claim("AR, random, CE", "AR, raster, CE", "16.22 < 19.58"),
+    Claim("AR, random, Diff", "AR, raster, Diff", "13.07 < 19.23"),
+    Claim(f"MAR, CE{ONE}", "AR, random, CE", "8.75 < 16.22"),
+    Claim(f"MAR, Diff{ONE}", "AR, random, Diff", "3.43 < 13.07"),
+    # one token at a time against several
+    Claim(f"MAR, CE{ONE}", "MAR, CE", "8.75 < 8.79"),
+    Claim(f"MAR, Diff{ONE}", "MAR, Diff", "3.43 < 3.50"),
+    Claim("MAR, Diff", "MAR, L2", "3.50 < 100"),
+    # table 2: the same tokenizer, and the better one
+    Claim("MAR, Diff on VQ's latents", "MAR, CE", "7.82 < 8.79"),
+    Claim("MAR, Diff", "MAR, Diff on VQ's latents", "3.50 < 7.82"),
+)
 # figures 4 to 6: the same runs, and the paper's baseline of figure 6
 FIGURES = {name: PAPER[name] for name in ("MAR, Diff", "AR, raster, Diff", "AR, random, Diff")}
 LACKING = ("attn_dropout", "proj_dropout", "diffusion_batch_mul")  # arguments that DiT has not
@@ -152,7 +174,7 @@ LOG = {
 }
 
 SETS = {
-    "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed),
+    "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed, CLAIMS),
     "figures": Set(FIGURES, "MAR, Diff", ("steps",), fixed),
     "log": Set(LOG, "baseline"),
 }

@@ -20,8 +20,8 @@ class Point:
     """What was found for a row at a length, for all seeds.
 
     kind: what it has in common with the other rows of this length, in TITLES. minutes: of training,
-    alone on the machine. records: folder of the samples -> line of results.jsonl. losses: held-out
-    losses of each seed, name -> number.
+    alone on the machine. folders, records: of the samples and their lines of results.jsonl, by
+    seed. losses: held-out losses of each seed, name -> number.
     """
 
     row: str
@@ -30,6 +30,7 @@ class Point:
     epochs: int
     minutes: float
     cfg: float
+    folders: dict
     records: dict
     losses: list
 
@@ -39,18 +40,28 @@ class Point:
         return [record[distance_name(record)] for record in self.records.values()]
 
 
-def write(folder, name, points):
+@dataclass(frozen=True)
+class Claim:
+    """That the first of two rows has the smaller distance. paper: its numbers."""
+
+    better: str
+    worse: str
+    paper: str
+
+
+def write(folder, name, points, claims=()):
     """Write NAME.md, NAME.png and samples/ROW.png to a folder. points: a list of Point."""
     with replacing(folder / f"{name}.md") as beside:
-        beside.write_text(text_of(name, points))
+        beside.write_text(text_of(name, points, claims))
     with replacing(folder / f"{name}.png") as beside:
         draw_curves(points).savefig(beside, dpi=150, format="png")
     for row in {point.row for point in points}:
         best = max((p for p in points if p.row == row), key=lambda p: (p.minutes, p.cfg))
-        save_grid(folder / "samples", row, *next(iter(best.records.items())))
+        seed = next(iter(best.records))
+        save_grid(folder / "samples", row, best.folders[seed], best.records[seed])
 
 
-def text_of(name, points):
+def text_of(name, points, claims):
     """The text of all tables."""
     text = f"# {name}\n"
     for length in sorted({point.length for point in points}):
@@ -58,6 +69,9 @@ def text_of(name, points):
             cells = [cell(p) for p in points if (p.length, p.kind) == (length, kind)]
             if cells:
                 text += f"\n## {length} epochs, {title}\n\n{markdown(cells)}\n"
+    for cfg in sorted({point.cfg for point in points}) if claims else ():
+        cells = [judged(claim, [p for p in points if p.cfg == cfg]) for claim in claims]
+        text += f"\n## Which orderings hold, guidance {cfg:g}\n\n{markdown(cells)}\n\n{JUDGED}\n"
     record = next(iter(points[0].records.values()))
     text += f"\n{record['images']} samples, features of {record['extractor']}; mean ± standard "
     return text + "deviation over the seeds.\n"
@@ -72,6 +86,37 @@ def cell(point):
         values = [each[key] for each in found if key in each]
         own[title] = spread(values, 4) if values else None
     return own | {"seeds": len(point.records)}
+
+
+JUDGED = (
+    "Mean distances of both rows, > or < where all seeds agree, and how many of them confirm the "
+    "paper's order."
+)
+
+
+def judged(claim, points):
+    """A row of the table of claims: the distances of both of its rows, for each length."""
+    found = {"better": claim.better, "worse": claim.worse, "the paper's": claim.paper}
+    for length in sorted({point.length for point in points}):
+        for kind, title in TITLES.items():
+            own = {p.row: p for p in points if (p.length, p.kind) == (length, kind)}
+            found[f"{length} epochs, {title}"] = compared(
+                own.get(claim.better), own.get(claim.worse)
+            )
+    return found
+
+
+def compared(better, worse):
+    """The distances of two points as text, with how many of their common seeds have the first
+    smaller; None if there is nothing to compare."""
+    seeds = [seed for seed in better.records if seed in worse.records] if better and worse else []
+    if not seeds:
+        return None
+    pairs = [[p.records[s][distance_name(p.records[s])] for p in (better, worse)] for s in seeds]
+    first, second = np.mean(pairs, axis=0)
+    confirm = sum(one < other for one, other in pairs)
+    sign = "<" if confirm == len(pairs) else ">" if not confirm else "≈"
+    return f"{first:.1f} {sign} {second:.1f} ({confirm} of {len(pairs)})"
 
 
 def draw_curves(points):

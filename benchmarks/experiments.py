@@ -48,6 +48,7 @@ TIMED = 8  # steps of a row that are timed at once
 ROUNDS = 12
 SIZES = ("tiny", "mini", "small", "base", "large", "huge")
 STRIDE = 4  # pixels of a token, along each side
+COSTS = "costs.json"  # seconds per image of each row
 DONE = "done"  # a file that says that a folder is complete
 NETWORK_OF = {"vq_latent": "vq"}  # tokenizer -> folder of its network, unless it has its own
 
@@ -100,6 +101,9 @@ def get_parser():
         "--train_only", action="store_true", help="leave the evaluation to a later call"
     )
     parser.add_argument(
+        "--tables_only", action="store_true", help="write the tables of what is there, no more"
+    )
+    parser.add_argument(
         "--output_dir", default="./output_dir/experiments", help="folder of all outputs"
     )
     add_device_flag(parser)
@@ -116,7 +120,9 @@ def main(argv=None):
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(SETS[args.what].rows)}")
     args.tokenizers = args.tokenizers or str(Path(args.output_dir) / "tokenizers")
     of = SETS[args.what]
-    args.rows = args.rows or list(of.rows)
+    args.rows = [] if args.tables_only else args.rows or list(of.rows)
+    if args.tables_only and not (Path(args.output_dir) / COSTS).is_file():
+        raise ValueError(f"--tables_only: no {COSTS} in {args.output_dir}")
     for name in sorted({of.rows[row].tokenizer for row in {*args.rows, of.like}}):
         train_tokenizer(args, NETWORK_OF.get(name, name))
         cache_latents(args, name)
@@ -131,9 +137,8 @@ def main(argv=None):
                     train(args, name, seed, epochs)
                     if not args.train_only and args.what != "figures":
                         evaluate(args, name, seed, epochs)
-        if args.what != "figures":
-            write(args, costs)
-    if args.what == "figures" and not args.train_only:
+        write(args, costs)
+    if args.what == "figures" and args.rows and not args.train_only:
         figures(args)
 
 
@@ -239,7 +244,7 @@ def seconds_per_image(args):
 
     Measured once: medians of ROUNDS, all rows in turns; on the CPU in seconds of its time.
     """
-    of, path = SETS[args.what], Path(args.output_dir) / "costs.json"
+    of, path = SETS[args.what], Path(args.output_dir) / COSTS
     known = json.loads(path.read_text()) if path.is_file() else {}
     asked = dict.fromkeys([of.like, *args.rows])
     rows = [name for name in asked if of.rows[name].timed and name not in known]
@@ -351,10 +356,10 @@ def figures(args):
 
 
 def write(args, costs):
-    """Write the table and the pictures of all that is there."""
+    """Write the table and the pictures of all that is there, if anything is."""
     found = [point for point in points(args, costs) if point.records]
     if found:
-        tables.write(Path(args.output_dir), args.what, found)
+        tables.write(Path(args.output_dir), args.what, found, SETS[args.what].claims)
 
 
 def points(args, costs):
@@ -364,15 +369,14 @@ def points(args, costs):
         for kind, epochs in lengths(args, costs, name, length).items():
             minutes = epochs * images(args) * costs[name] / 60
             for label, cfg in itertools.product(of.rows[name].samples, args.cfg):
-                folders = [sample_folder(args, name, s, epochs, label, cfg) for s in args.seeds]
-                records = [jsonl.read(folder / "results.jsonl")[-1:] for folder in folders]
-                records = {f: lines[0] for f, lines in zip(folders, records, strict=True) if lines}
+                folders = {s: sample_folder(args, name, s, epochs, label, cfg) for s in args.seeds}
+                lines = {s: jsonl.read(f / "results.jsonl")[-1:] for s, f in folders.items()}
+                records = {seed: line[0] for seed, line in lines.items() if line}
                 weights = of.rows[name].samples[label].flags.get("weights", "ema")
                 losses = [held_out(args, name, seed, epochs, weights) for seed in args.seeds]
                 losses = [each for each in losses if each]
-                yield tables.Point(
-                    name + label, kind, length, epochs, minutes, cfg, records, losses
-                )
+                how = name + label, kind, length, epochs, minutes, cfg
+                yield tables.Point(*how, folders, records, losses)
 
 
 def held_out(args, name, seed, epochs, weights):

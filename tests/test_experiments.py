@@ -65,31 +65,67 @@ def test_some_rows_need_only_their_own_costs(tmp_path, monkeypatch, row):
     assert len(asked) == 1 and {*asked[0]} == expected
 
 
+def test_tables_alone_need_runs(tmp_path):
+    """Nothing is trained where there is nothing."""
+    argv = ["log", "--data_path", str(tmp_path), "--output_dir", str(tmp_path), "--tables_only"]
+    with pytest.raises(ValueError, match="no costs.json in"):
+        experiments.main(argv)
+
+
 def test_the_recipe_is_in_proportion(tmp_path):
     """A quarter of a run is warm-up, and the EMA remembers a 25th, whatever its length."""
     assert in_proportion(8, 100) == {"warmup_epochs": 2.0, "ema_rate": 1 - 1 / 32}
     assert in_proportion(80, 100)["warmup_epochs"] == 20.0
 
 
+def test_claims_are_about_rows():
+    """Both rows of each of the paper's orderings are measured, and its numbers are in order."""
+    for each in SETS.values():
+        labels = {name + label for name, row in each.rows.items() for label in row.samples}
+        for claim in each.claims:
+            assert {claim.better, claim.worse} <= labels
+            low, high = map(float, claim.paper.split(" < "))
+            assert low < high
+
+
+def test_claims_are_judged_seed_by_seed():
+    """Only seeds that both rows have; a sign where they agree."""
+
+    def point(row, distances):
+        records = {s: {"frechet_distance": d} for s, d in distances.items()}
+        return tables.Point(row, "steps", 2, 2, 1.0, 1.0, {}, records, [])
+
+    low, high = point("a", {1: 10.0, 2: 12.0, 3: 9.0}), point("b", {1: 11.0, 2: 13.0})
+    mixed = point("c", {1: 9.0, 2: 14.0})
+    assert tables.compared(low, high) == "11.0 < 12.0 (2 of 2)"
+    assert tables.compared(high, low) == "12.0 > 11.0 (0 of 2)"
+    assert tables.compared(low, mixed) == "11.0 ≈ 11.5 (1 of 2)"
+    assert tables.compared(low, None) is None
+    claim = tables.Claim("a", "b", "1 < 2")
+    assert tables.judged(claim, [low, high])["2 epochs, equal steps"] == "11.0 < 12.0 (2 of 2)"
+
+
 def test_table_and_pictures(tmp_path):
     """Mean and deviation over the seeds, a dash for what a row has not; a grid for each row."""
-    records = {}
+    folders, records = {}, {}
     for seed, distance in enumerate((10.0, 14.0)):
-        folder = tmp_path / f"{seed}"
-        folder.mkdir()
-        np.savez(folder / "samples.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
-        records[folder] = {"frechet_distance": distance, "images": 4, "per_class": 2}
-        records[folder] |= {"extractor": "grey-pixels", "precision": 0.5}
+        folders[seed] = tmp_path / f"{seed}"
+        folders[seed].mkdir()
+        np.savez(folders[seed] / "samples.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+        records[seed] = {"frechet_distance": distance, "images": 4, "per_class": 2}
+        records[seed] |= {"extractor": "grey-pixels", "precision": 0.5}
     losses = [{"val_mse": 0.25}, {"val_mse": 0.75}]
     points = [
-        tables.Point("MAR, Diff", "steps", 2, 2, 1.25, 1.0, records, losses),
-        tables.Point("MAR, CE", "time", 2, 4, 1.25, 1.0, records, []),
+        tables.Point("MAR, Diff", "steps", 2, 2, 1.25, 1.0, folders, records, losses),
+        tables.Point("MAR, CE", "time", 2, 4, 1.25, 1.0, folders, records, []),
     ]
-    tables.write(tmp_path, "tables", points)
+    claims = [tables.Claim("MAR, Diff", "MAR, CE", "3.50 < 8.79")]
+    tables.write(tmp_path, "tables", points, claims)
     text = (tmp_path / "tables.md").read_text()
     row = "| MAR, Diff | 2 | 1.2 | 1 | 12.0 ± 2.8 | – | 0.5000 ± 0.0000 | – | 0.5000 ± 0.3536 |"
     assert row in text
     assert "## 2 epochs, equal time" in text and "| MAR, CE | 4 |" in text
+    assert "| MAR, Diff | MAR, CE | 3.50 < 8.79 | – | – |" in text
     assert (tmp_path / "tables.png").is_file()
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
         "mar-ce.png",
