@@ -12,7 +12,7 @@ import main_mar
 from util import jsonl
 from util.images import save_image
 from util.run import charts
-from util.run.page import FILE, Page, read_log, without
+from util.run.page import FILE, STYLE, Page, read_log, without
 from util.run.stop import Stopped
 
 VOID = {"meta", "img", "br"}
@@ -159,5 +159,9 @@ def test_frames_and_ticks():
     assert [*map(charts.short, (0, 0.00025, 123456, 0.5, 2e-9))] == [
         *("0", "0.00025", "123456", "0.5", "2e-9")
     ]
+    many = charts.chart("many", {f"curve {i}": [(1, 1.0, "")] for i in range(9)})
+    assert many.count('class="key c0"') == 2  # the colours begin anew
+    for i in range(charts.COLOURS):
+        assert f'class="key c{i}"' in many and STYLE.count(f"--c{i}: #") == 2
     flat = charts.chart("flat", {"a": [(5, 2.0, "")]})
     assert "nan" not in flat and flat.count("<circle") == 1

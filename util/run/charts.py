@@ -7,6 +7,7 @@ from html import escape
 WIDTH, HEIGHT = 380, 210
 LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 24  # room for the axes
 MOST = 200  # points of a curve
+COLOURS = 8  # that the page has: classes c0 to c7
 MANY = 40  # points, of which the largest few may be above the frame
 ROOM = 0.06  # above and below the curves
 
@@ -69,7 +70,7 @@ def _range(values, more):
 
 def _key(series, line):
     """Names of the curves, if there are several, and of the line."""
-    names = [(f"c{i}", name) for i, name in enumerate(series)] if len(series) > 1 else []
+    names = [(f"c{i % COLOURS}", name) for i, name in enumerate(series)] if len(series) > 1 else []
     names += [("real", f"{line[0]} {short(line[1])}")] if line else []
     return "".join(f'<span class="key {kind}">{escape(name)}</span>' for kind, name in names)
 
@@ -116,4 +117,4 @@ class _Frame:
             for place, (x, y, note) in zip(places, points, strict=True)
         )
         few = " few" if len(points) <= MANY else ""
-        return f'<g class="c{number}{few}"><polyline points="{path}"/>{dots}</g>'
+        return f'<g class="c{number % COLOURS}{few}"><polyline points="{path}"/>{dots}</g>'

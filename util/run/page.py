@@ -258,9 +258,11 @@ def _value(value):
 
 STYLE = """
 :root { color-scheme: light dark; --back: #fff; --text: #1c2128; --soft: #667; --rule: #e4e7ec;
-  --box: #f6f7f9; --c0: #1f6fd1; --c1: #e07b00; --c2: #2a9d5c; --c3: #a04fc4; }
+  --box: #f6f7f9; --c0: #1f6fd1; --c1: #e07b00; --c2: #2a9d5c; --c3: #a04fc4;
+  --c4: #c8323c; --c5: #0f8b96; --c6: #8a6a2f; --c7: #cf4b93; }
 @media (prefers-color-scheme: dark) { :root { --back: #14171c; --text: #e3e6ea; --soft: #99a1ad;
-  --rule: #2b3038; --box: #1d2128; --c0: #6cb0ff; --c1: #ffab4a; --c2: #6ad49a; --c3: #d59af0; } }
+  --rule: #2b3038; --box: #1d2128; --c0: #6cb0ff; --c1: #ffab4a; --c2: #6ad49a; --c3: #d59af0;
+  --c4: #ff8a8f; --c5: #5fd0da; --c6: #d0b070; --c7: #ff93c7; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1.2em;
   background: var(--back); color: var(--text); }
 h1 { margin: 0; } h1 + p { margin: 0; color: var(--soft); }
@@ -278,6 +280,7 @@ polyline { fill: none; stroke: var(--c); stroke-width: 1.6; stroke-linejoin: rou
 circle { fill: transparent; } circle:hover, .few circle { fill: var(--c); }
 .few circle { r: 2.5px; } .few circle:hover { r: 4px; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
+.c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); } .c7 { --c: var(--c7); }
 line.real { stroke: var(--soft); stroke-width: 1.4; stroke-dasharray: 5 4; }
 .key { margin-left: .5em; white-space: nowrap; font-size: .85em; color: var(--c); }
 .key::before { content: "–\\2009"; }
