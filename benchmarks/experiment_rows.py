@@ -173,7 +173,29 @@ LOG = {
     "energy score": changed(head="energy"),
 }
 
+# what won above, several at once: candidates of --preset fast
+PLAIN = {"attn_dropout": 0.0, "proj_dropout": 0.0}
+SNR = {"no_vlb": True, "loss_weight": "min-snr"}
+MUON = {**PLAIN, **SNR, "optimizer": "muon"}
+FAST = {
+    "baseline": LOG["baseline"],
+    "no dropout, rate 2e-3": changed(**PLAIN, lr=2e-3),
+    "no dropout, rate 4e-3": changed(**PLAIN, lr=4e-3),
+    "no dropout, rate 2e-3, half the batch": changed(**PLAIN, lr=2e-3, batch_size=32),
+    "no dropout, rate 2e-3, min-SNR": changed(**PLAIN, **SNR, lr=2e-3),
+    "no dropout, rate 2e-3, min-SNR, RoPE": changed(**PLAIN, **SNR, lr=2e-3, rope=True),
+    "no dropout, rate 2e-3, min-SNR, Muon": changed(**MUON, lr=2e-3),
+    "no dropout, rate 4e-3, min-SNR, Muon": changed(**MUON, lr=4e-3),
+    "no dropout, rate 4e-3, min-SNR, Muon, RoPE": changed(**MUON, lr=4e-3, rope=True),
+    "no dropout, rate 4e-3, min-SNR, Muon, RoPE, wide head": sampled(
+        {**MUON, "lr": 4e-3, "rope": True, "diffloss_w": 128},
+        EMA={},
+        raw={"weights": "raw"},
+    ),
+}
+
 SETS = {
+    "fast": Set(FAST, "baseline"),
     "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed, CLAIMS),
     "figures": Set(FIGURES, "MAR, Diff", ("steps",), fixed),
     "log": Set(LOG, "baseline"),
