@@ -5,7 +5,8 @@ length, and compares their samples with held-out images. Equal time is made of e
 what a step costs is measured first, all rows in turns in one process, and a row whose steps are
 cheaper takes more of them. So a busy machine changes no result. What is done is reused and what was
 stopped is resumed: a command may be repeated with more seeds or lengths, and several processes may
-share the work by --rows. Writes to --output_dir: costs.json, SET.md, SET.png and grids of samples.
+share the work by --rows. Writes to --output_dir: costs.json, SET.md, SET.png and grids of samples,
+and for `figures` figure_*.png.
 """
 
 import itertools
@@ -118,6 +119,8 @@ def main(argv=None):
     for name in args.rows or ():
         if name not in SETS[args.what].rows:
             raise ValueError(f"--rows {name!r}: expected some of {', '.join(SETS[args.what].rows)}")
+    if args.rows and args.what == "figures":
+        raise ValueError(f"--rows {args.rows[0]!r}: figures need all of their rows")
     args.tokenizers = args.tokenizers or str(Path(args.output_dir) / "tokenizers")
     of = SETS[args.what]
     args.rows = [] if args.tables_only else args.rows or list(of.rows)

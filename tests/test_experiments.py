@@ -70,6 +70,8 @@ def test_tables_alone_need_runs(tmp_path):
     argv = ["log", "--data_path", str(tmp_path), "--output_dir", str(tmp_path), "--tables_only"]
     with pytest.raises(ValueError, match="no costs.json in"):
         experiments.main(argv)
+    with pytest.raises(ValueError, match="'DiT': figures need all"):
+        experiments.main(["figures", *argv[1:-1], "--rows", "DiT"])
 
 
 def test_the_recipe_is_in_proportion(tmp_path):
