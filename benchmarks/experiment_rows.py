@@ -186,6 +186,13 @@ FAST = {
     "no dropout, rate 2e-3, min-SNR, RoPE": changed(**PLAIN, **SNR, lr=2e-3, rope=True),
     "no dropout, rate 2e-3, min-SNR, Muon": changed(**MUON, lr=2e-3),
     "no dropout, rate 4e-3, min-SNR, Muon": changed(**MUON, lr=4e-3),
+    "no dropout, rate 8e-3, min-SNR, Muon": changed(**MUON, lr=8e-3),
+    "no dropout, rate 4e-3, min-SNR, Muon, little warm-up": changed(
+        **MUON, lr=4e-3, warmup_epochs=0.5
+    ),
+    "no dropout, rate 4e-3, min-SNR, Muon, cosine, little warm-up": changed(
+        **MUON, lr=4e-3, warmup_epochs=0.5, lr_schedule="cosine"
+    ),
     "no dropout, rate 4e-3, min-SNR, Muon, RoPE": changed(**MUON, lr=4e-3, rope=True),
     "no dropout, rate 4e-3, min-SNR, Muon, RoPE, wide head": sampled(
         {**MUON, "lr": 4e-3, "rope": True, "diffloss_w": 128},
@@ -194,7 +201,16 @@ FAST = {
     ),
 }
 
+# the paper's recipe in proportion, and presets, which choose all but the size and the batch
+GIVEN = {"model": "mar", "batch_size": RECIPE["batch_size"], "num_sampling_steps": "25"}
+PRESETS = {
+    "baseline": LOG["baseline"],
+    "--preset small": Row(KL, {**GIVEN, "preset": "small"}),
+    "--preset fast": Row(KL, {**GIVEN, "preset": "fast"}),
+}
+
 SETS = {
+    "presets": Set(PRESETS, "baseline"),
     "fast": Set(FAST, "baseline"),
     "tables": Set(PAPER, "MAR, Diff", ("steps", "time"), fixed, CLAIMS),
     "figures": Set(FIGURES, "MAR, Diff", ("steps",), fixed),

@@ -190,7 +190,10 @@ def flags_of(args, name, seed, epochs):
     of = SETS[args.what]
     row = of.rows[name]
     own = {**RECIPE, **row.flags}
-    own = {**of.recipe(epochs, images(args) // own["batch_size"]), **own}
+    if "preset" in row.flags:  # which chooses for itself
+        own = dict(row.flags)
+    else:
+        own = {**of.recipe(epochs, images(args) // own["batch_size"]), **own}
     own["model"] = f"{own['model']}_{args.size}"
     own |= {**data_flags(args), **tokenizer_flags(args, row.tokenizer)}
     own |= {"cached_path": latents(args, row.tokenizer), "precision": args.precision}

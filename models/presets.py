@@ -7,6 +7,7 @@ from util.data import kind_or_folder
 PRESETS = {
     # your own data: what depends on them is chosen by FITTED, once they are known
     "small": fitting.SMALL,
+    "fast": fitting.FAST,
     # The demo: 1,437 images, minutes on a CPU. Departures from the paper's recipe, and why:
     "digits": {
         "data_path": "digits",
@@ -82,7 +83,8 @@ NETWORK_PRESETS = {
 }
 
 
-FITTED = {"small": fitting.small}  # preset -> what it chooses for `fitting.Facts`
+# preset -> what it chooses for `fitting.Facts`
+FITTED = {"small": fitting.small, "fast": fitting.fast}
 
 
 # ---- the rows of the paper's tables ---------------------------------------------------------
@@ -171,8 +173,13 @@ def listing():
     for name, flags in PRESETS.items():
         results = f"  ({PAPER[name][1]})" if name in PAPER else ""
         lines.append(f"{name}{results}")
-        lines.append("    " + " ".join(f"--{flag} {value}" for flag, value in flags.items()))
+        lines.append("    " + " ".join(as_flag(*each) for each in flags.items()))
     return "\n".join(lines)
+
+
+def as_flag(name, value):
+    """A setting as it is written on the command line."""
+    return f"--no_{name}" if value is False else f"--{name} {value}"
 
 
 def overridden(args, given, flags):

@@ -1,4 +1,4 @@
-"""`--preset small`: what it chooses, and when. Run: python -m pytest tests/test_fitting.py"""
+"""Presets that fit themselves to the data. Run: python -m pytest tests/test_fitting.py"""
 
 import re
 from unittest import mock
@@ -13,7 +13,15 @@ import main_mar
 import main_tokenizer
 from models import found, presets
 from models.config import fit_preset
-from models.fitting import Facts, components_for, patch_for, side_for, small, small_tokenizer
+from models.fitting import (
+    Facts,
+    components_for,
+    fast,
+    patch_for,
+    side_for,
+    small,
+    small_tokenizer,
+)
 from models.settings import MODELS
 from util.checkpoint import load_checkpoint
 
@@ -62,6 +70,17 @@ def test_what_is_known_is_followed():
     assert short["epochs"] == 2 and short["batch_size"] == 50 and short["diffloss_w"] is None
     assert short["warmup_epochs"] <= 0.2 and short["ema_rate"] < 0.91  # of 200 steps
     assert short["lr"] < small(Facts(10_000, 16, 192))["lr"]
+
+
+def test_the_fast_preset_has_half_the_steps():
+    """Batches and rates are twice those of `small`, epochs as many; given ones are kept."""
+    facts = Facts(10_000, 16, 192)
+    own, other = fast(facts), small(facts)
+    assert own["batch_size"] == 2 * other["batch_size"] and own["lr"] == 2 * other["lr"]
+    assert own["epochs"] == other["epochs"]
+    assert own["warmup_epochs"] >= other["warmup_epochs"] and own["ema_rate"] < other["ema_rate"]
+    given = fast(Facts(10_000, 16, 192, epochs=2, batch_size=50, model="mar_base"))
+    assert (given["batch_size"], given["epochs"], given["lr"]) == (50, 2, 8e-4)
 
 
 @pytest.mark.parametrize("side", [8, 12, 16, 20, 28, 32, 64, 128])
@@ -168,6 +187,7 @@ def test_three_commands_without_a_number(pictures, tmp_path):
 def test_a_listing_has_it():
     """--list_presets says what the preset sets for all data."""
     assert "small\n    --lr_schedule cosine" in presets.listing()
+    assert "--optimizer muon --no_vlb --loss_weight min-snr" in presets.listing()
 
 
 def test_a_file_says_what_it_sets(tmp_path, capsys):
