@@ -201,12 +201,14 @@ FAST = {
     ),
 }
 
-# the paper's recipe in proportion, and presets, which choose all but the size and the batch
+# the paper's recipe in proportion, and presets, which choose all but the size and
+# the batch; all are sampled alike
 GIVEN = {"model": "mar", "batch_size": RECIPE["batch_size"], "num_sampling_steps": "25"}
+ALIKE = {"": Sample(flags={"cfg_schedule": "linear", "temperature": 1.0})}
 PRESETS = {
     "baseline": LOG["baseline"],
-    "--preset small": Row(KL, {**GIVEN, "preset": "small"}),
-    "--preset fast": Row(KL, {**GIVEN, "preset": "fast"}),
+    "--preset small": Row(KL, {**GIVEN, "preset": "small"}, ALIKE),
+    "--preset fast": Row(KL, {**GIVEN, "preset": "fast"}, ALIKE),
 }
 
 SETS = {

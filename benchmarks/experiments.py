@@ -15,7 +15,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -222,7 +222,12 @@ def tokenizer_flags(args, name):
 
 def images(args):
     """The number of training images."""
-    return sum(path.is_file() for path in Path(args.data_path, "train").rglob("*.*"))
+    return files_in(Path(args.data_path, "train"))
+
+
+@cache
+def files_in(folder):
+    return sum(path.is_file() for path in folder.rglob("*.*"))
 
 
 def tokens(args):
