@@ -207,8 +207,8 @@ GIVEN = {"model": "mar", "batch_size": RECIPE["batch_size"], "num_sampling_steps
 ALIKE = {"": Sample(flags={"cfg_schedule": "linear", "temperature": 1.0})}
 PRESETS = {
     "baseline": LOG["baseline"],
-    "--preset small": Row(KL, {**GIVEN, "preset": "small"}, ALIKE),
-    "--preset fast": Row(KL, {**GIVEN, "preset": "fast"}, ALIKE),
+    "preset small": Row(KL, {**GIVEN, "preset": "small"}, ALIKE),
+    "preset fast": Row(KL, {**GIVEN, "preset": "fast"}, ALIKE),
 }
 
 SETS = {
