@@ -201,14 +201,24 @@ FAST = {
     ),
 }
 
-# the paper's recipe in proportion, and presets, which choose all but the size and
-# the batch; all are sampled alike
+# the paper's recipe in proportion, and presets, which choose all but size and batch; sampled alike
 GIVEN = {"model": "mar", "batch_size": RECIPE["batch_size"], "num_sampling_steps": "25"}
-ALIKE = {"": Sample(flags={"cfg_schedule": "linear", "temperature": 1.0})}
+ALIKE = {"cfg_schedule": "linear", "temperature": 1.0}
+
+
+def preset(name, samples=ALIKE, **flags):
+    """A preset with these flags of main_mar.py."""
+    return Row(KL, {**GIVEN, "preset": name, **flags}, {"": Sample(flags=samples)})
+
+
 PRESETS = {
     "baseline": LOG["baseline"],
-    "preset small": Row(KL, {**GIVEN, "preset": "small"}, ALIKE),
-    "preset fast": Row(KL, {**GIVEN, "preset": "fast"}, ALIKE),
+    "preset small": preset("small"),
+    "preset fast": preset("fast"),
+    # not part of it
+    "preset fast, flow, Heun": preset("fast", {**ALIKE, "solver": "heun"}, head="flow"),
+    "preset fast, logit-normal timesteps": preset("fast", timesteps="logit-normal"),
+    "preset fast, noise on known tokens": preset("fast", known_noise=0.2),
 }
 
 SETS = {
