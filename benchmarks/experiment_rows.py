@@ -41,10 +41,15 @@ def in_proportion(epochs, steps):
 
 @dataclass(frozen=True)
 class Sample:
-    """How a model is sampled: steps as a fraction of its tokens, and further flags of sample.py."""
+    """How a model is sampled: steps as a fraction of its tokens, and further flags of sample.py.
+
+    guide: the fraction of the run after which its checkpoint guides (autoguidance); 0: none. With
+    "cfg" among the flags, this is the only scale.
+    """
 
     steps: float = 1.0
     flags: dict = field(default_factory=dict)
+    guide: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -201,24 +206,26 @@ FAST = {
     ),
 }
 
-# the paper's recipe in proportion, and presets, which choose all but size and batch; sampled alike
+# the paper's recipe in proportion, and presets, which choose all but size and batch; all are
+# sampled alike, and guided by what they were after a quarter of the run
 GIVEN = {"model": "mar", "batch_size": RECIPE["batch_size"], "num_sampling_steps": "25"}
 ALIKE = {"cfg_schedule": "linear", "temperature": 1.0}
+GUIDED = {
+    "": Sample(flags=ALIKE),
+    **{f", autoguided by {w}": Sample(flags={**ALIKE, "cfg": w}, guide=0.25) for w in (2, 4)},
+}
 
 
-def preset(name, samples=ALIKE, **flags):
+def preset(name, **flags):
     """A preset with these flags of main_mar.py."""
-    return Row(KL, {**GIVEN, "preset": name, **flags}, {"": Sample(flags=samples)})
+    return Row(KL, {**GIVEN, "preset": name, **flags}, GUIDED)
 
 
 PRESETS = {
-    "baseline": LOG["baseline"],
+    "baseline": Row(KL, {**MAR, **DIFF}, GUIDED),
     "preset small": preset("small"),
     "preset fast": preset("fast"),
-    # not part of it
-    "preset fast, flow, Heun": preset("fast", {**ALIKE, "solver": "heun"}, head="flow"),
-    "preset fast, logit-normal timesteps": preset("fast", timesteps="logit-normal"),
-    "preset fast, noise on known tokens": preset("fast", known_noise=0.2),
+    "preset fast, flow": preset("fast", head="flow"),  # no part of it
 }
 
 SETS = {

@@ -199,7 +199,13 @@ def flags_of(args, name, seed, epochs):
     own |= {"cached_path": latents(args, row.tokenizer), "precision": args.precision}
     own |= {"val_path": Path(args.data_path) / args.split}
     own |= {"seed": seed, "epochs": epochs, "eval_freq": epochs, "save_last_freq": 1, "keep": 1}
-    return own
+    guided = [how for how in row.samples.values() if how.guide]
+    return {**own, "keep_every": guide_epoch(guided[0], epochs)} if guided else own
+
+
+def guide_epoch(how, epochs):
+    """The epoch whose checkpoint guides. how: a Sample."""
+    return max(1, round(how.guide * epochs))
 
 
 def split(flags):
@@ -310,11 +316,17 @@ def seconds_of(function, device):
 
 def evaluate(args, name, seed, epochs):
     """Sample a row's model after so many epochs, and measure the samples."""
-    for label in SETS[args.what].rows[name].samples:
-        for cfg in args.cfg:
-            folder = sample_folder(args, name, seed, epochs, label, cfg)
-            if not jsonl.read(folder / "results.jsonl"):
-                measure(args, name, seed, epochs, label, cfg)
+    for label, cfg in samplings(args, name):
+        folder = sample_folder(args, name, seed, epochs, label, cfg)
+        if not jsonl.read(folder / "results.jsonl"):
+            measure(args, name, seed, epochs, label, cfg)
+
+
+def samplings(args, name):
+    """What a row's samples differ by, pairs of a label and a guidance scale."""
+    for label, how in SETS[args.what].rows[name].samples.items():
+        for cfg in [how.flags["cfg"]] if "cfg" in how.flags else args.cfg:
+            yield label, cfg
 
 
 def measure(args, name, seed, epochs, label, cfg):
@@ -323,6 +335,9 @@ def measure(args, name, seed, epochs, label, cfg):
     folder = sample_folder(args, name, seed, epochs, label, cfg)
     own = {"num_iter": max(1, round(how.steps * tokens(args))), "cfg": cfg, **how.flags}
     own["out"] = folder / "samples.npz"
+    if how.guide:
+        past = f"checkpoint-epoch{guide_epoch(how, epochs):04d}.pth"
+        own["guide"] = run_folder(args, name, seed) / past
     folder.mkdir(parents=True, exist_ok=True)
     call(sample.main, {**sample_flags(args, name, seed, epochs, folder), **own})
 
@@ -379,7 +394,7 @@ def points(args, costs):
     for length, name in itertools.product(args.epochs, [row for row in of.rows if row in costs]):
         for kind, epochs in lengths(args, costs, name, length).items():
             minutes = epochs * images(args) * costs[name] / 60
-            for label, cfg in itertools.product(of.rows[name].samples, args.cfg):
+            for label, cfg in samplings(args, name):
                 folders = {s: sample_folder(args, name, s, epochs, label, cfg) for s in args.seeds}
                 lines = {s: jsonl.read(f / "results.jsonl")[-1:] for s, f in folders.items()}
                 records = {seed: line[0] for seed, line in lines.items() if line}

@@ -1,5 +1,7 @@
 """Trainings compared at equal time. Run: python -m pytest tests/test_experiments.py"""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,19 @@ def test_every_row_is_flags_of_the_scripts(tmp_path, what):
             flags = [str(part) for k, v in how.flags.items() for part in (f"--{k}", v)]
             sample.get_parser().parse_args(["--ckpt", "x", *flags])
     assert len(runs) == len(SETS[what].rows)
+
+
+def test_a_run_is_guided_by_its_own_past(tmp_path):
+    """The checkpoint of a quarter of the run is kept; its samples have one scale, others all."""
+    args = arguments(tmp_path, "presets", "--cfg", "1", "3")
+    assert experiments.flags_of(args, "baseline", seed=1, epochs=16)["keep_every"] == 4
+    found = list(experiments.samplings(args, "preset fast"))
+    assert ("", 1.0) in found and ("", 3.0) in found and (", autoguided by 4", 4) in found
+    asked = []
+    args.device = "cpu"
+    with mock.patch.object(experiments, "call", lambda main, flags: asked.append(flags)):
+        experiments.measure(args, "baseline", 1, 16, ", autoguided by 4", 4)
+    assert asked[0]["guide"].name == "checkpoint-epoch0004.pth" and asked[0]["cfg"] == 4
 
 
 def test_equal_time_is_more_of_the_cheaper_steps(tmp_path):

@@ -77,7 +77,7 @@ def test_the_fast_preset_has_half_the_steps():
     facts = Facts(10_000, 16, 192)
     own, other = fast(facts), small(facts)
     assert own["batch_size"] == 2 * other["batch_size"] and own["lr"] == 2 * other["lr"]
-    assert own["epochs"] == other["epochs"]
+    assert own["epochs"] == other["epochs"] and own["keep_every"] == 20  # of 80
     assert own["warmup_epochs"] >= other["warmup_epochs"] and own["ema_rate"] < other["ema_rate"]
     given = fast(Facts(10_000, 16, 192, epochs=2, batch_size=50, model="mar_base"))
     assert (given["batch_size"], given["epochs"], given["lr"]) == (50, 2, 8e-4)
