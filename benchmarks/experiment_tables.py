@@ -68,13 +68,17 @@ def text_of(name, points, claims):
         for kind, title in TITLES.items():
             cells = [cell(p) for p in points if (p.length, p.kind) == (length, kind)]
             if cells:
-                text += f"\n## {length} epochs, {title}\n\n{markdown(cells)}\n"
+                text += f"\n## {epochs_of(length)}, {title}\n\n{markdown(cells)}\n"
     for cfg in sorted({point.cfg for point in points}) if claims else ():
         cells = [judged(claim, [p for p in points if p.cfg == cfg]) for claim in claims]
         text += f"\n## Which orderings hold, guidance {cfg:g}\n\n{markdown(cells)}\n\n{JUDGED}\n"
     record = next(iter(points[0].records.values()))
     text += f"\n{record['images']} samples, features of {record['extractor']}; mean ± standard "
     return text + "deviation over the seeds.\n"
+
+
+def epochs_of(length):
+    return f"{length} epoch" + "s" * (length != 1)
 
 
 def cell(point):
@@ -100,7 +104,7 @@ def judged(claim, points):
     for length in sorted({point.length for point in points}):
         for kind, title in TITLES.items():
             own = {p.row: p for p in points if (p.length, p.kind) == (length, kind)}
-            found[f"{length} epochs, {title}"] = compared(
+            found[f"{epochs_of(length)}, {title}"] = compared(
                 own.get(claim.better), own.get(claim.worse)
             )
     return found
@@ -121,21 +125,27 @@ def compared(better, worse):
 
 def draw_curves(points):
     """A figure of the distance over the minutes of training, a curve for each row."""
+    from matplotlib import colormaps, ticker
     from matplotlib.figure import Figure
 
     scales = sorted({point.cfg for point in points})
-    figure = Figure((6 * len(scales), 4.5), layout="constrained")
+    rows = list(dict.fromkeys(point.row for point in points))
+    figure = Figure((6 * len(scales) + 3, 4.5), layout="constrained")
     panels = figure.subplots(1, len(scales), squeeze=False, sharey=True)[0]
     for panel, cfg in zip(panels, scales, strict=True):
-        for row in dict.fromkeys(point.row for point in points):
+        panel.set_prop_cycle(color=colormaps["tab20"].colors)
+        for row in rows:
             own = {p.minutes: p.distances for p in points if (p.row, p.cfg) == (row, cfg)}
-            xs, values = zip(*sorted(own.items()), strict=True)
-            means = [np.mean(each) for each in values]
-            panel.errorbar(xs, means, [np.std(v) for v in values], marker="o", ms=3, label=row)
+            xs = sorted(own)
+            means, errors = [[f(own[x]) for x in xs] for f in (np.mean, np.std)]
+            panel.errorbar(xs, means, errors, marker="o", ms=3, label=row)
         panel.set(title=f"guidance {cfg:g}", xlabel="minutes", xscale="log", yscale="log")
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(ticker.ScalarFormatter())
+            axis.set_minor_formatter(ticker.ScalarFormatter())
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("Fréchet distance")
-    panels[-1].legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     return figure
 
 
