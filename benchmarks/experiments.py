@@ -189,10 +189,9 @@ def flags_of(args, name, seed, epochs):
     """The flags of main_mar.py for a row."""
     of = SETS[args.what]
     row = of.rows[name]
-    own = {**RECIPE, **row.flags}
-    if "preset" in row.flags:  # which chooses for itself
-        own = dict(row.flags)
-    else:
+    own = dict(row.flags)
+    if "preset" not in own:  # which chooses for itself
+        own = {**RECIPE, **own}
         own = {**of.recipe(epochs, images(args) // own["batch_size"]), **own}
     own["model"] = f"{own['model']}_{args.size}"
     own |= {**data_flags(args), **tokenizer_flags(args, row.tokenizer)}

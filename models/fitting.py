@@ -75,8 +75,8 @@ def small(facts):
 
 def fast(facts):
     """The flags that fit Muon, name -> value: batches and rates are twice as large as in `small`,
-    and epochs as many, so that the steps are half as many. Three checkpoints are kept for good: the
-    first can guide the last (`sample.py --guide`)."""
+    and epochs as many, so that the steps are half as many. The checkpoint of each quarter of
+    the run is kept for good: the first can guide the last (`sample.py --guide`)."""
     own = small(facts)
     batch = facts.batch_size or 2 * own["batch_size"]
     own = small(replace(facts, batch_size=batch, epochs=own["epochs"]))
