@@ -53,8 +53,10 @@ def write(folder, name, points, claims=()):
     """Write NAME.md, NAME.png and samples/ROW.png to a folder. points: a list of Point."""
     with replacing(folder / f"{name}.md") as beside:
         beside.write_text(text_of(name, points, claims))
+    lengths = {(point.row, point.minutes) for point in points}
+    draw = draw_rows if len(lengths) == len({row for row, _ in lengths}) else draw_curves
     with replacing(folder / f"{name}.png") as beside:
-        draw_curves(points).savefig(beside, dpi=150, format="png")
+        draw(points).savefig(beside, dpi=150, format="png")
     for row in {point.row for point in points}:
         best = max((p for p in points if p.row == row), key=lambda p: (p.minutes, p.cfg))
         seed = next(iter(best.records))
@@ -146,6 +148,23 @@ def draw_curves(points):
         panel.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("Fréchet distance")
     panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
+    return figure
+
+
+def draw_rows(points):
+    """A figure of the distance of each row, smallest first, with the first row's as a line."""
+    from matplotlib.figure import Figure
+
+    first, points = points[0], sorted(points, key=lambda point: -np.mean(point.distances))
+    several = len({point.cfg for point in points}) > 1
+    names = [p.row + f", guidance {p.cfg:g}" * several for p in points]
+    means, errors = [[f(point.distances) for point in points] for f in (np.mean, np.std)]
+    figure = Figure((9, 1 + 0.22 * len(points)), layout="constrained")
+    panel = figure.subplots()
+    panel.errorbar(means, names, xerr=errors, fmt="o", ms=4)
+    panel.axvline(np.mean(first.distances), color="grey", lw=1)
+    panel.set(xlabel="Fréchet distance", ylim=(-1, len(points)))
+    panel.grid(alpha=0.3)
     return figure
 
 

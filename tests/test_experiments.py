@@ -148,3 +148,16 @@ def test_table_and_pictures(tmp_path):
         "mar-ce.png",
         "mar-diff.png",
     ]
+
+
+def test_rows_of_one_length_are_drawn_below_each_other():
+    """The smallest distance is at the top, and the first row is marked."""
+    records = [{s: {"frechet_distance": d + s} for s in (1, 2)} for d in (20.0, 30.0, 10.0)]
+    points = [
+        tables.Point(row, "time", 2, 2, 1.0, 1.0, {}, record, [])
+        for row, record in zip("abc", records, strict=True)
+    ]
+    (panel,) = tables.draw_rows(points).axes
+    names = {label.get_text(): height for height, label in enumerate(panel.get_yticklabels())}
+    assert names["c"] > names["a"] > names["b"]
+    assert panel.lines[-1].get_xdata()[0] == 21.5
