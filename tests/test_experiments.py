@@ -10,6 +10,7 @@ import sample
 from benchmarks import experiment_tables as tables
 from benchmarks import experiments
 from benchmarks.experiment_rows import SETS, in_proportion
+from reproduce import draw_speed
 
 
 def arguments(tmp_path, what, *flags):
@@ -161,3 +162,21 @@ def test_rows_of_one_length_are_drawn_below_each_other():
     names = {label.get_text(): height for height, label in enumerate(panel.get_yticklabels())}
     assert names["c"] > names["a"] > names["b"]
     assert panel.lines[-1].get_xdata()[0] == 21.5
+
+
+def test_figure_of_speed_is_of_the_models_own_sampling(tmp_path):
+    """A folder of MAR has points of other figures, at other temperatures and diffusion steps."""
+    own = {"cfg": 2.0, "temperature": 1.0, "num_sampling_steps": "25", "seconds_per_image": 0.1}
+
+    def measure(run, steps, sweep):
+        if run == "dit-diff":
+            points = [{"num_sampling_steps": str(n)} for n in (5, 10, 25, 50, 100, 250)]
+        else:
+            others = [{"temperature": 1.05}, {"num_sampling_steps": "5"}, {"cfg": 3.0}]
+            points = [{}, *others * (run == "mar-diff" and steps == 4)]
+        return [{**own, **point, "frechet_distance": 7.0 + bool(point)} for point in points], None
+
+    draw_speed(measure, 16, tmp_path)
+    lines = (tmp_path / "figure_speed.md").read_text().splitlines()[2:]
+    assert all(float(line.split("|")[3]) == 7 for line in lines if "DiT" not in line)
+    assert sum("DiT" in line for line in lines) == 6
