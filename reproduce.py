@@ -371,14 +371,14 @@ def draw_speed(measure, length, folder):
     for steps in (5, 10, 25, 50, 100, 250):
         sweep = ["cfg=2", f"num_sampling_steps={steps}"]
         lines.setdefault("DiT", []).append((steps, measure("dit-diff", 1, sweep)))
-    own = lines["ar-raster-diff"][0][1][0][-1]  # its only point: MAR has those of other figures too
+    ((_, (only, _)),) = lines["ar-raster-diff"]  # MAR's folder has the points of other figures, too
+    own = {key: only[-1][key] for key in ("cfg", "temperature", "num_sampling_steps")}
     figure = Figure((6, 4), layout="constrained")
     panel = figure.subplots()
     for name, points in lines.items():
         records = []
         for steps, (found, _) in points:
-            like = {key: own[key] for key in ("cfg", "temperature", "num_sampling_steps")}
-            like |= {"num_sampling_steps": str(steps)} if name == "DiT" else {}
+            like = {**own, "num_sampling_steps": str(steps)} if name == "DiT" else own
             records.append([r for r in found if like.items() <= r.items()][-1])
             rows.append({"model": name, "steps": steps, **metrics_of(records[-1])})
         xs = [record["seconds_per_image"] for record in records]
@@ -388,8 +388,8 @@ def draw_speed(measure, length, folder):
             panel.annotate(str(steps), (x, y), (3, 3), textcoords="offset points", fontsize=7)
     panel.set(xlabel="seconds per image", ylabel="Fréchet distance", xscale="log", yscale="log")
     panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
-    for which in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-        which(ticker.ScalarFormatter())
+    panel.yaxis.set_major_formatter(ticker.ScalarFormatter())
+    panel.yaxis.set_minor_formatter(ticker.ScalarFormatter())
     panel.grid(alpha=0.3, which="both")
     panel.legend()
     with replacing(folder / "figure_speed.png") as beside:
